@@ -1,4 +1,4 @@
-"""``python -m fedmerge_peft`` runs ``fedmerge``, so that a launcher can start it on several ranks.
+"""Run ``fedmerge`` as ``python -m fedmerge_peft``, which a launcher can start on several ranks.
 
 Example: ``torchrun -m fedmerge_peft run RECIPE``
 """

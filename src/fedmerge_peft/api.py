@@ -39,10 +39,10 @@ class Run(RunDirectory):
         self, path: Path, *, trust_remote_code: bool = False, model: PassedModel | None = None
     ) -> None:
         super().__init__(path, trust_remote_code=trust_remote_code)
-        self._model = model  # kept alive for predictions
+        self._model = model  # kept in memory for predictions
 
     def client(self, name: str, *, best: bool = False) -> MergedAdapter:
-        """Return the adapter that a client is served with, ready to use.
+        """Return the merged adapter that serves a client.
 
         ``run.client("north-clinic").pipeline()("my order has not come")``
 
@@ -56,9 +56,9 @@ class Run(RunDirectory):
         return client_adapter(self, name, best=best)
 
     def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
-        """Return any mixture of adapters and clients' adapters.
+        """Return a weighted mean of adapters of the soup and clients' adapters.
 
-        ``run.merge({0: 1, 2: 1})`` is half of adapter 0 and half of adapter 2.
+        ``run.merge({0: 1, 2: 1})`` is the mean of adapter 0 and adapter 2.
         ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` weights these clients' adapters 3 to 1.
 
         Args:
@@ -67,7 +67,8 @@ class Run(RunDirectory):
 
         Raises:
             RunError: An adapter or client does not exist, a share is negative or infinite, or all
-                shares are 0; or an adapter is named, and parts of adapters are private to clients.
+                shares are 0; or ``shares`` names an adapter although parts of the adapters are
+                private to the clients.
         """
         return mixed_adapter(self, shares, best=best)
 
@@ -76,15 +77,15 @@ class Run(RunDirectory):
     ) -> dict[str, list[Prediction]]:
         """Predict with each client's own adapter: ``run.predict({"north-clinic": ["..."]})``.
 
-        Each call loads the model; use ``Predictor`` for repeated calls. Inputs, predictions and
-        errors are documented there.
+        Each call loads the model; use ``Predictor`` for repeated calls. See ``Predictor`` for
+        inputs, predictions and errors.
         """
         from fedmerge_peft.serving.predictor import Predictor
 
         return Predictor(self, best=best, device=device)(inputs)
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
-        """Return a client's merged adapter by PEFT's saved names. Raises ``RunError``."""
+        """Return a client's merged adapter by the names that PEFT saves. Raises ``RunError``."""
         return self.client(client, best=best).peft_state()[0]
 
     def save_adapter(
@@ -117,15 +118,15 @@ def load_run(
 
     Args:
         path: The run directory. It may come from somebody else.
-        model: The model that the run was given in memory (``federate``), to predict or train with
-            it. Tables, reports and exports do not need it.
+        model: The model in memory that was passed to ``federate``, for predictions and training.
+            Tables, reports and exports do not need it.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
         trust_remote_code: Consent to run code that the run's recipe names: the modules under
             ``plugins``, and code that comes with a model (``backbone.trust_remote_code``).
 
     Raises:
-        RunError: There is no run.
+        RunError: There is no run, it contains links, or it has an unsupported format.
         ResumeError: The run had another model.
         BackboneError: The model cannot be used (``federate``).
     """
@@ -161,9 +162,9 @@ def federate(
             ``<out>/baselines/<strategy>``.
         data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
             ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
-            dictionary of these by client. The run stores their fingerprint.
+            dictionary of these by client. The run stores only their fingerprint.
         model: A loaded model, instead of ``backbone.model``: one of transformers, or a module whose
-            ``forward(**batch)`` returns logits. Runs train on copies; the run stores the model's
+            ``forward(**batch)`` returns logits. Runs train copies and store only the model's
             fingerprint.
         tokenizer: The model's tokenizer, for texts.
         processor: The model's image processor, or a function from a PIL image to an array
@@ -175,12 +176,12 @@ def federate(
         callbacks: Callbacks in addition to those of the recipe. Notebooks also show the progress.
 
     Returns:
-        The run of the recipe's own strategy; ``run.baselines`` has the others.
+        The run of the recipe's strategy; ``run.baselines`` contains the runs of its baselines.
 
     Raises:
         RunExistsError: The directory is not empty. Nothing was changed.
         RunBusyError: Another process is writing it. Nothing was changed.
-        BackboneError: The model cannot be loaded, or the one that is passed cannot be used.
+        BackboneError: The model cannot be loaded, or the passed model cannot be used.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
     passed = take_model(model, tokenizer, processor)
@@ -193,7 +194,7 @@ def federate(
         engine=engine,
         callbacks=[*notebook_callbacks(), *callbacks],
     )
-    # It has just run the caller's recipe.
+    # Consent: the caller passed the recipe whose code has just run.
     return Run(path, trust_remote_code=True, model=passed)
 
 
@@ -216,9 +217,10 @@ def resume(
 
     Args:
         path: The run directory.
-        overrides: New values of ``rounds``, ``stop``, ``evaluation.every`` or ``tracking``.
-        data: The examples that the run was given in memory (``federate``); others are refused.
-        model: The model that the run was given (``federate``); others are refused.
+        overrides: New values as ``key=value``, of ``name``, ``rounds``, ``stop``,
+            ``evaluation.every``, ``tracking``, ``callbacks`` or ``plugins``.
+        data: The examples that were passed to ``federate``. Other examples raise an error.
+        model: The model that was passed to ``federate``. Other models raise an error.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
         metrics: As in ``federate``. The run does not store the function.
@@ -278,7 +280,8 @@ def sweep(
         processor: As in ``federate``.
         on_run: Called with the name, the run, and True if this call has run it. Runs that had
             already ended come first.
-        on_failure: Called with the name and the error of a recipe that failed. The others continue.
+        on_failure: Called with the name and the error of a recipe that failed. Other recipes still
+            run.
         on_round: Called with the name and the record after each round, baselines included.
             Notebooks also show the progress.
 
@@ -286,8 +289,8 @@ def sweep(
         The finished runs, in the order of ``recipes``.
 
     Raises:
-        RecipeError: A name is not a valid folder name, or there are no recipes by name; nothing was
-            started.
+        RecipeError: A name is not a valid folder name, or ``recipes`` does not map names to
+            recipes; nothing was started.
         DeviceError: A launcher has started several ranks of this process.
         RunError: A directory contains the run of another recipe, or other files; nothing was
             started.

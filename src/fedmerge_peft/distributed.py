@@ -1,8 +1,8 @@
-"""Communication between the ranks that ``accelerate launch`` or ``torchrun`` starts.
+"""Communicate between the ranks that ``accelerate launch`` or ``torchrun`` starts.
 
 All ranks run the same program. Every rank must call the collective functions (``all_gather``,
 ``on_all_ranks``, ``on_rank_zero``, ``broadcast``) in the same order, so conditions around them must
-be identical on all ranks. An error on one rank is raised on all ranks, and no rank hangs. Without a
+be identical on all ranks. An error on one rank is raised on all ranks, so no rank hangs. Without a
 launcher, a collective function runs its work in the only process.
 """
 
@@ -172,7 +172,7 @@ def _translated_errors() -> Iterator[None]:
 
 
 def _picklable_error(error: BaseException) -> BaseException:
-    """Return the error to raise on the other ranks."""
+    """Return a picklable error to raise on the other ranks."""
     if isinstance(error, FedMergeError | KeyboardInterrupt):
         return error
     return RankError(

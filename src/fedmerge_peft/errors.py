@@ -2,11 +2,11 @@
 
     FedMergeError
     ├── RecipeError        the recipe has invalid or contradictory settings
-    ├── PluginError        a plugin cannot be imported, or a part of it breaks its interface
+    ├── PluginError        a plugin cannot be imported, or a part violates its interface
     ├── DataError          the data are missing, or do not match the recipe
     ├── BackboneError      the model is missing, or does not support the adapter
     ├── DeviceError        the device or the precision is not available
-    ├── RunError           a run directory is missing, unreadable or foreign
+    ├── RunError           a run directory is missing, unreadable or in another format
     │   ├── RunExistsError the run directory already contains a run
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot be resumed
@@ -16,7 +16,7 @@
     │   └── WireError      a message between server and site is malformed
     ├── ClientError        a client failed; names client and round
     ├── TooFewClientsError too few clients of a round sent valid replies
-    ├── DivergedError      an update would leave soup or weights without finite values
+    ├── DivergedError      an update would make soup or weights infinite, NaN or too large
     └── RankError          another rank of a distributed run failed or exited
 
 The command line prints an error as one message on standard error and exits with code 2.
@@ -32,7 +32,7 @@ class FedMergeError(Exception):
     """Base class. The message names the problem, its location and a remedy."""
 
     rank: int = 0
-    """Rank that reports the error if several ranks raise it."""
+    """The lowest failed rank. Only this rank reports the error if several ranks raise it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -56,7 +56,7 @@ class RecipeError(FedMergeError):
 
 
 class PluginError(FedMergeError):
-    """Plugin that cannot be imported, or that has a part which breaks its interface."""
+    """Plugin that cannot be imported, or a part of a plugin that violates its interface."""
 
 
 class DataError(FedMergeError):

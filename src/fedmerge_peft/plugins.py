@@ -1,10 +1,10 @@
 """Registries of all parts that recipes refer to by name, and plugins that extend them.
 
 A plugin is a Python module that registers its parts when it is imported (``register_strategy`` and
-the other decorators of ``recipe/registration.py``). It is found in two ways:
+the other decorators of ``recipe/registration.py``). There are two ways to name a plugin:
 
-- An installed package names it in the entry-point group ``fedmerge_peft.plugins``.
-- A recipe lists it: ``plugins: [my_module]``.
+- in the entry-point group ``fedmerge_peft.plugins`` of an installed package;
+- in a recipe: ``plugins: [my_module]``.
 
 The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
 registries. They are registered next to their sections in ``recipe/`` with the import path of their
@@ -37,7 +37,7 @@ GROUP = "fedmerge_peft.plugins"
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """One registered part."""
+    """A registered part, such as a strategy or a metric."""
 
     name: str
     code: Any
@@ -51,7 +51,7 @@ class RegistryEntry:
 
     @property
     def module(self) -> str:
-        """Name of the module that holds the code."""
+        """Name of the module that contains the code."""
         if isinstance(self.code, str):
             return self.code.partition(":")[0]
         return str(self.code.__module__)
@@ -71,9 +71,9 @@ class RegistryEntry:
 
     @contextmanager
     def named_in_errors(self, kind: str) -> Iterator[None]:
-        """Raise ``PluginError`` with the plugin's part and line for an error inside the context.
+        """Convert an error inside the context to ``PluginError``, which names the part and line.
 
-        Errors of this package, and errors of its own parts, are raised unchanged.
+        A ``FedMergeError`` and errors of built-in parts are raised unchanged.
         """
         try:
             yield
@@ -97,7 +97,7 @@ class Registry:
     Args:
         kind: Singular noun for messages, such as ``partition scheme``.
         plural: Plural of the noun.
-        key: The recipe's key that holds the name.
+        key: The key of the recipe that contains the name.
     """
 
     def __init__(self, kind: str, plural: str, key: str = "name") -> None:
@@ -117,19 +117,20 @@ class Registry:
     ) -> None:
         """Register a part under a name.
 
-        The section ``recipe`` gets the name as the only value, and the default, of its tag. A
-        module may register a name again, so that a notebook cell can run twice.
+        The name becomes the only allowed value, and the default, of the field ``key`` of the
+        section ``recipe``. A module may register a name again, so a notebook cell can run twice.
 
         Args:
             name: The name in recipes.
             code: A class or function, or its import path ``package.module:attribute``.
             recipe: The section with its settings.
-            about: One sentence for listings. Default: the first line of a docstring.
-            facts: Further facts about it.
+            about: One sentence for listings. Default: the first paragraph of the docstring of the
+                section, else of the code.
+            facts: Further facts about the part.
 
         Raises:
-            PluginError: Another module has registered the name, or the section is registered under
-                another name.
+            PluginError: Another module has registered the name, or the section belongs to another
+                name.
         """
         entry = RegistryEntry(
             name, code, recipe, about or _first_paragraph(recipe) or _first_paragraph(code), facts
@@ -172,7 +173,7 @@ class Registry:
 
 
 def _tag(recipe: type[BaseModel], key: str, name: str) -> None:
-    """Set the tag ``key: Literal[name] = name`` of a section, as if its class declared it."""
+    """Replace the field ``key`` of a section by ``key: Literal[name] = name``."""
     literal: Any = Literal[name]
     tag = FieldInfo.from_annotated_attribute(literal, name)
     tag.description = recipe.model_fields[key].description

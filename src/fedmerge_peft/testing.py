@@ -39,12 +39,12 @@ SHAPES: list[tuple[str, tuple[int, ...], Role]] = [
     ("two.lora_B.weight", (6, RANK), "lora"),
     ("head.weight", (2, 3), "head"),
 ]
-"""Two LoRA layers and a head: the layout of ``FormulaClients`` by default."""
+"""Two LoRA layers and a head: the default layout of ``FormulaClients``."""
 
 
 @contextmanager
 def isolated_registries() -> Iterator[None]:
-    """Remove all registrations of the block at its end."""
+    """Remove all parts that were registered inside the context when it ends."""
     before = [{entry.name for entry in registry} for registry in REGISTRIES]
     try:
         yield
@@ -77,7 +77,7 @@ def reply_to(
     Args:
         plan: The strategy's plan.
         client: The client's number.
-        size: n_i, its training examples.
+        size: n_i, the client's number of training examples.
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the loss of each training example with an adapter, ``(n,)``.
         seed: Seed of the plan's random draws.
@@ -103,7 +103,7 @@ class FormulaClients:
     Args:
         clients: m, the number of clients.
         layout: Layout of the adapters. Default: that of ``SHAPES``.
-        sizes: n_i, training examples of each client. Default: 10 each.
+        sizes: n_i, the number of training examples of each client. Default: 10 each.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class FormulaClients:
         self.centres = torch.randn(
             clients, self.layout.size, generator=torch.Generator().manual_seed(7)
         )
-        """c ``(m, P)``, standard normal."""
+        """Minima c of the losses, ``(m, P)``, from a standard normal distribution."""
         self.shares = torch.tensor(self.sizes) / sum(self.sizes)
         """ρ_i = n_i / n, ``(m,)``."""
 
@@ -140,7 +140,7 @@ class FormulaClients:
         return make_strategy(strategy_recipe(name, **settings), self.strategy_context())
 
     def train(self, client: int, job: Train) -> Trained:
-        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ), phase after phase."""
+        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ), in each phase."""
         row, mu = job.row.clone(), job.proximal or 0.0
         anchor = job.row if job.anchor is None else job.anchor
         for mask in job.phases:
@@ -152,7 +152,7 @@ class FormulaClients:
         """Return class statistics of features with unit variance, ``(classes, d + 2)``.
 
         All classes have the same number of examples, up to rounding. The mean of class k is the
-        k-th row of the client's centre in the head, plus the first d columns of the adapter.
+        k-th row of the head in the client's centre, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)

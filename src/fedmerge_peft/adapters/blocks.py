@@ -1,4 +1,4 @@
-"""Blocks of an adapter's columns that have merging weights of their own."""
+"""Blocks of an adapter's columns, each with separate merging weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fedmerge_peft.adapters.layout import AdapterLayout, Entry
 Kind = Literal["head", "layers", "modules", "classes"]
 
 _FACTOR = re.compile(r"\.(lora_|modules_to_save)|\.(weight|bias)$")
-"""End of a module's name in PEFT's saved form."""
+"""Pattern of the text after a module's name in PEFT's saved form."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A partition of the P columns."""
+    """Partition of the P columns of an adapter into B blocks."""
 
     of: Tensor
     """Block of each column, ``(P,)`` int64, from 0."""
@@ -31,12 +31,12 @@ class Blocks:
 
     @cached_property
     def columns(self) -> list[Tensor]:
-        """Columns of each block, int64 indices."""
+        """Columns of each block, as int64 indices."""
         return [torch.nonzero(self.of == block).flatten() for block in range(len(self))]
 
     @cached_property
     def shares(self) -> Tensor:
-        """Part of the columns that each block has, ``(B,)`` float64."""
+        """Fraction of the columns that belong to each block, ``(B,)`` float64."""
         return torch.bincount(self.of).double() / len(self.of)
 
     @classmethod
@@ -44,13 +44,14 @@ class Blocks:
         """Divide the columns of a layout.
 
         Args:
-            kind: ``head``: the head, and all other columns. ``layers``: each layer of the backbone,
-                and the head. ``modules``: each adapted module, and the head. ``classes``: for each
-                class the columns of the head's last layer that give its logit, and all others.
+            kind: Blocks to create. ``head``: the head, and all other columns. ``layers``: each
+                layer of the backbone, the head, and all other columns. ``modules``: each adapted
+                module, and the head. ``classes``: for each class the columns of the head's last
+                layer that produce its logit, and all other columns.
             layout: Layout of the adapter.
 
         Raises:
-            ValueError: The columns form one block only.
+            ValueError: All columns form one block.
         """
         names: dict[Hashable, int] = {}
         of = torch.empty(layout.size, dtype=torch.int64)
@@ -60,7 +61,7 @@ class Blocks:
             for entry in filter(None, (layout.classifier, layout.classifier_bias)):
                 classes = torch.arange(entry.shape[0]) + len(names)
                 of[entry.columns] = classes.repeat_interleave(entry.size // entry.shape[0])
-            of = torch.unique(of, return_inverse=True)[1]  # a block may have lost all its columns
+            of = torch.unique(of, return_inverse=True)[1]  # the block "others" may be empty
         if not bool((of != of[0]).any()):
             raise ValueError(f"all parameters of this adapter are one block of the kind {kind}")
         return cls(of)
@@ -82,7 +83,8 @@ def _name(kind: Kind, entry: Entry) -> Hashable:
 class BlockWeights:
     """Merging weights by block: θ_ib = Σ_j π_ijb Θ_jb in the columns of block b.
 
-    Files and tables have the mean π_ij over the columns. This class stores the differences from it.
+    Files and tables contain the mean π_ij over the columns. This class stores the differences from
+    this mean.
     """
 
     blocks: Blocks
@@ -90,24 +92,24 @@ class BlockWeights:
     """π_ijb − π_ij, ``(m, B, d)`` float32."""
 
     def add(self, merged: Tensor, rows: Tensor, clients: Tensor) -> None:
-        """Add Σ_j (π_ijb − π_ij) Θ_jb to adapters that are merged with π_ij, in place.
+        """Add Σ_j (π_ijb − π_ij) Θ_jb to adapters that were merged with π_ij, in place.
 
         Args:
             merged: Σ_j π_ij Θ_j, ``(P,)`` or ``(k, P)``.
             rows: Θ, ``(d, P)``.
-            clients: Weights of the clients, ``(m,)`` or ``(k, m)``; one-hot for a client.
+            clients: Weights over the clients, ``(m,)`` or ``(k, m)``; one-hot for a single client.
         """
         offsets = self.mixed(clients).to(rows)
         for block, columns in enumerate(self.blocks.columns):
             merged[..., columns] += offsets[..., block, :] @ rows[:, columns]
 
     def mixed(self, clients: Tensor) -> Tensor:
-        """Return the offsets for a mixture of clients, ``(B, d)``, or for k, ``(k, B, d)``."""
+        """Return the offsets ``(B, d)`` of one mixture of clients, or ``(k, B, d)`` of k."""
         mixed: Tensor = torch.tensordot(clients.to(self.offsets), self.offsets, dims=1)
         return mixed
 
     def spread(self, mask: Tensor) -> BlockWeights:
-        """Return these weights for longer rows, whose mask ``(P,)`` selects the present columns.
+        """Return these weights for longer rows, of which ``mask`` ``(P,)`` selects the old columns.
 
         The other columns are 0 in all adapters, so their block does not matter.
         """

@@ -2,8 +2,8 @@
 
 The paper (arXiv 2504.06768) averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j. The merged
 update (Σ_j π_j B_j)(Σ_j π_j A_j) contains cross terms B_j A_k. The average of the updates,
-Σ_j π_j B_j A_j, has no cross terms and has rank up to d·r. This module computes that average, and
-its distance to the parameter average.
+Σ_j π_j B_j A_j, has no cross terms and has rank up to d·r. This module computes the average of the
+updates, and its distance from the average of parameters.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
-        clients: As in ``AdapterSoup.merge``. Own parts are in the head, which enters linearly.
+        clients: As in ``AdapterSoup.merge``; one-hot or a mixture, ``(m,)``. Own parts are in the
+            head, which enters linearly.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
-        the number of nonzero weights. The scaling is unchanged.
+        the number of adapters with a nonzero weight. The scaling is unchanged.
 
     Raises:
-        ValueError: The adapters use DoRA, or adapt convolutions or experts.
+        ValueError: The adapters use DoRA, or adapt convolutions or experts. Or the own parts are
+            private, and ``clients`` does not sum to 1.
     """
     _check_exact(soup)
     by_block, of = weights.expand(1, -1), None
@@ -50,7 +52,7 @@ def concat(
         by_block, of = weights + soup.blocks.mixed(clients), soup.blocks.blocks.of
     used = (by_block != 0).any(dim=0)
     states = [soup.state_dict(row) for row in soup.rows[used]]
-    # Heads and biases enter linearly, so their parameter average is exact.
+    # Heads and biases enter linearly, so the average of their parameters is exact.
     merged = soup.state_dict(soup.merge(weights, clients))
     first = {entry.key: entry.offset for entry in soup.layout.entries}
     for _, a_key, b_key in factor_pairs(states[0]):
@@ -83,7 +85,7 @@ def concat(
 def add_base_update(
     state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Add updates ΔW of the backbone to an adapter, so that it runs on the pretrained backbone.
+    """Add updates ΔW of the backbone to an adapter for use on the pretrained backbone.
 
     scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW, where U S Vᵀ is the singular value
     decomposition of ΔW without singular values below the rounding error of float32.
@@ -98,7 +100,7 @@ def add_base_update(
         its ΔW.
 
     Raises:
-        ValueError: The adapter does not adapt a layer that has a ΔW.
+        ValueError: A layer has a ΔW, but the adapter does not adapt this layer.
     """
     from peft.utils.other import get_pattern_key
 
@@ -134,16 +136,16 @@ def add_base_update(
 def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
     """Compute the relative distance of the parameter average from the average of updates.
 
-    ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted modules. The
-    error is 0 with ``merge: shared_a``, with one adapter, and with one-hot weights. It is also 0 if
-    the adapter has no factors or all updates are zero.
+    The distance is ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted
+    modules. It is 0 with ``merge: shared_a``, with one adapter, and with one-hot weights. It is
+    also 0 if the adapter has no factors or the average of the updates is zero.
 
     Args:
         soup: d adapters.
         weights: One row of π, ``(d,)``.
 
     Raises:
-        ValueError: The adapters use DoRA, or adapt convolutions or experts.
+        ValueError: The adapters use DoRA, adapt convolutions or experts, or have private parts.
     """
     _check_exact(soup)
     states = [soup.state_dict(row) for row in soup.rows]

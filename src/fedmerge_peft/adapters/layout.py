@@ -51,13 +51,13 @@ _ENTRIES = TypeAdapter(tuple[Entry, ...])
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Order, names and shapes of an adapter's tensors. P is ``size``."""
+    """Order, names, shapes and roles of an adapter's tensors. P is ``size``."""
 
     entries: tuple[Entry, ...]
 
     @classmethod
     def from_tensors(cls, tensors: Iterable[tuple[str, tuple[int, ...], Role]]) -> AdapterLayout:
-        """Concatenate tensors of these names, shapes and roles, in the given order."""
+        """Create the layout of tensors with these names, shapes and roles, in the given order."""
         entries: list[Entry] = []
         offset = 0
         for key, shape, role in tensors:
@@ -117,20 +117,20 @@ class AdapterLayout:
 
     @cached_property
     def classifier(self) -> Entry | None:
-        """The matrix of the last layer of the head, ``(classes, features)``; None without one."""
+        """Last matrix of the head, ``(classes, features)``; None if the adapter has no head."""
         matrices = [e for e in self.entries if e.role == "head" and len(e.shape) == 2]
         return matrices[-1] if matrices else None
 
     @cached_property
     def classifier_bias(self) -> Entry | None:
-        """The bias of the last layer of the head, ``(classes,)``; None without one."""
+        """Bias of the last layer of the head, ``(classes,)``; None if the layer has no bias."""
         if self.classifier is None:
             return None
         key, shape = self.classifier.key.removesuffix("weight") + "bias", self.classifier.shape[:1]
         return next((e for e in self.entries if (e.key, e.shape) == (key, shape)), None)
 
     def select(self, keep: Callable[[Entry], bool]) -> tuple[AdapterLayout, Tensor]:
-        """Return the layout of some of the tensors, and their columns here, a mask ``(P,)``."""
+        """Return the layout of the tensors to keep, and a mask ``(P,)`` of their columns."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         for entry in self.entries:
             mask[entry.columns] = keep(entry)

@@ -1,4 +1,4 @@
-"""LoRA factors: saved names, columns of their ranks in a row, and products B A."""
+"""LoRA factors: their saved names, the columns of their ranks in a row, and products B A."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def factor_pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def check_plain_lora(layout: AdapterLayout) -> None:
-    """Check that each layer's update is scaling · B A with two matrices.
+    """Check that each layer's update is scaling · B A with two matrices A and B.
 
     Raises:
         ValueError: The adapter uses DoRA, or adapts experts or convolutions.
@@ -57,13 +57,13 @@ class LayerFactors:
     module: str
     """Name of the layer in the PEFT model: the saved name without ``.lora_A.weight``."""
     a: Entry
-    """A, ``(r, in)``."""
+    """Entry of A, ``(r, in)``."""
     b: Entry
-    """B, ``(out, r)``."""
+    """Entry of B, ``(out, r)``."""
 
     @property
     def rank(self) -> int:
-        """Rank r."""
+        """Rank r of the layer."""
         return self.a.shape[0]
 
     @property
@@ -101,7 +101,7 @@ def layer_factors(layout: AdapterLayout) -> list[LayerFactors]:
 
 
 def rank_mask(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
-    """Select some ranks of each layer (rows of A, columns of B), as a bool mask ``(P,)``.
+    """Return a bool mask ``(P,)`` of some ranks of each layer (rows of A, columns of B).
 
     Args:
         layout: Layout of the row.
@@ -119,7 +119,7 @@ def rank_mask(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
 
 
 def suffix_mask(layout: AdapterLayout, suffixes: tuple[str, ...]) -> Tensor:
-    """Select tensors by the suffix of their saved name, as a bool mask ``(P,)``."""
+    """Return a bool mask ``(P,)`` of the tensors whose saved name has one of these suffixes."""
     mask = torch.zeros(layout.size, dtype=torch.bool)
     for entry in layout.entries:
         if entry.key.endswith(suffixes):
@@ -130,7 +130,7 @@ def suffix_mask(layout: AdapterLayout, suffixes: tuple[str, ...]) -> Tensor:
 def update_inner_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """Compute ⟨B A, B' A'⟩_F of pairs (A, B) and (A', B') in float64; the ranks may differ.
 
-    Neither product is formed: ⟨B A, B' A'⟩_F = ⟨Bᵀ B', A A'ᵀ⟩_F.
+    The identity ⟨B A, B' A'⟩_F = ⟨Bᵀ B', A A'ᵀ⟩_F avoids both products.
     """
     (a, b), (other_a, other_b) = one, other
     return float(((b.double().T @ other_b.double()) * (a.double() @ other_a.double().T)).sum())
@@ -139,7 +139,7 @@ def update_inner_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor
 def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the singular value decomposition of B A in float64.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, the decomposition of the small matrix R_B R_Aᵀ suffices.
+    With B = Q_B R_B and Aᵀ = Q_A R_A, only the small matrix R_B R_Aᵀ has to be decomposed.
 
     Args:
         b: ``(out, r)``.

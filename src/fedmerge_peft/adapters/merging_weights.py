@@ -1,4 +1,4 @@
-"""Merging weights: the convex combination of adapters for each client."""
+"""Merging weights: coefficients of each client's convex combination of adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MergingWeights(Stateful):
     state_fields: ClassVar[tuple[str, ...]] = ("logits",)
 
     logits: Tensor
-    """``(clients, adapters)``, float32. Zeros are the uniform initialization."""
+    """W, ``(clients, adapters)``, float32. Zeros give uniform weights."""
 
     @classmethod
     def uniform(cls, clients: int, adapters: int) -> MergingWeights:
@@ -37,9 +37,10 @@ class MergingWeights(Stateful):
 
 
 def read_weights(path: Path) -> Tensor:
-    """Return the weights π ``(clients, adapters)`` of a file of a run.
+    """Read the weights π ``(clients, adapters)`` from a file of a run.
 
-    Raises ``RunError`` if the file is missing or damaged.
+    Raises:
+        RunError: The file is missing or damaged.
     """
     tensors, _ = read_tensors(path)
     weights = tensors.get("weights")
@@ -53,7 +54,7 @@ def read_weights(path: Path) -> Tensor:
 def entropy(weights: Tensor) -> float:
     """Compute the mean entropy of the rows of π ``(clients, d)``, in units of log d.
 
-    The value is 1 for uniform weights, and 0 for one adapter per client or d = 1.
+    The entropy is 1 for uniform weights, and 0 for one-hot weights or d = 1.
     """
     if weights.shape[1] < 2:
         return 0.0
@@ -62,7 +63,7 @@ def entropy(weights: Tensor) -> float:
 
 
 def adapter_shares(weights: Tensor) -> list[float]:
-    """Compute each adapter's share ``(d,)`` of the total weight of π ``(clients, d)``."""
+    """Compute each adapter's share of the total weight in π ``(clients, d)``, as d floats."""
     return [float(share) for share in weights.double().mean(dim=0)]
 
 

@@ -17,7 +17,7 @@ def write_adapter(
     """Write the files that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        folder: Destination. Created if it does not exist.
+        folder: Destination, which is created if it does not exist.
         state: State dict in PEFT's saved form.
         config: PEFT configuration.
         documents: JSON values, each written to ``<name>.json`` in the folder.

@@ -19,16 +19,16 @@ _BASE = "base."
 _OWN = "own."
 _BLOCKS = "blocks."
 _MAX_SHOWN = 50
-"""Adapters that a notebook shows."""
+"""Largest number of adapters that a notebook shows."""
 
 
 @dataclass
 class OwnParts:
-    """Own parts of the clients' adapters, in some columns, such as those of the head.
+    """Own parts of the clients' adapters in some columns, such as the columns of the head.
 
-    θ_i = Σ_j π_ij Θ_j + U_i, with U_i in the columns and 0 in the others.
+    θ_i = Σ_j π_ij Θ_j + U_i, where U_i is 0 in all other columns.
 
-    Columns that are private to the clients are 0 in Θ, and U_i is the client's own part itself.
+    Columns that are private to the clients are 0 in Θ, so U_i alone is the client's adapter there.
     """
 
     columns: Tensor
@@ -39,7 +39,7 @@ class OwnParts:
     """True if some of the columns are private, so that only clients have whole adapters."""
 
     def plus(self, other: OwnParts) -> OwnParts:
-        """Return the sum of two own parts; columns of either are columns of the sum."""
+        """Return the sum of two own parts, which has the columns of both."""
         columns = torch.unique(torch.cat([self.columns, other.columns]))
         residuals = torch.zeros(len(self.residuals), len(columns))
         for part in (self, other):
@@ -74,7 +74,7 @@ class AdapterSoup:
     ``exact_merge.add_base_update`` apply them.
     """
     own: OwnParts | None = None
-    """Own parts of the clients' adapters; None if the soup alone determines them."""
+    """Own parts of the clients' adapters; None if their adapters have no own parts."""
     blocks: BlockWeights | None = None
     """Merging weights by block; None if they are the same in all columns."""
 
@@ -108,7 +108,8 @@ class AdapterSoup:
         Args:
             weights: π.
             clients: Weights over the clients, ``(m,)`` or ``(k, m)``, for their own parts and their
-                weights by block; one-hot for a single client. None leaves both out.
+                weights by block; one-hot for a single client. If None, own parts and weights by
+                block are omitted.
 
         Raises:
             ValueError: The own parts are private, and the weights of the clients do not sum to 1.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCES = ("local", "fedavg")
-"""Strategies to which gains are relative."""
+"""Strategies over which gains are computed."""
 TARGET = "fedavg"
 """Strategy whose final score is the target for counting rounds."""
 _TOLERANCE = 1e-9
@@ -55,8 +55,8 @@ def find_runs(
 
     Args:
         runs: Runs, run directories, or folders with run directories at any depth.
-        trust_remote_code: Consent to import the plugins that their recipes list. Runs that are
-            opened already have their own.
+        trust_remote_code: Consent to import the plugins that the recipes list. A ``RunDirectory``
+            keeps its own consent.
 
     Raises:
         RunError: A path does not exist or holds no run.
@@ -106,16 +106,16 @@ class Comparison:
     gap                 the local-global gap, ‖·‖₂, in the last tenth of the rounds
     target              the target score for the next column: the given score, or for each run the
                         final score of fedavg on the same seed, matched as for the gains
-    rounds_to_target    rounds completed at the evaluation of all clients from which on the mean
-                        stayed at the target or better, median over the runs that have one; inf if
-                        it ended below, nan without a target. Near chance, a first visit to the
-                        target would be luck
+    rounds_to_target    rounds completed at the first evaluation of all clients from which on the
+                        mean stayed at the target or better, median over the runs with a target; inf
+                        if the mean was worse at the end, nan without a target. Near chance, the
+                        first evaluation that merely reaches the target would be luck
     bytes_down          bytes sent to a client in the whole run
     bytes_up            bytes received from a client in the whole run
     seconds             wall time of the rounds
     """
     target: float | None
-    """The given target score; None if each run's target is the final score of fedavg."""
+    """The argument ``target``; None if each run's target is the final score of fedavg."""
 
     @classmethod
     def of(
@@ -172,7 +172,7 @@ class Comparison:
         reached = (score * better >= goal * better) | np.isclose(
             score, goal, rtol=_TOLERANCE, atol=_TOLERANCE
         )
-        # From the evaluation that is served backwards, the minimum is 1 down to the last miss.
+        # Backwards from the served evaluation, cummin is 1 until the last miss of the target.
         served = curves["rounds"] <= curves["run"].map(frame["after_round"])
         backwards = curves.assign(stays=reached)[served].sort_values("rounds", ascending=False)
         stayed = backwards[backwards.groupby("run")["stays"].cummin().astype(bool)]
@@ -295,8 +295,8 @@ def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:
     """Return for each run the mean score of the strategy's run with the same seed.
 
     A method that differs only in its strategy is preferred; otherwise the strategy must have a
-    single method in the setting. The result is nan if there is none, and for the strategy's own
-    runs.
+    single method in the setting. The result is nan for runs without a match, and for the strategy's
+    own runs.
     """
     scores = runs["mean"] * math.nan
     of_strategy = runs[runs["strategy"] == strategy]

@@ -23,8 +23,8 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     Returns:
         By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, between updates instead of adapters
         for flora, fedex_lora and flexlora; ``loss``, next minus trained, nats; and the run's
-        metric, such as ``test_accuracy``, trained minus next. Rounds without evaluation are nan
-        (``evaluation.every``, ``evaluation.finetuned``).
+        metric, such as ``test_accuracy``, trained minus next. Loss and metric are nan for rounds
+        without evaluation (``evaluation.every``, ``evaluation.finetuned``).
     """
     import pandas
 

@@ -38,7 +38,7 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     """Group recipes into settings and methods.
 
     A setting is one task, backbone and data set, regardless of metrics. Within it, recipes that
-    differ only in seed, name, baselines, evaluation, device and speed options are one method. A
+    differ only in seed, name, baselines, evaluation, reporting and speed options are one method. A
     method is named by its strategy and the values that distinguish it from other methods, such as
     ``fedmerge adapters=3``. A setting is named by its recipes' name, or by the values that
     distinguish it from other settings.
@@ -89,7 +89,11 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
 
 
 def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """Name each method of one setting, from one recipe of each."""
+    """Name each method of one setting.
+
+    Args:
+        recipes: One recipe of each method, by the method's key.
+    """
     values = {method: _values(recipe) for method, recipe in recipes.items()}
     common = [key for key in differing(list(values.values())) if not key.startswith("strategy.")]
     names = {}
@@ -107,7 +111,7 @@ def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
 
 
 def _setting_names(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
-    """Name each setting, from its recipes."""
+    """Name each setting by the name of its recipes, or by the values that distinguish it."""
     names = {setting: {recipe.name for recipe in group} for setting, group in recipes.items()}
     if len(set().union(*names.values())) == sum(map(len, names.values())) == len(names):
         return {setting: name for setting, (name,) in names.items()}
@@ -125,7 +129,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _key(values: Mapping[str, Any]) -> str:
-    """Return a text that is equal for equal values."""
+    """Return a text that identifies the values: equal texts mean equal values."""
     return json.dumps(values, default=str)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComparisonPicture(Picture):
-    """For each setting, the mean score by round, and the final mean and worst tenth per method.
+    """Panels per setting: the mean score by round, and each method's final mean and worst tenth.
 
     Bands and error bars are one standard deviation over runs.
     """
@@ -86,7 +86,7 @@ def _draw(all_methods: pandas.DataFrame, curves: pandas.DataFrame) -> Any:
 
 
 def _colors(strategies: dict[str, str]) -> dict[str, Any]:
-    """Return a color for each method, the palette's if it has enough."""
+    """Return a color for each method, from the palette if it has enough colors."""
     from matplotlib import colormaps
 
     styles = method_styles(strategies)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def sharing(run: RunDirectory) -> pandas.DataFrame:
     """Return each group's main adapter, which shows whether similar clients share one.
 
-    A client's main adapter is the one with its largest merging weight; a group's is the main
-    adapter of most of its clients.
+    A client's main adapter is the one with its largest merging weight. A group's main adapter is
+    the most frequent main adapter of its clients.
 
     Returns:
         By group (``data.partition.group``, or the column of a natural partition): ``clients``,
@@ -42,7 +42,7 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
 
 
 def known_groups(run: RunDirectory) -> list[str]:
-    """Return each client's group; empty without several groups, or if each has one client only."""
+    """Return each client's group; empty for fewer than two groups, or if all have one client."""
     groups = [
         "" if group != group or group is None else str(group) for group in run.clients["group"]
     ]

@@ -15,13 +15,13 @@ from fedmerge_peft.util.text import printable
 
 _SHADES = " ░▒▓█"
 _MAX_SHADED = 6
-"""With more adapters, weights are shown in percent without shades."""
+"""Limit on adapters for shaded weights. With more, weights are in percent without shades."""
 _MAX_ADAPTERS = 15
-"""Limit on columns."""
+"""Limit on the adapters shown, one column each."""
 
 
 def scores_table(run: RunDirectory, most: int = 40) -> Table:
-    """Return each client's final score for the run's strategy and its baselines.
+    """Return a table of each client's final score under the run's strategy and its baselines.
 
     Args:
         run: A finished run.
@@ -74,7 +74,7 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
 
 
 def weights_table(run: RunDirectory, most: int = 40) -> Table:
-    """Return the merging weights π; with many adapters in percent, to fit a terminal.
+    """Return a table of the merging weights π, in percent if there are many adapters.
 
     Args:
         run: A run with at least one finished round.

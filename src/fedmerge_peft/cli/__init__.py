@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     130 and 143 stopped by SIGINT (Ctrl-C) or SIGTERM. With ``FEDMERGE_TRACEBACK=1`` in the
     environment, errors keep their traceback.
     """
-    # Idle OpenMP threads sleep instead of spinning. torch reads this when it is first imported.
+    # Idle OpenMP threads sleep instead of spinning. torch reads this variable at its first import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
-            # Lines appear at once in pipes and files too.
+            # Lines appear immediately, also in pipes and files.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)
@@ -57,19 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(_escape(text), file=sys.stderr, flush=True)
         else:
-            # The launcher ends all ranks as soon as one exits, also the one that prints the error.
+            # The launcher ends all ranks when one exits: leave the other time to print its error.
             time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        # Without this the interpreter would report an error when it flushes standard output.
+        # Otherwise the interpreter would report an error when it flushes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _escape(text: str) -> str:
-    """Escape control characters, which file and column names may contain, line by line."""
+    """Escape control characters in each line; names of files and columns may contain some."""
     from fedmerge_peft.util.text import printable
 
     return "\n".join(map(printable, text.split("\n")))

@@ -1,7 +1,8 @@
-"""The ``fedmerge`` program, without its commands.
+"""The ``fedmerge`` program without its commands.
 
-A command is a function under ``@app.command()`` in a module that ``main`` imports. The module
-imports only typer at the top, so that ``fedmerge --help`` is fast; the command imports the rest.
+A command is a function with the decorator ``@app.command()`` in a module that ``main`` imports. At
+the top, such a module imports nothing slow besides typer, so that ``fedmerge --help`` is fast; the
+function of the command imports the rest.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ app = typer.Typer(
 
 
 def shipped_names(incomplete: str) -> list[str]:
-    """Return shipped recipes that start with ``incomplete``, for shell completion."""
+    """Return the names of shipped recipes that start with ``incomplete``, for shell completion."""
     from fedmerge_peft.recipe.loading import shipped
 
     return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a recipe to a new file. Raises ``RecipeError`` if it exists or cannot be written."""
+    """Write a recipe to a new file.
+
+    Raises ``RecipeError`` if the file exists or cannot be written.
+    """
     from fedmerge_peft.errors import RecipeError
     from fedmerge_peft.util.text import printable
 

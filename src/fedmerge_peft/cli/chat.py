@@ -33,9 +33,9 @@ def chat(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Chat with a client's adapter. Each line is a message, and answers appear as they are written.
+    """Chat with a client's adapter. Each line is a message; answers appear as they are generated.
 
-    /restart begins a new chat; /exit, Ctrl-D or the end of a file ends it.
+    /restart begins a new chat. /exit, Ctrl-D or the end of the input ends the chat.
 
     Example: fedmerge chat runs/assistants --client clinic
     """
@@ -69,7 +69,7 @@ def chat(
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """Yield the lines of standard input, with a prompt in a terminal."""
+    """Yield the lines of standard input, after a prompt if it is a terminal."""
     import sys
 
     if not sys.stdin.isatty():

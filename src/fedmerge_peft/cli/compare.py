@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.analysis import Comparison
 
 _WIDTH = 120
-"""Width of tables that are not printed to a terminal, characters."""
+"""Width in characters of tables that are not printed to a terminal."""
 
 
 @app.command()
@@ -51,8 +51,8 @@ def compare(
 ) -> None:
     """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.
 
-    Runs that differ only in their seed are one method. Runs with different data, tasks or backbones
-    get separate tables.
+    Runs that differ only in their seed count as one method. Runs with different data, tasks or
+    backbones are listed in separate tables.
 
     Example: fedmerge compare runs sweeps/quickstart --figure methods.png
     """
@@ -85,7 +85,7 @@ def compare(
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
-    """Print the tables, with as many columns as the console has room for."""
+    """Print the tables of a comparison, with as many columns as fit into the console's width."""
     from fedmerge_peft.analysis.reports import tables
 
     for part in tables(comparison, console.width):
@@ -93,7 +93,10 @@ def print_tables(comparison: Comparison, console: Console) -> None:
 
 
 def wide_console() -> Console:
-    """Return a console on standard output, 120 columns wide if that is not a terminal."""
+    """Return a console on standard output. Its width is 120 characters outside a terminal.
+
+    The environment variable ``COLUMNS`` takes precedence.
+    """
     import os
 
     from rich.console import Console

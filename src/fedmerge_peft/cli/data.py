@@ -1,4 +1,4 @@
-"""``fedmerge data``: the clients and their labels, before any training."""
+"""``fedmerge data``: show the clients and their labels, before any training."""
 
 from __future__ import annotations
 

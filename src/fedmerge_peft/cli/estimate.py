@@ -1,4 +1,4 @@
-"""``fedmerge estimate``: memory and bytes on the wire, before anything is loaded."""
+"""``fedmerge estimate``: estimate memory and bytes on the wire, without loading weights or data."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def estimate(
 
 
 def size_text(size: int) -> str:
-    """Return a number of bytes as text, in GB or MB of powers of ten."""
+    """Return a number of bytes as text, in GB (10⁹) or MB (10⁶)."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"

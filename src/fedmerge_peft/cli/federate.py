@@ -117,7 +117,7 @@ def server(
 ) -> None:
     """Run the server of a federation until it is stopped; the run directory is DIR/run.
 
-    After a restart it continues from the last completed round.
+    After a restart, the server continues from the last completed round.
 
     Example: fedmerge federate server federation
     """
@@ -210,7 +210,7 @@ def run(
     ] = 300,
     quiet: Quiet = False,
 ) -> None:
-    """Run the federation to its end. After an interruption, the same command continues it.
+    """Run a federation to its end. After an interruption, the same command continues it.
 
     Example: fedmerge federate run federation --wait 60
     """
@@ -279,7 +279,7 @@ def stop(
         bool, typer.Option("--all", help="Also shut down the server and all sites.")
     ] = False,
 ) -> None:
-    """Stop the federation after the current round; fedmerge federate run continues it.
+    """Stop a federation after the current round; fedmerge federate run continues it.
 
     Example: fedmerge federate stop federation
     """
@@ -338,7 +338,7 @@ def rehearse(
 
 
 def _refuse_code(path: Path, limits: SiteLimits) -> None:
-    """Raise ``FederateError`` if a site's settings allow code besides this package."""
+    """Raise ``FederateError`` if a site's settings allow code from outside this package."""
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.util.text import printable
 
@@ -356,7 +356,7 @@ def _refuse_code(path: Path, limits: SiteLimits) -> None:
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:
-    """Return a function that prints an event, unless ``quiet``."""
+    """Return a function that prints the text of an event; it prints nothing if ``quiet``."""
     from fedmerge_peft.util.text import printable
 
     def report(text: str) -> None:

@@ -1,10 +1,12 @@
-"""Arguments of ``fedmerge federate``: the server's address, and the sites with their clients."""
+"""Arguments of ``fedmerge federate``: the server's address, the sites with their clients, and the
+project's name.
+"""
 
 from __future__ import annotations
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Parse ``HOST:PORT``. Raises ``FederateError``."""
+    """Parse ``HOST:PORT``. Raises ``FederateError`` for other text."""
     from fedmerge_peft.errors import FederateError
 
     host, _, port = text.rpartition(":")
@@ -14,14 +16,14 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
-    """Return the clients of each site; a site without any has one client of its own name.
+    """Return the clients of each site. A site without clients in ``clients`` gets one of its name.
 
     Args:
         sites: Names of the sites, separated by commas.
         clients: Items of the form ``SITE=NAME``.
 
     Raises:
-        FederateError: The names are missing, repeated or malformed.
+        FederateError: Names of sites are missing or repeated, or a client is malformed.
     """
     from fedmerge_peft.errors import FederateError
 
@@ -40,6 +42,6 @@ def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
 
 
 def project_name(name: str) -> str:
-    """Return a recipe's name as the name of a project, which certificates contain."""
+    """Return a recipe's name as a project name, limited to characters that certificates allow."""
     allowed = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
     return allowed.strip("-")[:40] or "federation"

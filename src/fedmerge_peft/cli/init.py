@@ -1,4 +1,4 @@
-"""``fedmerge init``: a recipe for a table, from a few questions."""
+"""``fedmerge init``: write a recipe for a table, from a few questions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ASKED = {
     "text": ("text", "Column with the texts"),
     **dict.fromkeys(("label", "number", "list"), ("label", "Column with the labels")),
 }
-"""Option and question for a column of a kind."""
+"""Option and question by kind of a column."""
 _NONE = "none"
-"""Answer for no column of clients."""
+"""Answer if the table has no column with the clients."""
 
 
 class _Questions:
-    """Asks on the terminal, unless an option has the answer or all suggestions are taken."""
+    """Answers from options, from the terminal, or from suggestions if ``ask`` is False."""
 
     def __init__(self, *, ask: bool) -> None:
         self._ask = ask
@@ -40,7 +40,10 @@ class _Questions:
         suggested: str | None,
         among: str = "",
     ) -> str:
-        """Return an option, the answer, or the suggestion. Raises ``RecipeError`` without any."""
+        """Return the value of an option, an answer, or the suggestion.
+
+        Raises ``RecipeError`` if there is none of them.
+        """
         from fedmerge_peft.errors import RecipeError
 
         if given is not None:
@@ -69,7 +72,10 @@ class _Questions:
         suggested: str | None,
         choices: Sequence[str],
     ) -> str:
-        """Return one of several answers; ask again for others."""
+        """Return one of several choices; repeat the question after any other answer.
+
+        Raises ``RecipeError`` if an option or the suggestion is not among the choices.
+        """
         from fedmerge_peft.data.columns import did_you_mean, join_values
         from fedmerge_peft.errors import RecipeError
         from fedmerge_peft.util.text import printable
@@ -156,7 +162,7 @@ def _answers(
     clients: int | None,
     model: str | None,
 ) -> Answers:
-    """Read the table, ask the questions, and return the answers."""
+    """Read the table, print its columns, ask the questions, and return the answers."""
     from fedmerge_peft.data import guesses
     from fedmerge_peft.data.loading import load_splits
     from fedmerge_peft.errors import RecipeError
@@ -217,7 +223,7 @@ def _columns(
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str | list[str]]:
-    """Return the task's columns by key."""
+    """Return the table's columns, or lists of columns, by key of the task's section."""
     from fedmerge_peft.data.guesses import guess_any, guess_choices, guess_column
     from fedmerge_peft.errors import RecipeError
 
@@ -225,7 +231,7 @@ def _columns(
     roles: dict[str, str | list[str]] = {}
     usual_columns = section.usual_columns
     if any(set(names).issuperset(known.split()) for known in section.known_columns):
-        usual_columns = {}  # the task reads the columns with these names
+        usual_columns = {}  # the task reads these columns by default
     read = {_ASKED.get(usual.kind, (key,))[0] for key, usual in usual_columns.items()}
     for option in ("text", "label", "image"):
         if given[option] is not None and option not in read:
@@ -236,7 +242,7 @@ def _columns(
     for key, usual in usual_columns.items():
         taken = [*_flat(roles), *filter(None, (given["client"], given["label"]))]
         if usual.kind == "choices" and len(several := guess_choices(usual, columns, taken)) > 1:
-            roles[key] = several  # their names leave no doubt
+            roles[key] = several  # their names are unambiguous
             continue
         suggested = guess_column(usual, columns, rows, taken)
         if usual.kind == "choices":
@@ -253,12 +259,12 @@ def _columns(
 
 
 def _flat(roles: dict[str, str | list[str]]) -> list[str]:
-    """Return the names of all columns."""
+    """Return all columns in one list."""
     return [name for own in roles.values() for name in ([own] if isinstance(own, str) else own)]
 
 
 def _name(path: str) -> str:
-    """Return the name of a table without folders and suffixes, or that of its folder."""
+    """Return a table's name without folders and suffixes; for a pattern, that of its folder."""
     parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
     name = Path(parts[-1]).name.partition(".")[0] if parts else ""
     return name.split(":")[-1] or "recipe"

@@ -1,4 +1,7 @@
-"""Checks of the installation: versions, devices, hub, extras and disk space. They never raise."""
+"""Checks of the installation: versions, devices, hub, extras and disk space.
+
+A failed check is a result and not an exception.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from typing import Literal
 from fedmerge_peft.util.extras import install_command
 
 _HUB_TIMEOUT = 3.0
-"""Seconds."""
+"""Maximum time in seconds to wait for the hub."""
 _MIN_FREE_GB = 5.0
-"""Free space below which a run, or a model from the hub, may not fit."""
+"""Free disk space in GB below which a run, or a model from the hub, may not fit."""
 
 State = Literal["ok", "optional", "failed"]
 
@@ -29,13 +32,13 @@ class Check:
     name: str
     result: str
     state: State = "ok"
-    """``optional``: not installed and not required. ``failed``: needs fixing."""
+    """``optional``: missing or restricted, but not required. ``failed``: must be fixed."""
     remedy: str = ""
-    """Command or hint to fix the problem."""
+    """Command or hint that fixes the problem."""
 
 
 def run_checks() -> Iterator[Check]:
-    """Run all checks in turn."""
+    """Run all checks in turn, and yield their results."""
     yield Check("Python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
     yield from _devices()

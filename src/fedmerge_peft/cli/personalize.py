@@ -1,4 +1,4 @@
-"""``fedmerge personalize``: an adapter for a client outside the federation."""
+"""``fedmerge personalize``: merge an adapter for a client outside the federation."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ def personalize(
 
 
 def _table(result: Personalized) -> Table:
-    """Return a table of every method's losses, metrics and seconds, the best values in bold."""
+    """Return a table with each method's training loss, test metrics and seconds.
+
+    The best values are bold.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text

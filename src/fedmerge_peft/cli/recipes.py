@@ -1,4 +1,4 @@
-"""``fedmerge ls``, ``cp``, ``validate``, ``show`` and ``schema``: recipes, without running them."""
+"""``fedmerge ls``, ``cp``, ``validate``, ``show`` and ``schema``: commands that run no recipe."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ls(
 
 
 def _list_registered(modules: list[str]) -> None:
-    """Print strategies, tasks, partition schemes, metrics, aggregation rules and callbacks."""
+    """Print the names, origins and descriptions of all registered parts, such as strategies."""
     import fedmerge_peft.recipe  # registers the built-in ones  # noqa: F401
     from fedmerge_peft.plugins import REGISTRIES, import_installed, import_modules
     from fedmerge_peft.util.text import printable
@@ -118,8 +118,8 @@ def validate(
 ) -> None:
     """Check a recipe and summarize it in one line.
 
-    With a preset, a further line has the values of the preset's keys. The last line states what was
-    checked. No model is loaded, and the data only with --data.
+    With a preset, a second line lists the values of the preset's keys. The last line states the
+    parts that were checked. The model is not loaded, and the data is read only with --data.
 
     Example: fedmerge validate quickstart strategy.adapters=4 --data
     """
@@ -144,7 +144,7 @@ def validate(
 def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
     """Print a recipe with overrides and defaults as YAML.
 
-    The output can be saved and run.
+    The output is a complete recipe that fedmerge run accepts.
 
     Example: fedmerge show quickstart training.learning_rate=1e-4 > my.yaml
     """
@@ -169,7 +169,7 @@ def schema(
     ] = False,
     plugins: PluginModules = None,
 ) -> None:
-    """Print the JSON schema of recipes, for editors. It includes installed plugins.
+    """Print the JSON schema of recipes, with installed plugins, for editors.
 
     Editors with the YAML language server check and complete recipes that contain the comment
 
@@ -204,7 +204,7 @@ def schema(
 
 
 def _check_data(recipe: Recipe) -> str:
-    """Read the data of a recipe, and check its columns; return a summary in one line."""
+    """Read the data of a recipe and check its columns; return a one-line summary."""
     from fedmerge_peft.data import federate_data
     from fedmerge_peft.tasks import check_table
 

@@ -1,4 +1,4 @@
-"""``fedmerge report``: one HTML page about runs."""
+"""``fedmerge report``: write one HTML page about runs."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def run(
 ) -> None:
     """Run a recipe's federation and its baselines.
 
-    The line of a round has the scores of the adapters that it begins with (served), and of these
-    after the clients' own training (finetuned). The last line has those of the final adapters.
+    The line of a round shows the scores of the adapters at its start (served), and of the same
+    adapters after local training (finetuned). The last line shows those of the final adapters.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
@@ -126,7 +126,11 @@ def resume(
 
 
 def _run_stoppable(start: Callable[..., Run], run: Run, console: Console, quiet: bool) -> Run:
-    """Run with a progress bar; if the run stops or fails, print the command that resumes it."""
+    """Run with a progress bar.
+
+    If a signal stops the run, print the command that resumes it, and raise ``typer.Exit``. If the
+    run fails, add the command to the error as a note.
+    """
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import (
         ClientError,
@@ -253,7 +257,7 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 
 
 def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
-    """Return three commands to continue with, each with its purpose."""
+    """Return up to three suggestions of the next command, each with its purpose."""
     from fedmerge_peft.recipe.loading import shipped
     from fedmerge_peft.report.advice import only_warm_rounds
 

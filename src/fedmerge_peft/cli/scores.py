@@ -1,4 +1,4 @@
-"""``fedmerge scores``: the tables of a finished run, as printed by ``fedmerge run``."""
+"""``fedmerge scores``: print the tables that ``fedmerge run`` prints at the end of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def scores(
 
 
 def print_tables(run: RunDirectory, console: Console) -> None:
-    """Print the scores of a finished run and its baselines, and π of several adapters."""
+    """Print the scores of a finished run and its baselines, and the merging weights π, if any."""
     from fedmerge_peft.analysis import scores_table, weights_table
 
     if run.summary["final"]["served"] is not None:

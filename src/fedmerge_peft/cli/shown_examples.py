@@ -1,4 +1,4 @@
-"""Tokens of examples in the terminal, for ``fedmerge data --show``."""
+"""Output of the tokens of examples, for ``fedmerge data --show``."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from fedmerge_peft.tasks.shown import Segment
 
 _STYLES = {"loss": "bold green", "cut": "strike red", "": ""}
-"""Styles of tokens with a loss, of those that truncation removes, and of the others."""
+"""Styles of tokens with a loss, of tokens that truncation removes, and of other tokens."""
 
 _SEGMENTS, _TOKENS = 16, 160
-"""Numbers of segments of an example, and of tokens of a segment, that are shown."""
+"""Maximum numbers of segments shown for an example, and of tokens shown for a segment."""
 
 
 def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Console) -> None:
-    """Print the tokens of training examples, which are taken from the clients in turn.
+    """Print the tokens of training examples, one example from each client in turn.
 
     Args:
-        recipe: Task and backbone, whose tokenizer is loaded.
+        recipe: Recipe with the task, and with the backbone whose tokenizer is loaded.
         data: Table and clients.
         count: Number of examples.
         console: Output.
 
     Raises:
-        DataError: The rows do not match the recipe, or are not texts.
+        DataError: The rows do not match the recipe, or the examples are not texts.
         BackboneError: The tokenizer cannot be loaded.
     """
     from rich.table import Table
@@ -104,7 +104,10 @@ def _tokens(segment: Segment, mark: str) -> Text:
 
 
 def _ends(items: list[Any], most: int) -> list[Any]:
-    """Return the first and last items of a long list, and those between them as one list."""
+    """Return the first and last ``most`` / 2 items of a long list, with the others as one list.
+
+    The list in the middle contains the items that are not shown. Shorter lists are copied.
+    """
     if len(items) <= most:
         return [*items]
     begin, end = most // 2, len(items) - most // 2

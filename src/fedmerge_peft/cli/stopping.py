@@ -1,4 +1,4 @@
-"""Stopping a run between two rounds: the first SIGINT or SIGTERM is deferred, the second is not."""
+"""Stopping of a run between two rounds by SIGINT or SIGTERM; a second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmerge_peft.distributed import is_main
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run. ``code`` is the exit code, 128 + signal number: 130 or 143."""
+    """Stop of a run by a signal; ``code`` is the exit code, 128 + signal number (130 or 143)."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
@@ -20,19 +20,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Defer the first SIGINT or SIGTERM after ``arm`` until ``check``; the second is immediate.
+    """Context in which the first SIGINT or SIGTERM is deferred until the next call of ``check``.
 
-    Both raise ``Stopped``. The handlers are installed by ``arm``; before that, the previous
-    handlers apply.
+    A second signal takes effect immediately. Both raise ``Stopped``. ``arm`` installs the signal
+    handlers; the previous handlers apply before ``arm`` and after the context.
 
     Args:
-        announced: Print a line for the first signal.
+        announced: True to print a line for the first signal.
     """
 
     def __init__(self, announced: bool = True) -> None:
         self._announced = announced
         self.requested: int | None = None
-        """Number of the first signal."""
+        """Number of the first signal; None before it."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -56,7 +56,7 @@ class Stop:
             }
 
     def check(self) -> None:
-        """Raise ``Stopped`` if a signal has arrived; call this wherever stopping is safe."""
+        """Raise ``Stopped`` if a signal has arrived. Call this where the run may stop."""
         if self.requested is not None:
             raise Stopped(self.requested)
 
@@ -65,5 +65,5 @@ class Stop:
             raise Stopped(number)
         self.requested = number
         if self._announced and is_main():
-            with suppress(OSError):  # not print, which this handler may have interrupted
+            with suppress(OSError):  # not print: the signal may have interrupted one
                 os.write(2, b"\nstopping after this round; repeat to stop now\n")

@@ -1,4 +1,4 @@
-"""``fedmerge sweep``: one run per combination of values."""
+"""``fedmerge sweep``: run a recipe for each combination of values."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def sweep(
 
 
 def _run(recipes: dict[str, Recipe], directory: Path, screen: _Screen) -> list[Path]:
-    """Run the recipes one after another in this process; return the directories of all runs."""
+    """Run the recipes one after another in this process; return the run directories."""
     from fedmerge_peft.api import sweep
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.cli.sweep_jobs import result_of
@@ -125,7 +125,7 @@ def _run(recipes: dict[str, Recipe], directory: Path, screen: _Screen) -> list[P
 
 
 class _Screen:
-    """One bar for each run in progress on a terminal, else a line for each round."""
+    """Progress display: a bar for each active run on a terminal, otherwise a line per round."""
 
     def __init__(self, console: Console, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -1,4 +1,4 @@
-"""Several runs of a sweep at a time, in processes that report to this one."""
+"""Parallel runs of a sweep, in processes that send their progress to this one."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _POLL_SECONDS = 0.2
 
 
 class Display(Protocol):
-    """Receives the progress of a sweep's runs."""
+    """Display of the progress of a sweep's runs."""
 
     def round(self, name: str, completed: int, total: int, record: str) -> None:
-        """Show that a round of a run has ended."""
+        """Show the end of a round: ``completed`` of ``total``, with the text of its record."""
 
     def ended(self, name: str, result: str) -> None:
-        """Show that a run has ended, or failed."""
+        """Show the result of a run that has ended or failed."""
 
 
 def result_of(run: Run, fresh: bool) -> str:
-    """Return the scores of a finished run and its time, in one line."""
+    """Return the scores of a finished run in one line, with its seconds if it is ``fresh``."""
     summary = run.summary
     served = summary["final"]["served"]
     scores = (
@@ -52,21 +52,23 @@ def run_jobs(
 ) -> list[Path]:
     """Run the recipes of a sweep, ``count`` at a time; return the directories of all runs.
 
-    Each process loads the data and the model itself, and takes runs that no other one is writing.
-    Unless ``OMP_NUM_THREADS`` is set, it gets an equal share of the CPU cores as threads. The first
-    SIGINT or SIGTERM ends the runs after their rounds, the second at once.
+    Each process loads the data and the model itself, and takes runs that no other process is
+    writing. Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as
+    threads. The first SIGINT or SIGTERM ends each run after its current round, the second ends it
+    immediately.
 
     Args:
         count: Number of processes.
-        source: Recipe, as for ``expand``.
-        values: Values, as for ``expand``.
+        source: Name or path of the recipe, as for ``recipe.grid.expand``.
+        values: Items ``key=a,b,c``, as the overrides of ``recipe.grid.expand``.
         names: Names of the runs.
         out: Folder of the run directories.
         show: Display of the progress.
 
     Raises:
-        SweepError: Runs failed; the others have ended.
-        RankError: Processes were killed, and runs are left.
+        FedMergeError: An error that concerns the whole sweep, from one of the processes.
+        SweepError: Some runs failed; all others have ended.
+        RankError: Processes ended, for example were killed, before all runs had ended.
         Stopped: A signal ended the sweep.
     """
     from fedmerge_peft.cli.workers import share_cores
@@ -84,7 +86,7 @@ def run_jobs(
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
                 process.start()
-                sender.close()  # so that the end of the process ends the connection
+                sender.close()  # so that the connection closes when the process ends
             stopping = False
             for event in _events([receiver for receiver, _ in pipes]):
                 if event is not None:
@@ -113,7 +115,7 @@ def run_jobs(
 
 
 class _Progress:
-    """Events of all processes; each run ends once."""
+    """Collect the events of all processes; each run is reported as ended only once."""
 
     def __init__(self, show: Display) -> None:
         self._show = show
@@ -132,7 +134,7 @@ class _Progress:
                 self.faults.append(details[0])
             case "ended":
                 result, fresh = details
-                # The process that has run it reports it, too.
+                # If another process has run it, that process also reports it, as fresh.
                 if name not in self.ended and (fresh or name not in self._running):
                     self.ended.add(name)
                     self._show.ended(name, result)
@@ -143,7 +145,7 @@ class _Progress:
 
 
 def _events(connections: Sequence[Connection]) -> Iterator[tuple[Any, ...] | None]:
-    """Yield events until all processes have ended; None if there was none for a while."""
+    """Yield events until all processes have ended; None after each interval without events."""
     open_ones = list(connections)
     while open_ones:
         ready = cast("list[Connection]", wait(open_ones, timeout=_POLL_SECONDS))
@@ -163,7 +165,7 @@ def _terminate(processes: Sequence[BaseProcess]) -> None:
 
 
 def _job(source: str, values: Sequence[str], out: Path, events: Connection) -> None:
-    """Run recipes of a sweep in a process of their own."""
+    """Run recipes of a sweep; the entry point of a process of ``run_jobs``."""
     if os.name == "posix":
         os.setpgrp()  # a terminal sends its signals to the parent, which forwards them
     exit_with_parent()
@@ -181,7 +183,11 @@ def _job(source: str, values: Sequence[str], out: Path, events: Connection) -> N
 def run_and_report(
     source: str, values: Sequence[str], out: Path, send: Callable[[tuple[Any, ...]], None]
 ) -> None:
-    """Run the recipes of a sweep that no other process is running, and send the events."""
+    """Run the recipes of a sweep that no other process is running, and send the events.
+
+    Events are tuples of a kind (``round``, ``ended``, ``failed``, ``fault``), the run's name, and
+    details.
+    """
     from fedmerge_peft.api import sweep
     from fedmerge_peft.recipe.grid import expand
 
@@ -208,7 +214,7 @@ def run_and_report(
 
 
 def _exit(*_: object) -> None:
-    """End this process before its first round."""
+    """End this process; handles SIGTERM before the first round."""
     raise SystemExit(128 + signal.SIGTERM)
 
 

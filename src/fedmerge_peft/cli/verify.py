@@ -18,8 +18,8 @@ def verify(
 ) -> None:
     """Compare all files of runs or exports with their SHA-256 sums.
 
-    The exit code is 2 if files are damaged, missing or unknown; each is named. Sums detect
-    accidents. They do not show who wrote a file.
+    If files are damaged, missing or unknown, each of them is listed, and the exit code is 2. The
+    sums detect accidental changes; they are not proof of a file's author.
 
     Example: fedmerge verify runs/first
     """

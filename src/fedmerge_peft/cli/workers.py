@@ -1,4 +1,4 @@
-"""Several processes on this machine that share the clients of a round, by torch's launcher."""
+"""Option ``--workers``: torch's launcher starts processes that share the clients of a round."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Workers = Annotated[
 ]
 
 _MOST_ON_CPU = 4
-"""Largest number with ``auto``: each process loads the backbone and the data."""
+"""Maximum number of processes on a CPU with ``auto``; each loads the backbone and the data."""
 _SECONDS_TO_STOP = 600
-"""Time that a signal leaves the processes to finish their round."""
+"""Time in seconds that the processes have, after a signal, to finish their round."""
 
 
 def number_of_workers(requested: str, device: str) -> int:
@@ -39,7 +39,8 @@ def number_of_workers(requested: str, device: str) -> int:
         device: The recipe's ``training.device``.
 
     Raises:
-        DeviceError: The value is not a number from 1, or a launcher has started this process.
+        DeviceError: The value is neither ``auto`` nor an integer of at least 1, or a launcher has
+            already started this process and the value is neither ``auto`` nor 1.
     """
     if requested == "1" or (requested == "auto" and launched_processes() > 1):
         return 1
@@ -56,7 +57,7 @@ def number_of_workers(requested: str, device: str) -> int:
 
 
 def _automatic(device: str) -> int:
-    """Return one process for each GPU or core; one if the recipe names a single device."""
+    """Return the number of GPUs, or of CPU cores up to 4; 1 if ``device`` is a single device."""
     import torch
 
     if device not in ("auto", "cuda", "cpu"):
@@ -74,8 +75,8 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
 
     Raises:
         RankError: A process was killed.
-        typer.Exit: The program failed or was stopped; the code is that of the rank that ended
-            first.
+        typer.Exit: The program failed, with the exit code of the rank that ended first, or a signal
+            stopped it, with 128 + signal number.
     """
     share_cores(count)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
@@ -84,7 +85,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
-        # The ranks report their errors themselves.
+        # The ranks print their errors themselves.
         if name.startswith(("torch.distributed", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with TemporaryDirectory(prefix="fedmerge-") as folder:
@@ -97,7 +98,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
-            start_method="fork",  # of functions; programs are started as they are
+            start_method="fork",  # applies to functions; programs are started anew
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         program: str | Callable[..., None] = sys.executable
@@ -109,7 +110,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             elastic_launch(config, program)(*options)
         except ChildFailedError as error:
             number, first = error.get_first_failure()
-            if first.exitcode < 0:  # it could not report anything itself
+            if first.exitcode < 0:  # killed, before it could print an error
                 raise RankError(
                     f"process {number} of {count} was killed ({first.signal_name()}), as by a "
                     "system that runs out of memory; use fewer workers. fedmerge resume continues "
@@ -121,22 +122,22 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
 
 
 def share_cores(count: int) -> None:
-    """Give each of ``count`` child processes its share of the CPU cores as threads.
+    """Give each of ``count`` child processes an equal share of the CPU cores as threads.
 
-    A value of ``OMP_NUM_THREADS`` in the environment is kept.
+    If ``OMP_NUM_THREADS`` is set in the environment, it is not changed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
 
 
 def _forks() -> bool:
-    """Return True if ranks may be forks: on Linux, and if no library can have started a GPU."""
+    """Return True if ranks may be forks: on Linux without a CUDA GPU."""
     import torch
 
     return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def _import_libraries() -> None:
-    """Import what all ranks need, without starting a thread or running a tensor operation."""
+    """Import the modules that all ranks need, without starting threads or tensor operations."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
@@ -145,18 +146,20 @@ def _import_libraries() -> None:
 
 
 def _run_forked(arguments: Sequence[str]) -> None:
-    """Run ``fedmerge`` in a forked rank, as in a process of its own."""
+    """Run ``fedmerge`` in a forked rank, as in a new process."""
     import torch
 
     from fedmerge_peft.cli import main
 
-    os.setsid()  # Ctrl-C in a terminal reaches the launcher only, which passes it on
+    os.setsid()  # Ctrl-C in a terminal reaches only the launcher, which forwards it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # libraries read it at import
+    torch.set_num_threads(
+        int(os.environ["OMP_NUM_THREADS"])
+    )  # libraries read the variable at import
     try:
         main(arguments)
-    except Exception:  # the launcher would print it in a form of its own
+    except Exception:  # the launcher would print it differently
         traceback.print_exc()
         sys.exit(1)
 

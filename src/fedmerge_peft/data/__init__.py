@@ -1,9 +1,9 @@
 """Examples and their partition among clients.
 
-``federate_data`` turns a recipe into clients. ``loading`` reads the splits;
-``in_memory`` takes those that Python passes. ``partition`` assigns
-row numbers to clients with numpy alone. ``build`` combines both into one table with its clients.
-``summary`` shows the rows of each client.
+``federate_data`` creates the clients of a recipe. ``loading`` reads the splits, and ``in_memory``
+converts tables that a Python program passes. ``partition`` assigns row numbers to clients and
+depends only on numpy. ``build`` combines splits and row numbers into one table with its clients.
+``summary`` counts the rows of each client.
 """
 
 from fedmerge_peft.data.build import federate_data

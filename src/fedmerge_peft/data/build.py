@@ -1,4 +1,4 @@
-"""Construction of clients from a data recipe: load, partition and join the splits."""
+"""Create clients from a data recipe: load, partition and join the splits."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def federate_data(
 ) -> FederatedData:
     """Load the data of a recipe and partition them among clients.
 
-    Validation and test splits are partitioned like the training split. A client gets the same
-    fraction of each class as in training. With the natural scheme, it gets the rows with its value;
-    with iid, an equal part. If a split is missing, a fraction of each client's training rows takes
-    its place (``partition.split_off``).
+    Validation and test splits are partitioned like the training split: a client gets the same
+    fraction of each class as in training. With the natural scheme, a client gets the rows that have
+    its value; with iid, it gets an equal part. If a split is missing, a fraction of each client's
+    training rows replaces it (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
         label: Label column of the task, or None if examples have no label.
         seed: Seed of the recipe. The clients depend on the seed only, not on random numbers drawn
             in training.
-        media: Column with images or audio of the task, or None. Its relative paths are looked for
-            beside the table first.
-        whole: True if these are the examples of all clients, which have several labels, and the
-            same ones in all splits. Those of one site may have one.
+        media: Column with images or audio of the task, or None. Relative paths in it are resolved
+            against the folder of the table if the file exists there.
+        whole: True for the examples of all clients. They must have several labels, and each split
+            must share labels with training. The examples of a single site need not.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:
-        Table with training rows first, in which every row belongs to a client, and the clients in
-        the order of their groups. A client may have no validation or test rows.
+        Table with training rows first, and the clients in the order of the partition scheme. Every
+        row belongs to a client. A client may have no validation or test rows.
 
     Raises:
         DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of
@@ -156,9 +156,10 @@ def _reject_one_label(names: Sequence[str], label: str) -> None:
 
 
 def _check_unseen_labels(numbers: Mapping[str, Indices], label: str, *, reject: bool) -> None:
-    """Warn of labels that no training example has; with ``reject``, refuse splits without others.
+    """Log a warning for labels that no training example has.
 
-    The splits of a single site may be so small that they have no label in common.
+    With ``reject``, raise ``DataError`` if a split has only such labels. The splits of a single
+    site may be so small that they have no label in common.
     """
     for split, labels in numbers.items():
         unseen = int((labels < 0).sum())

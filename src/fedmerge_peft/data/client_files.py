@@ -1,4 +1,4 @@
-"""Files and folders of single clients: ``clients/*.csv``, ``hospitals/*/``."""
+"""Clients in separate files or folders: ``clients/*.csv``, ``hospitals/*/``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 def is_pattern(path: Path) -> bool:
-    """Return True for a path with wildcards, unless it exists."""
+    """Return True if a path has wildcards and no file has exactly this name."""
     return any(character in str(path) for character in "*?[") and not path.exists()
 
 
 def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read one file or folder for each client; its name without suffixes is the client's name.
+    """Read one file or folder per client; the client's name is the file name without suffixes.
 
-    A column with the clients is added (``client_column``). Folders are read as single ones are;
-    labels of folders of images or audio become text.
+    A column that names the client of each row is added (``client_column``). Each folder is read as
+    by ``read_local``; labels of images or audio become text.
 
     Raises:
-        DataError: No file matches, files cannot be read, two have the same name, or they differ in
-            splits or columns.
+        DataError: No file matches; a file is not a table, cannot be read or has no rows; two
+            clients have the same name, or differ in splits or columns.
     """
     paths = _matches(pattern)
     if all(path.is_dir() for path in paths.values()):
@@ -59,7 +59,7 @@ def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[s
 
 
 def _matches(pattern: Path) -> dict[str, Path]:
-    """Return the files or folders by client, in the order of their paths."""
+    """Return the file or folder of each client by name, in the order of the paths."""
     paths = [Path(path) for path in sorted(glob(str(pattern)))]  # noqa: PTH207 - absolute too
     if not paths:
         raise DataError(f"data.path: no file matches {pattern.absolute()}; correct the pattern")
@@ -76,7 +76,7 @@ def _matches(pattern: Path) -> dict[str, Path]:
 
 
 def _with_label_names(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Replace class numbers, which differ between folders, by their names."""
+    """Replace class numbers, which differ between folders, by class names."""
     from datasets import Value
 
     named = {}

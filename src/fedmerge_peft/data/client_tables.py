@@ -1,4 +1,4 @@
-"""Tables of single clients, joined into one table with a column of clients."""
+"""Join the tables of single clients into one table with a column that names the client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _BATCH = 1_000
-"""Rows that are converted to Python at a time."""
+"""Number of rows that are converted to Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def client_column(recipe: DataRecipe) -> str:
 
 
 def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Dataset]:
-    """Join the tables of clients by split, with a column that names the client of each row.
+    """Join the tables of clients by split, and add a column that names the client of each row.
 
     Raises:
-        DataError: Clients have different splits or columns, or rows name another client.
+        DataError: Clients have different splits or columns, or a row names another client.
     """
     from datasets import concatenate_datasets
 
@@ -61,13 +61,13 @@ def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Data
 
 
 def column_values(table: Dataset, column: str) -> Iterator[list[Any]]:
-    """Yield the values of a column, in pieces. Images are not decoded."""
+    """Yield the values of a column in batches. Images are not decoded."""
     for batch in table.select_columns([column]).with_format("arrow").iter(_BATCH):
         yield batch.column(column).to_pylist()
 
 
 def _with_client(table: Dataset, column: str, client: ClientTables) -> Dataset:
-    """Add the column of clients, or check that it has no other client."""
+    """Add the column that names the client; if it exists, check that it names only this client."""
     if column in table.column_names:
         for values in column_values(table, column):
             if others := [value for value in values if str(value) != client.name]:
@@ -80,7 +80,7 @@ def _with_client(table: Dataset, column: str, client: ClientTables) -> Dataset:
 
 
 def _aligned(tables: Mapping[tuple[str, str], Dataset]) -> dict[tuple[str, str], Dataset]:
-    """Convert all tables to common types of columns. Raises ``DataError`` if there are none."""
+    """Convert all tables to common column types. Raises ``DataError`` if a column has none."""
     from datasets import Features
 
     sources = {

@@ -34,7 +34,7 @@ class Client:
 
 
 def rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
-    """Return the rows of the table that clients hold, by split."""
+    """Return the row numbers of all clients, by split: training, validation and test."""
     return {
         "training": np.concatenate([client.train for client in clients]),
         "validation": np.concatenate([client.validation for client in clients]),
@@ -43,14 +43,14 @@ def rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
 
 
 def held_parts(clients: Sequence[Client]) -> list[Indices]:
-    """Return the training, validation and test rows of each client, without empty ones."""
+    """Return the training, validation and test rows of each client; empty parts are left out."""
     parts = (part for client in clients for part in (client.train, client.validation, client.test))
     return [part for part in parts if len(part)]
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Table of examples and the clients that hold its rows."""
+    """Table of examples, and the clients to which its rows belong."""
 
     table: Dataset
     clients: Sequence[Client]

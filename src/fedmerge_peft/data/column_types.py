@@ -1,4 +1,4 @@
-"""Types of columns, inferred from all rows of all files."""
+"""Infer the types of columns from all rows of all files, and convert uncommon types."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.text import is_encodable
 
 LARGEST_EXACT = 2**53
-"""Integers beyond it are not exact as float64."""
+"""Integers beyond this limit are not always exact as float64."""
 
 
 def type_texts(texts: Any) -> Any:
     """Convert a ``pyarrow.ChunkedArray`` of text to booleans or numbers if that loses nothing.
 
-    Each value must be written as it would be written from its number, so codes such as 007, 1.10 or
-    +1 stay text, as do dates, and integers beyond 64 bits.
+    Converting each result back to text must reproduce the original. Codes such as 007, 1.10 or +1,
+    dates, and integers beyond 64 bits therefore stay text.
     """
     if texts.null_count == len(texts):
         return texts
@@ -42,9 +42,9 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
     Lists and objects whose contents have different types become text, as JSON.
 
     Args:
-        values: Values; None is a missing value.
+        values: Values of all rows; None is a missing value.
         name: Column, for error messages.
-        place: Returns the place of a row for error messages, such as ``rows.jsonl:7``.
+        place: Function from a row number to its place for error messages: ``rows.jsonl:7``.
 
     Raises:
         DataError: Values have different types, are too large for an exact number, or are not
@@ -80,10 +80,11 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
 
 
 def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
-    """Convert a ``pyarrow.ChunkedArray`` of a type that other code does not expect.
+    """Convert a ``pyarrow.ChunkedArray`` of an uncommon type to a type that the package supports.
 
-    Views, dictionaries and runs become plain values. Float16, which Arrow cannot sort, becomes
-    float32. Arrow's JSON is parsed. Other extension types become their storage.
+    Views, dictionary-encoded and run-end-encoded columns become plain values. Float16, which Arrow
+    cannot sort, becomes float32. Arrow's JSON is parsed. UUIDs and pandas periods become text.
+    Other extension types become their storage type.
 
     Raises:
         DataError: A JSON column has values of different types (``json_column``).
@@ -111,7 +112,7 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
 
 
 def as_text(values: Any) -> Any:
-    """Convert a ``pyarrow.ChunkedArray`` of booleans or numbers to text, as JSON has it."""
+    """Convert a ``pyarrow.ChunkedArray`` of booleans or numbers to text in JSON's notation."""
     if not pa.types.is_floating(values.type):
         return values.cast(pa.string())
     texts = [None if value is None else repr(value) for value in values.to_pylist()]
@@ -119,12 +120,12 @@ def as_text(values: Any) -> Any:
 
 
 def whole_numbers(columns: Sequence[Any]) -> list[Any]:
-    """Convert floating-point columns to int64 if all of their values are whole.
+    """Convert floating-point columns to int64 if all of their values are whole and exact.
 
-    Pandas writes integers with missing values as 1.0. NaN becomes a null.
+    Pandas stores integers as floats, such as 1.0, if some values are missing. NaN becomes null.
 
     Args:
-        columns: ``pyarrow.ChunkedArray`` of each split. All or none are converted.
+        columns: The ``pyarrow.ChunkedArray`` of each split. Either all or none are converted.
     """
     if not all(pa.types.is_floating(column.type) for column in columns):
         return list(columns)

@@ -1,4 +1,4 @@
-"""Columns of a data set: reading, matching values, encoding classes."""
+"""Read the columns of a data set, match values, and encode classes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 100_000
-"""Largest number of names: of labels, or of clients and groups before the partition."""
+"""Maximum number of different labels, or of values of a column by which rows are partitioned."""
 LONGEST_NAME = 1_000
-"""Longest name of a column, label, client or group, in characters."""
+"""Maximum length of the name of a column, label, client or group, in characters."""
 SHOWN_VALUES = 20
 
 
 def join_values(values: Iterable[object], limit: int = SHOWN_VALUES) -> str:
-    """Join values with commas. Values beyond ``limit`` are counted, not shown."""
+    """Join values with commas. Values beyond ``limit`` are only counted."""
     names = [str(value) for value in values]
     more = f", … and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def is_number(text: str) -> bool:
-    """Return True if a text is a number as tables have them: with a decimal point, in digits."""
+    """Return True if a text can be converted to a number, such as ``-1.5``."""
     try:
         pa.scalar(text.strip()).cast(pa.float64())
     except pa.ArrowInvalid:
@@ -57,7 +57,7 @@ def did_you_mean(wrong: object, names: Iterable[object]) -> str:
 
 
 def no_client(name: object, names: Iterable[str]) -> str:
-    """Describe a client that a run does not have, after the name of the run."""
+    """Return the end of a message about a missing client; it follows the name of the run."""
     known = list(names)
     return f"has no client {name!r}{did_you_mean(name, known)}; it has {join_values(known)}"
 
@@ -142,7 +142,7 @@ def encode_classes(
         splits: Data sets by split, including ``train``.
         column: Column.
         key: Recipe key that names the column, for error messages.
-        lists: True to count a list by its first value.
+        lists: True to replace each list by its first value.
 
     Returns:
         Class numbers ``(rows,)`` of each split, and the names of the C classes. A value that does
@@ -184,12 +184,12 @@ def encode_classes(
 def check_class_names(names: Sequence[str], subject: str) -> None:
     """Raise ``DataError`` if there are too many names, or one is too long to be a name.
 
-    Names are in records, figures and messages. A column of texts in place of labels or clients
-    would fill them.
+    Records, figures and messages contain all names. A column of texts in place of labels or clients
+    would make them unreadable.
 
     Args:
         names: Distinct values.
-        subject: Key and column, with which the message begins.
+        subject: Key and column; the message begins with them.
     """
     if len(names) > MAX_CLASSES:
         raise DataError(
@@ -205,9 +205,10 @@ def check_class_names(names: Sequence[str], subject: str) -> None:
 
 
 def first_of_lists(dataset: Dataset, column: str) -> Dataset:
-    """Return a column of lists as one of their first values; other data sets unchanged.
+    """Return a data set with this column only, in which each list is replaced by its first value.
 
-    An empty list becomes an empty value.
+    An empty list becomes null. If the column does not contain lists, the data set is returned
+    unchanged.
     """
     from datasets import Dataset, Features
 
@@ -221,7 +222,7 @@ def first_of_lists(dataset: Dataset, column: str) -> Dataset:
 
 
 def _reject_inexact(entries: Any, column: str, key: str) -> None:
-    """Raise ``DataError`` for infinities, and for numbers to which several integers are rounded."""
+    """Raise ``DataError`` for infinities, and for floats too large to be exact integers."""
     if pa.types.is_floating(entries.type):
         infinite = entries.filter(pc.is_inf(entries))
         if len(infinite):
@@ -276,7 +277,7 @@ def _as_type(value: Scalar, type: Any, feature: Any) -> Any:
     if pa.types.is_string(type) or pa.types.is_large_string(type):
         return str(value)
     if pa.types.is_boolean(type) and not isinstance(value, str) and value not in (0, 1):
-        return None  # Arrow would read it as true
+        return None  # Arrow would convert it to true
     try:
         return pa.scalar(value).cast(type).as_py()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

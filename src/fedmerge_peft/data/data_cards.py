@@ -1,8 +1,8 @@
 """Data sets on the hub, and folders with a data set card that names the files of their splits.
 
-Tables are read as other files are, so that codes with leading zeros stay text in all of them. If
-the card sets further options of a reader, or declares the types of files that have types of their
-own, ``datasets`` reads the files.
+Tables are read like any other local table, so codes with leading zeros stay text. ``datasets``
+reads the files if the card sets further reader options, or declares column types for a format other
+than csv.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _READERS = {"CsvConfig", "JsonConfig", "ParquetConfig", "ArrowConfig"}
 _NO_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
-"""Fields of a reader's configuration that do not change how rows are read, and the separator."""
+"""Reader options that do not change how rows are read, and the separator, which is supported."""
 
 
 def has_files(card: Path) -> bool:
@@ -42,13 +42,13 @@ class DescribedFiles:
     splits: dict[str, list[Path]]
     """Files of each split."""
     separator: str | None
-    """Character between fields, if the card sets it."""
+    """Character between fields; None for a comma or a format without separators."""
     features: Features | None
     """Declared types of the columns of csv files."""
 
 
 def described_files(source: str, config: str | None, revision: str | None) -> DescribedFiles | None:
-    """Return the tables that a card names; None if ``datasets`` must read them.
+    """Return the tables that a card names, or None if ``datasets`` must read them.
 
     Args:
         source: Folder or hub id.
@@ -81,7 +81,7 @@ def load_described(source: str, config: str | None, revision: str | None) -> dic
 
 
 def download_card(name: str, revision: str | None) -> Path:
-    """Download the card of a data set on the hub; return the folder, in which it may be missing."""
+    """Download the card of a data set on the hub, if there is one, and return its folder."""
     return _download(name, revision, ["README.md"])
 
 

@@ -1,4 +1,4 @@
-"""Reading of csv and tsv files: every row, or an error with its line."""
+"""Read csv and tsv files; a row that cannot be read is an error that names its line."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 _SEPARATORS = (",", ";", "\t", "|")
 _HINT = re.compile(r'"?sep=.?"?[\r\n]')
-"""First line that sets a spreadsheet's separator."""
+"""First line that sets the separator for spreadsheet programs, such as ``sep=;``."""
 
 
 class _Record(NamedTuple):
-    """Fields of one row, and its first and last line in the file, from 1."""
+    """Fields of one row, and the numbers of its first and last line in the file, from 1."""
 
     first: int
     last: int
@@ -38,23 +38,23 @@ class _Record(NamedTuple):
 def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> pa.Table:
     """Split the text of a file into columns of text.
 
-    The first row has the names of the columns. Empty fields are nulls. Rows without any value are
+    The first row contains the column names. Empty fields are nulls. Rows without any value are
     skipped. If spaces precede names in the first row, spaces after separators are ignored.
 
-    With ``quoting: auto``, quotation marks enclose fields, as RFC 4180 defines. A file with tabs in
-    which that is impossible has no quoted fields: its quotation marks are text. If a field spans
+    With ``quoting: auto``, quotation marks enclose fields, as RFC 4180 defines. If a tab-separated
+    file cannot be parsed in this way, its quotation marks are read as text. If a field spans
     several lines, but each line is also a complete row, the file is ambiguous.
 
     Args:
         path: File, for error messages.
-        text: Its content.
+        text: Content of the file.
         separator: Character between fields.
         quoting: Meaning of quotation marks.
 
     Raises:
-        DataError: A row has more or fewer fields than the first or repeats it, a quoted field does
-            not end, the file is ambiguous, two columns have the same name, or the first line is a
-            hint for spreadsheets. The message names the line.
+        DataError: The file is empty or ambiguous, or has another separator; a row has more or fewer
+            fields than the first, or repeats it; a quoted field does not end; two columns have the
+            same name; or the first line is a hint for spreadsheets. The message names the line.
     """
     records = _records(path, text, separator, quoting)
     if not records:
@@ -75,7 +75,7 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
 
 
 def _records(path: Path, text: str, separator: str, quoting: Quoting) -> list[_Record]:
-    """Return the rows of a file that have a value, all with the same number of fields."""
+    """Return the rows that contain at least one value, all with the same number of fields."""
     if quoting == "none":
         return _parse(path, text, separator, quoted=False)
     try:
@@ -101,8 +101,8 @@ def _records(path: Path, text: str, separator: str, quoting: Quoting) -> list[_R
 
 
 def _reject_repeated_header(path: Path, header: _Record, rows: Sequence[_Record]) -> None:
-    """Raise ``DataError`` for a row of column names, as files that were joined have."""
-    several = len(header.fields) > 1  # a text may be the name of its column
+    """Raise ``DataError`` if a row repeats the column names, as in concatenated files."""
+    several = len(header.fields) > 1  # in a single column, a text may equal the column name
     for row in rows if several else ():
         if [field.removeprefix("\ufeff") for field in row.fields] == header.fields:
             raise DataError(
@@ -147,7 +147,7 @@ def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Reco
 
 
 def _check_width(path: Path, records: Sequence[_Record], separator: str) -> None:
-    """Raise ``DataError`` if the last row has another number of fields than the first."""
+    """Raise ``DataError`` if the first and the last row differ in their number of fields."""
     names, row = records[0].fields, records[-1]
     if len(row.fields) != len(names):
         raise DataError(

@@ -20,11 +20,14 @@ Splits = dict[str, list[Path]]
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order, without hidden ones. Links are followed."""
+    """Yield the files below a folder in sorted order, and follow links.
+
+    Hidden files, hidden folders and folders that begin with ``__`` are skipped.
+    """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(parent)
-        if real in visited:  # a link to a folder above it
+        if real in visited:  # a link to a folder that is already visited
             folders.clear()
             continue
         visited.add(real)
@@ -33,21 +36,21 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
-    """Assign tables to splits by the names of the files or folders at the top.
+    """Assign tables to splits by the names of the files and folders directly in a folder.
 
     Each name must begin or end with the name of a split (``train.csv``, ``test/``,
     ``tickets_train.csv``, ``train-00000-of-00002.parquet``). If none does, the same rule is applied
-    within each folder at the top (``en/train.csv``, ``de/train.csv``). If it finds no splits there
-    either, all files are the training split.
+    within each subfolder (``en/train.csv``, ``de/train.csv``). If no subfolder has an evaluation
+    split either, all files form the training split.
 
     Raises:
-        DataError: Some names are those of splits for evaluation, others of no split.
+        DataError: Some names are those of evaluation splits, but others are not names of splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 
 
 def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
-    """Return the files by split, or None if no names are those of splits."""
+    """Return the files by split, or None if their names do not define splits."""
     while len(entries := _by_entry(folder, files)) == 1:
         (entry,) = entries
         if not (folder / entry).is_dir() or _words(entry)[-1] in _SPLIT_OF:
@@ -72,10 +75,10 @@ def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
 
 
 def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | None:
-    """Join the splits that each folder at the top contains; return None if no folder has any.
+    """Join the splits of the subfolders; return None if none of them has an evaluation split.
 
     Raises:
-        DataError: Some of the folders have splits for evaluation, others have no splits.
+        DataError: Some subfolders have evaluation splits, but other entries have no splits.
     """
     within = {
         entry: (_split_within(folder / entry, files) if (folder / entry).is_dir() else None)
@@ -98,10 +101,13 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
 
 
 def split_media(folder: Path, files: Sequence[Path]) -> Splits:
-    """Assign images or audio to splits if each folder at the top is named as a split.
+    """Assign images or audio to splits if each subfolder is named as a split.
+
+    Otherwise, all files form the training split.
 
     Raises:
-        DataError: Folders are named as the training split and as another one, and others are not.
+        DataError: Some subfolders are named as the training split and as an evaluation split, but
+            other entries are not named as splits.
     """
     entries = _by_entry(folder, files)
     splits = {
@@ -117,10 +123,10 @@ def split_media(folder: Path, files: Sequence[Path]) -> Splits:
 
 
 def media_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
-    """Return the label of each file by split: the name of its folder.
+    """Return, for each split, the labels of its files: the names of their folders.
 
     Raises:
-        DataError: Files lie at different depths, or in no folder of a label.
+        DataError: Files lie at different depths, or outside a folder that is named by a label.
     """
     files = [path for paths in splits.values() for path in paths]
     tops = {path.relative_to(folder).parts[0].lower() for path in files}
@@ -141,7 +147,7 @@ def media_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str
 
 
 def _by_entry(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Group files by the name of the file or folder at the top."""
+    """Group files by the first part of their path relative to the folder."""
     entries: dict[str, list[Path]] = {}
     for path in files:
         entries.setdefault(path.relative_to(folder).parts[0], []).append(path)
@@ -149,7 +155,7 @@ def _by_entry(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _words(entry: str) -> list[str]:
-    """Return the words of a name, without the numbers of its parts (train-00000-of-00002)."""
+    """Return the words of a name in lower case, without part numbers (``train-00000-of-00002``)."""
     words = entry.partition(".")[0].lower().replace("-", "_").split("_")
     while len(words) > 1 and (words[-1].isdecimal() or words[-1] == "of"):
         words.pop()

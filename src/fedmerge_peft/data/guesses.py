@@ -1,4 +1,4 @@
-"""Guesses of the purpose of a table's columns: texts, labels, clients, splits."""
+"""Guess the purpose of a table's columns: texts, labels, clients, splits."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _CLIENTS = (
 _SPLITS = {"train", "training", "validation", "valid", "dev", "test"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ANSWERS = "answer answers response reply output completion chosen summary translation"
-"""Names of columns with what a language model may answer to a text."""
+"""Usual names of columns with the texts that a language model should generate."""
 _CHOICE = re.compile(
     r"((?P<stem>ending|choice|option|opt|answer|sol|solution)[ _-]?)?([a-e]|\d\d?)"
 )
-"""Names of columns with one choice each, such as ending0 and ending1, or A and B."""
+"""Names of columns that each contain one choice, such as ending0 and ending1, or A and B."""
 _MOST_LABELS = 200
 _FEWEST_ROWS = 4
-"""Least mean number of rows per value in a column that names clients."""
+"""Minimum mean number of rows per value in a column that names clients."""
 
 
 @dataclass(frozen=True)
 class ColumnProfile:
-    """One column of a table."""
+    """Properties of one column of a table."""
 
     name: str
     kind: str
     """text, number, fraction (numbers that are not all whole), image, list (texts or integers) or
     other."""
     distinct: int
-    """Number of different values; 0 for images and others."""
+    """Number of different values; 0 for images, lists and other types."""
     length: float
-    """Mean number of characters of a text."""
+    """Mean number of characters of the different texts; 0 without texts."""
     example: str
     is_value: bool = False
     """True if the name is a number or one of the values, as in a table without a header line."""
@@ -56,17 +56,17 @@ class ColumnProfile:
 
 
 def describe(table: Dataset) -> list[ColumnProfile]:
-    """Return the columns of a table."""
+    """Return the properties of each column of a table."""
     return [_column(table, name) for name in table.column_names]
 
 
 def guess_task(columns: Sequence[ColumnProfile], rows: int, label: str | None = None) -> str | None:
-    """Return the task with the most specific columns that a table has; None if it is not clear.
+    """Return the task with the most specific columns among those that fit; None if unclear.
 
     Args:
-        columns: All columns but that of the clients, if it is known.
+        columns: All columns, except the column of clients if it is known.
         rows: Number of rows.
-        label: Column of the labels, if it is known. Others are none.
+        label: Column of the labels, if it is known. Other columns that could be labels are ignored.
     """
     if any(column.name == label for column in columns):
         columns = [
@@ -105,8 +105,8 @@ def _has(usual: UsualColumn, columns: Sequence[ColumnProfile], rows: int) -> boo
 
 
 def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -> bool:
-    """Return True if a table with columns of these kinds may as well be for another task."""
-    if "number" in kinds:  # the score of a class, or a person's confidence
+    """Return True if columns of these kinds are not clear evidence for one task."""
+    if "number" in kinds:  # it may be the score of a class, or an annotator's confidence
         others = _free(columns, [guess_column(NUMBER, columns, rows)])
         if _named(_likely_labels(others, rows), LABEL.names):
             return True
@@ -116,7 +116,7 @@ def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -
         )
     if "label" in kinds:
         return len(_likely_labels(columns, rows)) > 1
-    if kinds == {"text"}:  # a text alone, beside what it may be about
+    if kinds == {"text"}:  # the other columns may be answers to the text, or scores of it
         answers = _named(columns, _ANSWERS)
         return bool(answers) or any(column.kind == "fraction" for column in columns)
     return False
@@ -125,12 +125,12 @@ def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -
 def guess_column(
     usual: UsualColumn, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str] = ()
 ) -> str | None:
-    """Return the column that is most likely what a task reads; None if none is."""
+    """Return the column that most likely fits a task's description; None if there is none."""
     free = _free(columns, taken)
     match usual.kind:
         case "image":
             return next((column.name for column in free if column.kind == "image"), None)
-        case "text":  # one with a usual name, or that with the longest texts
+        case "text":  # the column with a usual name, or with the longest texts
             texts = [column for column in free if column.kind == "text" and column.length > 0]
             longest = max(((column.length, column.name) for column in texts), default=(0, None))[1]
             return _named(texts, usual.names) or longest
@@ -157,7 +157,7 @@ def guess_column(
 def guess_choices(
     usual: UsualColumn, columns: Iterable[ColumnProfile], taken: Iterable[str] = ()
 ) -> list[str]:
-    """Return the column of lists of choices, or the columns with one choice each; [] for none."""
+    """Return the column of lists of choices, or the columns of single choices; else ``[]``."""
     free = _free(columns, taken)
     nested = [column for column in free if column.kind in ("list", "other")]
     if (name := _named(nested, usual.names)) is not None:
@@ -173,7 +173,7 @@ def guess_choices(
 def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of labels: one with a usual name, or that with the fewest values.
 
-    None if several have the fewest values.
+    Return None if there is no candidate, or if several have the fewest values.
     """
     likely = _likely_labels(_free(columns, taken), rows)
     return likely[0].name if len(likely) == 1 else None
@@ -182,7 +182,7 @@ def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str
 def guess_any(
     kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
 ) -> str | None:
-    """Return the only column of a kind that a task needs, whatever its name; None if unclear."""
+    """Return the only column of a kind, regardless of its name; None if there is not just one."""
     free = _free(columns, taken)
     match kind:
         case "number":
@@ -198,7 +198,7 @@ def guess_any(
 
 
 def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnProfile]:
-    """Return the column of labels with a usual name, or all that have the fewest values."""
+    """Return the candidate with a usual name, or all candidates with the fewest values."""
     fit = [
         column
         for column in columns
@@ -212,7 +212,10 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 
 
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of clients: one with a usual name, or the text with the most values."""
+    """Return the column of clients: one with a usual name, or the text with the most values.
+
+    Return None if no column has few enough values.
+    """
     fit = [
         column
         for column in _free(columns, taken)
@@ -223,7 +226,7 @@ def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[st
 
 
 def guess_split(table: Dataset) -> str | None:
-    """Return the column whose values are names of splits; None without one."""
+    """Return the column whose values are names of splits; None if there is none."""
     for name in table.column_names:
         if "split" in name.lower() and (values := _values(table, name)) is not None:
             splits = {str(value).lower() for value in values.unique().to_pylist()}
@@ -237,7 +240,7 @@ def _free(columns: Iterable[ColumnProfile], taken: Iterable[str | None]) -> list
 
 
 def _named(columns: Iterable[ColumnProfile], names: str) -> str | None:
-    """Return the first column that has one of the names, in the order of the names."""
+    """Return the column with the first of the names that occurs; None if none does."""
     there: Mapping[str, str] = {column.name.lower(): column.name for column in columns}
     return next((there[name] for name in names.split() if name in there), None)
 
@@ -264,7 +267,7 @@ def _column(table: Dataset, name: str) -> ColumnProfile:
 
 
 def _values(table: Dataset, name: str) -> Any:
-    """Return a column of plain values; None for lists, records and bytes."""
+    """Return the values of a column; None if they are lists, records or bytes."""
     try:
         return read_column(table, name, "column")
     except DataError:
@@ -272,7 +275,7 @@ def _values(table: Dataset, name: str) -> Any:
 
 
 def _nested(table: Dataset, name: str) -> str:
-    """Return list for lists of texts or integers, else other."""
+    """Return ``"list"`` for lists of texts or integers, else ``"other"``."""
     inner = str(getattr(getattr(table.features[name], "feature", None), "dtype", ""))
     return "list" if re.fullmatch(r"(large_)?string|u?int\d+", inner) else "other"
 

@@ -1,7 +1,7 @@
-"""Examples that a Python program passes, as the splits that files would have given.
+"""Convert examples that a Python program passes to splits, as if they were read from files.
 
-One table, splits of a table, or a mapping from clients to their tables. Tables get the checks and
-the types of files. A recipe names the examples by their fingerprint.
+The examples are one table, the splits of a table, or a mapping from clients to their tables. Tables
+are checked and converted like files. A recipe refers to the examples by their fingerprint.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def take_data(
 ) -> tuple[DataRecipe, dict[str, Dataset]]:
     """Convert examples in memory to splits.
 
-    The keys of a mapping are its clients, in place of the recipe's partition. They become a column:
-    that of ``partition.by`` with the natural scheme, else ``client``.
+    The keys of a mapping are the clients; they replace the recipe's partition. They are stored in
+    the column ``partition.by`` for the natural scheme, else in the column ``client``.
 
     Args:
         recipe: Names of the splits, and the partition.
         data: The examples.
-        label: Label column of the task, to name the client whose labels are missing.
+        label: Label column of the task. Errors about missing labels then name the client.
 
     Returns:
         The recipe with the fingerprint of the examples as ``path``, and the splits by name.
 
     Raises:
-        DataError: A table has another type than these, an unsupported column or no rows; tables of
+        DataError: A table has an unsupported type, invalid columns or no rows; or the tables of
             clients differ in columns or splits. The message names the client.
     """
     with no_progress_bars():
@@ -75,7 +75,7 @@ def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[s
         source: Name of the tables in error messages.
 
     Raises:
-        DataError: A table has another type, or an unsupported column.
+        DataError: A table has an unsupported type or invalid columns.
     """
     if isinstance(parts, tuple) and len(parts) == 2:
         names = (recipe.train_split, recipe.test_split or "test")
@@ -87,10 +87,10 @@ def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[s
 
 
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 sum of all values, by split and column.
+    """Return the first 16 hexadecimal digits of the SHA-256 sum of all values.
 
-    Neither the order of columns nor the types of Arrow matter. A path counts as text; its file is
-    not read.
+    The sum does not depend on the order of columns or on Arrow types. A path counts as text; its
+    file is not read.
     """
     digest = sha256()
     for split, table in sorted(splits.items()):
@@ -138,7 +138,7 @@ def _is_dataset_dict(data: object) -> bool:
 def _join_clients(
     recipe: DataRecipe, data: Mapping[str, Parts], label: str | None
 ) -> tuple[DataRecipe, dict[str, Dataset]]:
-    """Join the tables of clients, with a column that names the client of each row."""
+    """Join the tables of clients by split, and add a column that names the client of each row."""
     _check_clients(recipe, data)
     scheme = recipe.partition
     by = client_column(recipe)
@@ -149,7 +149,7 @@ def _join_clients(
 
 
 def client_name(key: Any) -> str:
-    """Return a client's name; the parts of a tuple, as of ``groupby([...])``, are joined."""
+    """Return a client's name; a tuple, such as a key of ``groupby([...])``, is joined by commas."""
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 

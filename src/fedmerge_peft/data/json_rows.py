@@ -1,4 +1,4 @@
-"""Reading of JSON files: one object per row, in a list or one after the other."""
+"""Read JSON files with one object per row, in a list or one after another."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonRow(NamedTuple):
-    """Object, and its place in a file for error messages, such as ``rows.jsonl:7``."""
+    """Object of one row, and its place in a file for error messages, such as ``rows.jsonl:7``."""
 
     place: str
     values: dict[str, Any]
 
 
 def read_json(path: Path, text: str) -> list[JsonRow]:
-    """Read the rows of a file: a list of objects, or objects one after the other.
+    """Read the rows of a file: a list of objects, or objects one after another.
 
     Raises:
-        DataError: The text is not JSON of one of these forms, or an object repeats a key. The
-            message names the line.
+        DataError: The text is not JSON in one of these forms, or an object repeats a key. The
+            message names the line or the row.
     """
     values, places = _values(path, text)
     if len(values) == 1 and isinstance(values[0], list):
@@ -55,7 +55,7 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
 
 
 def _has_columns(value: object) -> bool:
-    """Return True for columns as pandas writes them: ``{"text": {"0": ..., "1": ...}}``."""
+    """Return True for an object of columns, as pandas writes it: ``{"text": {"0": ...}}``."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -67,13 +67,13 @@ def _has_columns(value: object) -> bool:
 
 
 def kind(value: object) -> str:
-    """Return the JSON type of a value, with its article."""
+    """Return the JSON type of a value with its article, such as ``a list``."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
 def _values(path: Path, text: str) -> tuple[list[Any], list[str]]:
-    """Return the JSON values of a file, and their places."""
+    """Return the JSON values of a file, and their places as ``file:line``."""
     decoder = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_constant)
     values, places, position, line, counted = [], [], 0, 1, 0
     while (position := _end_of_space(text, position)) < len(text):
@@ -108,5 +108,5 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float | None:
-    """Convert the constants that Python adds to JSON: NaN is a missing value."""
+    """Convert the constants that Python adds to JSON: NaN to None, infinities to floats."""
     return None if name == "NaN" else float(name)

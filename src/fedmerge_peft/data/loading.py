@@ -1,6 +1,6 @@
-"""Loading of examples from the hub, local files and folders, or the embedded data set.
+"""Load examples from the hub, from local files and folders, or from embedded data sets.
 
-Loading never runs code from a data set and never unpickles.
+Loading never runs code from a data set and never unpickles data.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ EMBEDDED = {
     "assistants": "assistants.jsonl",
 }
 IN_MEMORY = "memory"
-"""``data.path`` of examples that Python passes, followed by their fingerprint in a run."""
+"""``data.path`` of examples that a Python program passes; runs append their fingerprint."""
 
 _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
-"""Suffixes of unsupported files. A path with one of them is a file, not a hub id."""
+"""Other suffixes of files. A path with one of them is a local file, not a hub id."""
 
 
 def load_splits(
@@ -56,14 +56,14 @@ def load_splits(
 ) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
 
-    A default split (``validation``, ``test``) is omitted if it already serves as the other
-    evaluation split, or if the filter removes all of its rows. A fraction of the training examples
-    then takes its place.
+    If the recipe does not name an evaluation split, the split ``validation`` or ``test`` is used.
+    It is omitted if it already serves as the other evaluation split, or if the filter removes all
+    of its rows. A fraction of the training examples then replaces it.
 
     Args:
         recipe: Source of the examples.
-        media: Column with images or audio, whose relative paths are looked for beside the table
-            first.
+        media: Column with images or audio. Relative paths in it are resolved against the folder of
+            the table if the file exists there.
         splits: Splits in memory, instead of those at ``recipe.path``.
 
     Returns:
@@ -91,7 +91,7 @@ def load_splits(
 
 
 def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Load all splits by name. A single table is named ``train``, as in ``datasets``."""
+    """Load all splits by name. A single table is the split ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
     if recipe.path.partition(":")[0] == IN_MEMORY:
@@ -164,7 +164,7 @@ def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Da
 
 
 def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Map roles (train, validation, test) to splits."""
+    """Return the split for each role (train, validation, test) that the data provide."""
     requested = {
         "train": recipe.train_split,
         "validation": recipe.validation_split,

@@ -1,4 +1,4 @@
-"""Reading of local files and folders into data sets by split."""
+"""Read local files, folders and data sets on the hub into data sets by split."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"})
-"""Names of audio files. Tasks determine which of them they decode."""
+"""Suffixes of audio files. Each task determines which of these formats it decodes."""
 
 
 def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read a table, a folder of tables, of images or of audio, or a saved data set.
+    """Read a table, a folder of tables, of images or of audio, or a saved data set, by split.
 
     Args:
         path: File or folder.
-        recipe: Separator, quoting and encoding of text files.
-        media: Column with images or audio. Its relative paths are looked for beside the table
-            first.
+        recipe: Configuration name, and separator, quoting and encoding of text files.
+        media: Column with images or audio. Relative paths in it are resolved against the folder of
+            the table if the file exists there.
 
     Raises:
         DataError: The files cannot be read. The message names the file and, for text, the line.
@@ -58,7 +58,7 @@ def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, D
 
 
 def read_hub(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read a data set on the hub. Its splits and types follow the rules of folders.
+    """Read a data set on the hub; its splits and types are determined as for a local folder.
 
     Raises:
         DataError: The data set cannot be loaded.
@@ -120,7 +120,7 @@ def _read_folder(folder: Path, recipe: DataRecipe, media: str | None) -> dict[st
 
 
 def _reject_copies(tables: Sequence[Path]) -> None:
-    """Raise ``DataError`` for a table in two formats, because its rows would count twice."""
+    """Raise ``DataError`` if a table exists in two formats, as its rows might count twice."""
     seen: dict[str, Path] = {}
     for path in tables:
         name = str(path)[: str(path).lower().rindex(format_suffix(path))]
@@ -150,7 +150,7 @@ def _read_tables(
 def read_table_files(
     files: Sequence[Path], recipe: DataRecipe, media: str | None, texts: Set[str] = frozenset()
 ) -> dict[Path, Dataset]:
-    """Read tables with types that are inferred from all files. Arguments as in ``read_tables``."""
+    """Read tables with ``read_tables``, and resolve the paths in the column ``media``."""
     from datasets import Dataset
 
     tables = read_tables(files, recipe, texts)
@@ -167,7 +167,7 @@ def _image_suffixes() -> set[str]:
 
 
 def _media_files(files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """Return the column of images, or of audio if there are no images, and the files."""
+    """Return the name of the media column, and the images, or the audio if there are none."""
     for column, suffixes in (("image", _image_suffixes()), ("audio", AUDIO_SUFFIXES)):
         if matches := [path for path in files if path.suffix.lower() in suffixes]:
             return column, matches
@@ -177,7 +177,7 @@ def _media_files(files: Sequence[Path]) -> tuple[str, list[Path]]:
 def _read_media(
     folder: Path, splits: Mapping[str, Sequence[Path]], column: str
 ) -> dict[str, Dataset]:
-    """Read files in one folder per label; all splits have the same list of labels."""
+    """Read media files in one folder per label; all splits get the same list of labels."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
     labels = media_labels(folder, splits)
@@ -195,12 +195,15 @@ def _read_media(
 
 
 def _describes_media(path: Path) -> bool:
-    """Return True for ``metadata.csv`` and the like, whose column ``file_name`` names files."""
+    """Return True for a table such as ``metadata.csv``, which contains the column ``file_name``."""
     return path.name.partition(".")[0] == "metadata"
 
 
 def _with_media(table: pa.Table, path: Path, media: str | None) -> pa.Table:
-    """Replace relative paths by those of existing files in the folder of the table."""
+    """Resolve relative paths to existing files against the folder of the table.
+
+    In a metadata table, the column ``file_name`` gets the name of the media column.
+    """
     if _describes_media(path) and "file_name" in table.column_names:
         media = media or "image"
         table = table.rename_columns({"file_name": media})
@@ -212,7 +215,7 @@ def _with_media(table: pa.Table, path: Path, media: str | None) -> pa.Table:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # pandas has the second
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # pandas: large
 
 
 def _beside(value: str | None, folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """Random partitions of rows among clients, with numpy's generators.
 
-``classes`` is one class number per row, from 0. Rows with class -1 are not assigned. A scheme
-returns disjoint, sorted row numbers of the training split for each client. ``assign_by_class`` and
-``split_off`` choose the clients' rows for evaluation.
+``classes`` contains one class number per row, from 0. Rows with class -1 are not assigned. A scheme
+returns disjoint, sorted row numbers of one split for each client. ``assign_by_class`` and
+``split_off`` select the clients' rows for evaluation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Stream = Literal["train", "validation", "test", "set aside", "max_test"]
 
 
 class ClientRows(NamedTuple):
-    """Rows of a client in one split."""
+    """Row numbers of a client in one split."""
 
     name: str
     rows: Indices
@@ -101,21 +101,21 @@ def clusters(
 ) -> list[ClientRows]:
     """Assign a random subset of the classes to each group of clients.
 
-    This is FedMerge's cluster setting (arXiv 2504.06768, experiments). The clients of all groups
-    that have a class share its rows evenly. A class that no group has is unused. Group g is named
-    ``cluster-g``.
+    This is FedMerge's cluster setting (arXiv 2504.06768, experiments). The rows of a class are
+    divided evenly among the clients of all groups that have it. A class without a group is unused.
+    Group g is named ``cluster-g``.
 
     Args:
         classes: Class number of each row, ``(rows,)``.
-        clients: Number of clients in all groups together.
+        clients: Total number of clients.
         groups: Number of groups.
         classes_per_group: Number of classes of a group, drawn without replacement.
         rng: Generator of all draws.
-        size_spread: s; a group has ``clients / groups`` clients, up to s of it more or fewer, at
-            random. With 0, sizes are equal, but for a remainder.
-        deck: Deal the classes to one group after another from one shuffled deck, and shuffle anew
-            when it runs out, so that groups share as few classes as possible. Default: each group
-            draws from all classes.
+        size_spread: Relative spread s. The number of clients of a group is drawn from the range
+            ``clients / groups`` · (1 ± s). With 0, group sizes differ by at most 1.
+        deck: True to deal the classes to one group after another from a shuffled deck, which is
+            renewed when it runs out. Groups then share as few classes as possible. Default: each
+            group draws from all classes.
 
     Raises:
         DataError: There are fewer classes than ``classes_per_group``.
@@ -146,8 +146,8 @@ def clusters(
 def _random_sizes(total: int, groups: int, spread: float, rng: np.random.Generator) -> list[int]:
     """Draw positive sizes that add up to ``total``, each within ±spread of the mean.
 
-    One group after another is drawn uniformly from the sizes that leave a possible rest, then the
-    order is shuffled.
+    Sizes are drawn one after another, uniformly from the values for which the remaining sizes can
+    still reach ``total``. Then their order is shuffled.
     """
     mean = total / groups
     least, most = max(1, math.floor(mean * (1 - spread))), math.ceil(mean * (1 + spread))
@@ -160,7 +160,7 @@ def _random_sizes(total: int, groups: int, spread: float, rng: np.random.Generat
 
 
 def _hands_of_deck(count: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
-    """Deal hands of different numbers below ``count`` from a deck; shuffle anew when it is out."""
+    """Yield hands of ``size`` distinct numbers below ``count`` from a shuffled, renewed deck."""
     deck = rng.permutation(count)
     while True:
         hand, deck = deck[:size], deck[size:]
@@ -178,11 +178,11 @@ def natural(
     rng: np.random.Generator,
     groups: Sequence[str] | None = None,
 ) -> list[ClientRows]:
-    """Assign each class to one client, or evenly to several (``trec6-0``, ``trec6-1``, …).
+    """Assign each class to one client, or divide it among several (``trec6-0``, ``trec6-1``, …).
 
     Args:
         classes: Class number of each row.
-        names: Unique names of the classes, from which clients are named.
+        names: Unique names of the classes. The names of clients derive from them.
         clients_per_value: Number of clients per class.
         rng: Generator that shuffles the rows of each class.
         groups: Group of each class. Default: the name of the class.
@@ -208,7 +208,7 @@ def natural(
 def shards(
     classes: Indices, clients: int, shards_per_client: int, rng: np.random.Generator
 ) -> list[ClientRows]:
-    """Sort rows by class, cut them into equal shards, and assign equally many to each client.
+    """Sort rows by class, cut them into equal shards, and assign the same number to each client.
 
     This is the pathological non-IID partition of McMahan et al. 2017 (arXiv 1602.05629, section 3).
 
@@ -247,7 +247,7 @@ def assign_by_class(
         rng: Generator that shuffles the rows of each class.
 
     Returns:
-        Sorted row numbers of each client. They are disjoint and cover all classes with shares.
+        Sorted, disjoint row numbers of each client. They cover all rows of classes with shares.
     """
     sizes = np.zeros(len(shares), dtype=np.int64)
     parts = []
@@ -276,8 +276,8 @@ def split_off(
 
     Test rows are drawn from all rows. At most ``max_train`` of the other rows are kept, and
     validation rows are drawn from these. Without ``max_train``, training : validation : test is
-    (1 - validation - test) : validation : test. A client with three or more rows gets at least one
-    row for each nonzero fraction. A client with fewer rows uses all of them for training.
+    (1 - validation - test) : validation : test. If a client has three or more rows, at least one
+    row is drawn for each nonzero fraction. If it has fewer, all of its rows are training rows.
 
     Args:
         rows: Row numbers of the client.
@@ -306,7 +306,7 @@ def split_off(
 
 
 def client_names(count: int, stem: str = "client") -> list[str]:
-    """Create the names ``client-00``, ``client-01``, …, padded to the width of the last number."""
+    """Return the names ``client-00``, ``client-01``, …, with at least two digits each."""
     return _numbered(stem, count, 2)
 
 
@@ -316,14 +316,14 @@ def _numbered(stem: str, count: int, width: int) -> list[str]:
 
 
 def _shuffled_by_class(classes: Indices, count: int, rng: np.random.Generator) -> list[Indices]:
-    """Return the shuffled rows of each class."""
+    """Return the shuffled row numbers of each class; rows with class -1 are left out."""
     shuffled = rng.permutation(len(classes))
     ordered = shuffled[np.argsort(classes[shuffled], kind="stable")]
     return np.split(ordered, np.searchsorted(classes[ordered], np.arange(count + 1)))[1:-1]
 
 
 def _merge_parts(parts: Sequence[Sequence[Indices]]) -> list[Indices]:
-    """Merge parts by class and client into sorted rows by client."""
+    """Merge the parts of each class into the sorted rows of each client."""
     return [np.sort(np.concatenate(own)) for own in zip(*parts, strict=True)]
 
 

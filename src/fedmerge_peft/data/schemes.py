@@ -1,8 +1,8 @@
 """Partition schemes by their names in recipes.
 
-A scheme takes its section and the ``Splits``. It returns, for each split, a ``ClientRows`` for each
-client, in the same order for all splits. A scheme that returns only ``train`` leaves the other
-splits to ``partition_alike``. The arithmetic is in ``partition``.
+A scheme takes its recipe section and the ``Splits``. It returns, for each split, the ``ClientRows``
+of each client, in the same order for all splits. If a scheme returns only ``train``,
+``partition_alike`` partitions the other splits. The module ``partition`` draws the partitions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
 
 Assigned = Mapping[str, list[ClientRows]]
-"""Rows of each client, by split."""
+"""The rows of each client, by split."""
 
 
 class Splits:
@@ -42,7 +42,7 @@ class Splits:
         label: The task's label column; None if examples have no label.
         seed: The recipe's seed.
         by: Column with the classes, from the scheme's section; None for the label column.
-        lists: True if a list in this column counts by its first value.
+        lists: True if a list in the class column counts as its first value.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Splits:
     def classes(self) -> Mapping[str, Indices]:
         """Class number of each row of each split, from 0; -1 for classes without training rows.
 
-        Classes are the values of the column ``by``. Raises ``DataError`` if there is no such
-        column, or a value is missing.
+        Classes are the values of the column ``by``, or of the label column. Raises ``DataError`` if
+        the column does not exist, or a value is missing.
         """
         return self._numbered[0]
 
     @cached_property
     def class_names(self) -> Sequence[str]:
-        """Names of the classes, in the order of their numbers. Raises as ``classes``."""
+        """Names of the classes, in the order of their numbers. Raises the errors of ``classes``."""
         return self._numbered[1]
 
     @cached_property
@@ -119,7 +119,7 @@ def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
 
 
 def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | None:
-    """Return why a scheme's result cannot be used; None if it can."""
+    """Return a description of the fault in a scheme's result, or None if it is valid."""
     if not isinstance(assigned, Mapping) or "train" not in assigned:
         return "no dictionary with the key 'train'"
     for split, clients in assigned.items():
@@ -144,7 +144,7 @@ def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | N
 
 
 def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
-    """Divide each split at random into equal parts."""
+    """Divide each split at random into parts whose sizes differ by at most 1."""
     return {
         split: partition.iid(len(table), recipe.clients, splits.rng(split))
         for split, table in splits.tables.items()
@@ -205,7 +205,7 @@ def natural(recipe: NaturalRecipe, splits: Splits) -> Assigned:
 def _groups(
     by: str, group: str, splits: Splits, classes: Indices, names: Sequence[str]
 ) -> list[str]:
-    """Return the group of each value, from training rows."""
+    """Return the group of each value of the column ``by``, read from the training rows."""
     train = {"train": splits.tables["train"]}
     numbers, group_names = encode_classes(train, group, "data.partition.group")
     pairs = np.unique(np.stack([classes, numbers["train"]], axis=1), axis=0)  # (pairs, 2)

@@ -1,4 +1,4 @@
-"""Summaries of a partition: a table, and a chart for the terminal."""
+"""Summarize a partition as a table and as a chart for the terminal."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def terminal_chart(
 
 
 def _short_name(name: str) -> str:
-    """Shorten to 24 characters, keeping the end, which distinguishes the clients of a group."""
+    """Shorten a name to 24 characters; keep its end, which distinguishes the clients of a group."""
     name = printable(name)
     return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
 
@@ -123,10 +123,10 @@ def _bars(counts: NDArray[np.int64], top: int) -> str:
 
 
 def label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
-    """Count training rows by client and label, ``(clients, labels)``, and name the labels."""
+    """Return the training rows by client and label, ``(clients, labels)``, and the label names."""
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
-    # Labels that occur in evaluation rows only would make empty columns.
+    # Labels that occur only in evaluation rows would result in empty columns.
     trained = np.concatenate([client.train for client in data.clients])
     splits = {"train": data.table.select(trained)}
     numbers, names = encode_classes(splits, column, "column", lists=True)

@@ -1,4 +1,4 @@
-"""Reading of tables of all formats, with the same columns and types in all files."""
+"""Read tables of all supported formats, with the same columns and types in all files."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".json", ".jsonl", ".ndjson")
 _BINARY = (".parquet", ".arrow", ".feather")
 TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
-"""Suffixes of tables. Those of text may be followed by a compression: ``.csv.gz``."""
+"""Suffixes of tables. A compression suffix may follow that of a text format: ``.csv.gz``."""
 MAX_COLUMNS = 5_000
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files with the metadata of a data set."""
 
 
 def is_table(path: Path) -> bool:
-    """Return True for a table that can be read.
+    """Return True if the name of a file is that of a supported table.
 
-    Metadata of data sets and compressed binary tables do not count.
+    Metadata files of data sets and compressed binary tables are not supported.
     """
     suffix = format_suffix(path)
     compressed = path.suffix.lower() != suffix
@@ -49,16 +49,16 @@ def read_tables(
     """Read tables. The types of text and JSON columns are inferred from all files together.
 
     Args:
-        files: One or more files with the suffix of a table.
+        files: One or more files with a suffix in ``TABLES``.
         recipe: Separator, quoting and encoding of text files.
-        texts: Columns of csv and tsv files that stay text.
+        texts: Columns of csv and tsv files whose types are not inferred; they stay text.
 
     Returns:
         Table of each file, all with the same schema.
 
     Raises:
-        DataError: A file cannot be read, or files have different columns. The message names the
-            file and, for text, the line.
+        DataError: A file cannot be read, or files differ in columns or have incompatible types.
+            The message names the file and, for text, the line.
     """
     tables: dict[Path, pa.Table] = {}
     for suffixes, read in _READERS:
@@ -85,7 +85,7 @@ def reading(source: object) -> Iterator[None]:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Return the underlying error as one line, without ``DatasetGenerationError``."""
+    """Return an error as one line; a ``DatasetGenerationError`` is replaced by its cause."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
@@ -159,20 +159,20 @@ def _read_arrow(path: Path) -> pa.Table:
     with pa.memory_map(str(path)) as source:
         try:
             return ipc.open_file(source).read_all()
-        except pa.ArrowInvalid:  # the format of streams
+        except pa.ArrowInvalid:  # Arrow's streaming format
             source.seek(0)
             return ipc.open_stream(source).read_all()
 
 
 def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
-    """Convert columns to types that ``datasets`` supports, and leave out those of other types.
+    """Convert columns to types that ``datasets`` supports; drop columns of other types.
 
     Args:
         table: The table.
-        path: The table's file or name, for error messages.
+        path: File or name of the table, for error messages.
 
     Raises:
-        DataError: A column of JSON has values of different types.
+        DataError: A JSON column has values of different types.
     """
     from datasets import Features
 
@@ -197,13 +197,13 @@ def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
 
 
 def _cut(table: pa.Table, sizes: Sequence[int]) -> list[pa.Table]:
-    """Cut a table into the parts of its files."""
+    """Split a table of several files into one table per file, by their numbers of rows."""
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     return [table.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def check_names(path: Path | str, names: Sequence[str]) -> None:
-    """Raise ``DataError`` if there are too many columns, or two with the same name."""
+    """Raise ``DataError`` for too many columns, a name that is too long, or a repeated name."""
     if len(names) > MAX_COLUMNS:
         raise DataError(
             f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
@@ -224,7 +224,7 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
     """Return the schema to which all files can be converted.
 
     Raises:
-        DataError: Files have different columns, or types of a column without a common type.
+        DataError: Files have different columns, or the types of a column have no common type.
     """
     (first, schema), *others = schemas.items()
     for path, other in others:

@@ -1,4 +1,4 @@
-"""Reading of text files: decompression and encodings."""
+"""Decompress and decode text files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark is the beginning of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -22,7 +22,7 @@ _MARKS = (
 
 
 def format_suffix(path: Path) -> str:
-    """Return the suffix of a file's format, without that of its compression."""
+    """Return the suffix of a file's format in lower case, without that of its compression."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     return Path(name.removesuffix(compression)).suffix
@@ -33,11 +33,11 @@ def read_text(path: Path, encoding: str | None) -> str:
 
     Args:
         path: File.
-        encoding: Name of the encoding. None is UTF-8, or the encoding that a byte order mark names.
+        encoding: Name of the encoding. Default: that of the byte order mark, or UTF-8 without one.
 
     Raises:
-        DataError: The file is of another kind, or the bytes are not text in this encoding. The
-            message names the line.
+        DataError: The file is not a text file, or its bytes are not text in this encoding. For the
+            latter, the message names the line.
     """
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None and (kind := foreign_content(path)):

@@ -1,1 +1,1 @@
-"""Engines: clients trained in this process, or on the ranks of a launcher."""
+"""Engines that train clients in this process, or on the ranks that a launcher starts."""

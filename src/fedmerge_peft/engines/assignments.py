@@ -1,4 +1,4 @@
-"""Assignments of one round, made lazily."""
+"""Assignments of the clients in one round, created lazily."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class Assignment:
 
     plan: Plan
     served: Served | None = None
-    """Adapter or mixture to be scored before any training; None to score nothing."""
+    """Adapter or mixture to score before training; None to score nothing."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
-    """Values for the keys of ``training`` that are auto."""
+    """Values for the keys of the section ``training`` that are set to ``auto``."""
     validated: bool = False
-    """True to report the loss on the client's validation examples before and after training."""
+    """True to report the losses on the client's validation examples (``Reply.validation``)."""
 
 
 class Assignments(Generic[T]):
     """Iterable of pairs (client, assignment), created lazily during the iteration.
 
-    Assignments contain adapters, so thousands of them should not be in memory at the same time. An
-    engine can create only the assignments that it needs.
+    Assignments contain adapters, so thousands of them should not be in memory at the same time.
+    Lazy creation also lets an engine create only the assignments that it needs.
     """
 
     def __init__(self, clients: Sequence[int], make: Callable[[int], T]) -> None:
-        """Store indices and ``make(client)``, whose result must be the same for each call."""
+        """Store client indices and ``make``, which must return equal results for equal clients."""
         self.clients = clients
         self.make = make
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, T]]) -> Assignments[T]:
-        """Wrap existing pairs; all of them stay in memory."""
+        """Wrap pairs in memory; return an existing ``Assignments`` unchanged."""
         if isinstance(pairs, Assignments):
             return pairs
         held = dict(pairs)

@@ -1,4 +1,4 @@
-"""Interface of engines, which train and score the clients of a federation."""
+"""Interface of engines. An engine trains and scores the clients of a federation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """Frozen model, as the server uses it."""
+    """Frozen model: the part of its interface that the server uses."""
 
     @property
     def config(self) -> Any:
@@ -43,7 +43,7 @@ class Model(Protocol):
 
 
 class TaskInfo(Protocol):
-    """Task, as the server uses it."""
+    """Task: the part of its interface that the server uses."""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -55,11 +55,11 @@ class TaskInfo(Protocol):
 
     @property
     def padding(self) -> Padding:
-        """Side on which shorter examples are padded."""
+        """Padding of batches, such as the side on which shorter examples are padded."""
 
 
 class Engine(Protocol):
-    """Clients of a federation, which the engine trains and scores."""
+    """Engine that trains and scores the clients of a federation."""
 
     @property
     def recipe(self) -> Recipe:
@@ -67,8 +67,9 @@ class Engine(Protocol):
 
     @property
     def simulated(self) -> bool:
-        """True if all clients train on behalf of one party, so that noise may follow from the seed
-        of the recipe. Otherwise it comes from the operating system.
+        """True if all clients train on behalf of one party.
+
+        Noise may then derive from the recipe's seed. Otherwise, the operating system generates it.
         """
 
     @property
@@ -77,7 +78,7 @@ class Engine(Protocol):
 
     @property
     def task(self) -> TaskInfo:
-        """Task of the examples, with its metrics."""
+        """Task of the recipe."""
 
     @property
     def backbone(self) -> Model:
@@ -100,7 +101,8 @@ class Engine(Protocol):
     def label_counts(self) -> list[list[int]] | None:
         """Count the training examples with each label, clients × labels.
 
-        An example with several labels counts for each of them. None if the task has no labels.
+        An example with several labels counts for each of them. Return None if the task does not
+        count labels.
         """
 
     def train_clients(
@@ -131,7 +133,7 @@ class Engine(Protocol):
 def check_same_work(
     loaded: Recipe, recipe: Recipe, reason: str, sections: Sequence[str] = ()
 ) -> None:
-    """Check that clients do the same work under two recipes.
+    """Check that clients do the same work under two recipes. ``evaluation.every`` may differ.
 
     Args:
         loaded: Recipe for which an engine was loaded.
@@ -153,9 +155,9 @@ def check_same_work(
 
 
 def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyContext:
-    """Return the inputs of a strategy for this model.
+    """Return the inputs from which a strategy for this model is constructed.
 
-    Fresh adapters follow from the model's initial adapter and the seed.
+    Fresh adapters derive from the model's initial adapter and the seed.
 
     Args:
         model: Model with an adapter slot.

@@ -1,4 +1,4 @@
-"""Confusion matrices of the served models, on the test examples of their clients."""
+"""Confusion matrices of the clients' served models on their test examples."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fedmerge_peft.training.evaluation import confusion
 from fedmerge_peft.training.plan import Served
 
 Confusion = dict[str, list[list[int]]]
-"""True class, predicted class and number of test examples or words, by client."""
+"""By client: true class, predicted class, and number of test examples or words with this pair."""
 
 
 def confusion_matrices(engine: Engine, served: Assignments[Served]) -> Confusion | None:
-    """Count the classes of test examples by client, without training.
+    """Count the true and predicted classes of test examples by client, without training.
 
     Args:
-        engine: Engine that is at the state in which it scores the models.
+        engine: Engine in the state in which it scores the models.
         served: Clients and their served models.
 
     Returns:
-        None if the task has no classes, no client has test examples, or the clients are at sites,
-        which report scores alone.
+        Counts by the client's name. None if the outputs are not classes, no client has test
+        examples, or the clients are at sites, which report only scores.
     """
     if not (isinstance(engine, LocalEngine) and engine.task.names_classes):
         return None

@@ -1,4 +1,4 @@
-"""Engine for several devices, started by ``accelerate launch`` or ``torchrun``."""
+"""Engine for several devices, with processes that ``accelerate launch`` or ``torchrun`` starts."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TRAINING_COST = 3
-"""Time to train on a token, relative to a forward pass on it."""
+"""Time to train on a token, in units of a forward pass on one token."""
 
 
 class RankedEngine(LocalEngine):
     """Engine of one rank, which trains and scores some of the clients on its own device.
 
-    All ranks run the same federation on the same replies. Each round distributes the clients over
-    the ranks by their work. After training, each rank broadcasts its replies to all others, in the
-    order of the clients. Strategies therefore need no changes, and results equal those of one rank,
-    bit for bit if the devices compute identically. Clients that share a pass of the model stay on
-    one rank.
+    All ranks run the same federation with the same replies. Each round distributes the clients
+    over the ranks so that each rank has a similar amount of work. After training, each rank
+    broadcasts its replies to all others, in the order of the clients. Strategies therefore
+    need no changes. Results equal those of one rank, bit for bit if the devices compute
+    identically. Clients that share a pass of the model stay on one rank.
 
     Each trained adapter takes 4 · P bytes of traffic to each rank. Plans are not sent: each rank
     creates the plans of its own clients.
@@ -95,7 +95,7 @@ class RankedEngine(LocalEngine):
     def _own_replies(
         self, round: int, assignments: Assignments[Assignment], passes: Sequence[Sequence[int]]
     ) -> dict[int, Reply | ClientError]:
-        """Run the clients of this rank's passes; their updates are stored in a row buffer."""
+        """Run the clients of this rank's passes; store their updates in a row buffer."""
         buffer = RowBuffer(expected_calls=sum(map(len, passes)))
         replies: dict[int, Reply | ClientError] = {}
         for clients in passes:
@@ -128,14 +128,14 @@ class RankedEngine(LocalEngine):
         return automatic_epochs(self.recipe.training, self.recipe.rounds, sizes)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
-        """Count the tokens of the client's training examples, or of its evaluation examples."""
+        """Count the tokens of a client's training examples; with ``scored``, of all its others."""
         parts = self.clients[client]
         rows = np.concatenate([parts.validation, parts.test]) if scored else parts.train
         return float(self.runtime.examples.lengths[rows].sum())
 
 
 def load_engine(recipe: Recipe, splits: Mapping[str, Dataset] | None = None) -> LocalEngine:
-    """Load data and model for this process, or for its rank if a launcher started several.
+    """Load data and model for this process, or for this rank if a launcher started several.
 
     Args:
         recipe: The recipe.

@@ -1,4 +1,4 @@
-"""Clients trained in this process, several in one pass of the model if that is exact."""
+"""Engine that trains clients in this process, several in one pass of the model if possible."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ log = logging.getLogger(__name__)
 
 
 class LocalEngine:
-    """The clients, and the runtime that all of them train on.
+    """Engine that trains and scores all clients in this process, with one runtime.
 
-    A client's work depends on the recipe, the round, its name and its assignment. It does not
-    depend on the strategy or on the other clients of the round, except for rounding and the dropout
-    masks of clients that share a pass (``training.clients_per_batch``). One engine can therefore
-    serve several strategies.
+    A client's work depends on the recipe, the round, the client's name and its assignment. It does
+    not depend on the strategy or on the other clients of the round, except for rounding and the
+    dropout masks of clients that share a pass (``training.clients_per_batch``). One engine can
+    therefore serve several strategies.
     """
 
     simulated = True
@@ -79,7 +79,7 @@ class LocalEngine:
 
     @cached_property
     def examples_digest(self) -> str:
-        """Digest of the clients' encoded examples, wherever they stand in the table."""
+        """Digest of the clients' encoded examples, independent of their positions in the table."""
         columns = self.runtime.examples.columns
         return digest(
             part
@@ -122,7 +122,7 @@ class LocalEngine:
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
-        """Load the model for given clients with given examples."""
+        """Load the model for clients and examples in memory."""
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
@@ -155,7 +155,7 @@ class LocalEngine:
 
     @property
     def task(self) -> Task:
-        """The task."""
+        """Task of the recipe."""
         return self.runtime.task
 
     @property
@@ -165,7 +165,7 @@ class LocalEngine:
 
     @property
     def accelerator(self) -> Accelerator:
-        """Device and precision."""
+        """Device and precision of this process."""
         return self.runtime.accelerator
 
     def check_serves(self, recipe: Recipe) -> None:
@@ -205,7 +205,7 @@ class LocalEngine:
         if not self.recipe.task.counts_labels:
             return None
         held = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()
-        if held.ndim == 2:  # sets of labels, as 0 and 1
+        if held.ndim == 2:  # sets of labels, encoded as 0 and 1
             return [held[client.train].sum(axis=0).astype(int).tolist() for client in self.clients]
         labels = len(self.task.labels)
         return [
@@ -253,7 +253,7 @@ class LocalEngine:
     # ---- one chunk of clients ------------------------------------------------------------------
 
     def _run(self, turns: Sequence[ClientTurn]) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Run the plans of clients that may share passes of the model."""
+        """Run the plans of clients that may share passes of the model; yield plans and replies."""
         for turn in turns:
             if (served := turn.assignment.served) is not None:
                 turn.before = turn.attempt(partial(self._scores, turn.client, served))
@@ -292,7 +292,7 @@ class LocalEngine:
     def _train(
         self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | Exception]:
-        """Run the training requests; those with similar numbers of examples share a pass."""
+        """Run training requests; those with similar numbers of examples share a pass."""
         trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
             range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)
@@ -315,9 +315,9 @@ class LocalEngine:
     def _train_batch(
         self, members: Sequence[tuple[ClientTurn, TrainRequest]]
     ) -> Sequence[Trained | Exception] | None:
-        """Train in one pass; if that fails, one at a time, so that the failing client is found.
+        """Train in one pass. If that fails, train one at a time, to find the failing client.
 
-        Returns None if the pass ran out of memory.
+        Return None if the pass runs out of memory.
         """
         training = self.recipe.training
         jobs = [
@@ -350,7 +350,7 @@ class LocalEngine:
         return outcomes
 
     def _train_alone(self, turn: ClientTurn, job: Job) -> Trained:
-        """Train one job, or take its outcome from the cache; the turn counts its seconds."""
+        """Train one job, or return its cached outcome; add the training time to the turn."""
 
         def work() -> Trained:
             return train(self.runtime, self.recipe.training, [job])[0]
@@ -363,7 +363,7 @@ class LocalEngine:
         return known.trained
 
     def _validate(self, turn: ClientTurn) -> tuple[float, ...] | None:
-        """Return the mean validation losses of ``Reply.validation``."""
+        """Return the losses of ``Reply.validation``; None without examples or for other plans."""
         rows = turn.client.validation
         if turn.result is None or not len(rows):
             return None
@@ -396,5 +396,5 @@ class LocalEngine:
 
 
 def _rows_held(clients: Sequence[Client]) -> Indices:
-    """Return the rows of the table that belong to clients, ascending."""
+    """Return the indices of the table's rows that belong to clients, ascending."""
     return np.unique(np.concatenate(list(rows_by_split(clients).values())))

@@ -1,7 +1,7 @@
-"""Cache of the scores of clients for adapters that were scored before.
+"""Cache of clients' scores, so that an adapter is scored only once.
 
-With local training, for example, the adapter that a round serves is the one that the previous round
-has scored after training. The first adapter of a run is common to most strategies.
+With local training, for example, a round serves the adapter that the previous round scored after
+training. Most strategies start a run with the same adapter.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.util.digest import digest
 
 _SCORES_PER_CLIENT = 8
-"""Enough for one run that scores three rounds, each before and after training, and its end."""
+"""Maximum number of cached scores per client. It suffices for one run that scores three rounds,
+each before and after training, and its final adapters."""
 
 
 class ScoreCache:
-    """Scores of each client's most recently used adapters, by a digest of the adapter.
+    """Cache of scores of each client's most recently used adapters, by a digest of the adapter.
 
-    Stores a few kilobytes per client and no adapters.
+    It stores a few kilobytes per client, and no adapters.
     """
 
     def __init__(self) -> None:
         self._scores: dict[str, dict[bytes, dict[str, float]]] = {}
-        """By client and digest; the most recently used come last."""
+        """Scores by client and digest; the most recently used ones come last."""
 
     def get_or_compute(
         self, client: str, served: Served, compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """Return the client's scores; use cached ones if the adapter is bit-identical.
+        """Return the client's scores; use cached ones if the served model is bit-identical.
 
         Args:
             client: Name of the client.
             served: Adapter or mixture to score.
-            compute: Function that returns the scores. It is called if the cache has none.
+            compute: Function that returns the scores. It is called if they are not in the cache.
         """
         key = digest((served.rows, served.weights) if isinstance(served, Mixture) else (served,))
         known = self._scores.setdefault(client, {})

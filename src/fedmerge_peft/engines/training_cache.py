@@ -1,9 +1,10 @@
 """Cache of trained adapters, so that strategies that share an engine train the same job once.
 
-A job that trains alone is a deterministic function of its starting adapter, its seed, the client's
-examples, ``recipe.training`` with the job's hyperparameters, and the frozen weights. The seed
-follows from the round and the client. In the first round, all strategies that start from the common
-initial adapter train the same jobs. At a site, only a run's baselines can profit.
+The outcome of a job that trains alone is a deterministic function of its plan (with the starting
+adapter), its seed, the client's examples, ``recipe.training`` with the job's hyperparameters, and
+the frozen weights. The seed follows from the round and the client. In the first round, all
+strategies that start from the common initial adapter train the same jobs. At a site, the cache is
+of use only for the baselines of a run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedmerge_peft.training.plan import Trained
 from fedmerge_peft.util.digest import digest
 
 MAX_BYTES = 2**28
-"""Default size of the trained adapters that a cache holds."""
+"""Default limit on the bytes of the trained adapters in a cache."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class TimedTraining:
 
 
 class TrainingCache:
-    """Outcomes of jobs on one model, under one ``recipe.training``, that trained alone.
+    """Cache of the outcomes of jobs that train alone, for one model and one ``recipe.training``.
 
     Jobs that share a forward pass are not cached, because their dropout masks depend on all jobs of
     the pass.
 
     Args:
-        max_bytes: Limit on the bytes of trained adapters. A full cache keeps what it has, because
-            strategies have their first rounds in common.
+        max_bytes: Limit on the bytes of trained adapters. A full cache keeps its entries and takes
+            no others, because strategies have the first rounds in common.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -50,7 +51,7 @@ class TrainingCache:
 
         Args:
             job: Job that trains alone.
-            train: Function that trains the job. It is called if the cache has no outcome.
+            train: Function that trains the job. It is called if the outcome is not in the cache.
         """
         key = _key(job)
         if (known := self._known.get(key)) is not None:
@@ -67,7 +68,7 @@ class TrainingCache:
 
 def _key(job: Job) -> bytes:
     """Return a digest of everything in the job that decides its outcome."""
-    plan = job.train  # its privacy applies to the update after training
+    plan = job.train  # its privacy is left out: it applies to the update after training
     return digest(
         [
             job.seed,

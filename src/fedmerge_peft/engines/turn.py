@@ -1,4 +1,4 @@
-"""One client's work in one round: time, scores, and result or failure."""
+"""State of one client's work in one round: time, scores, and result or failure."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class ClientTurn:
     client: Client
     assignment: Assignment
     seconds: float = 0.0
-    """Wall time of this client, including its share of passes with other clients."""
+    """Wall time (s) of this client's work, including its share of passes with other clients."""
     before: dict[str, float] | None = None
-    """Scores of the served model."""
+    """Scores of the served model, before local training."""
     result: ClientResult | None = None
     after: dict[str, float] | None = None
     """Scores after local training."""
     validation: tuple[float, ...] | None = None
-    """Mean losses (nats) of a validation example (``Reply.validation``)."""
+    """Mean losses (nats) over the validation examples (``Reply.validation``)."""
     error: ClientError | None = None
     """The first failure, which ends the turn."""
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Add the time of a block to this client's time."""
+        """Context manager that adds the time of its block to ``seconds``."""
         begin = time.perf_counter()
         try:
             yield
@@ -53,7 +53,7 @@ class ClientTurn:
             self.seconds += time.perf_counter() - begin
 
     def attempt(self, work: Callable[[], T]) -> T | None:
-        """Run a part of the work and add its time; a failure ends the turn."""
+        """Run and time a part of the work. If it fails, store the error and return None."""
         try:
             with self.clock():
                 return work()
@@ -62,7 +62,7 @@ class ClientTurn:
             return None
 
     def finish(self, outcome: ClientResult | Exception) -> None:
-        """Store the outcome of the client's plan."""
+        """Store the outcome of the client's plan: a finite result, or an error."""
         if isinstance(outcome, Exception):
             self.error = client_error(self.client, self.round, outcome)
         elif not all_finite(outcome.deltas):
@@ -93,7 +93,7 @@ class ClientTurn:
 
 
 def client_error(client: Client, round: int, error: Exception, when: str = "") -> ClientError:
-    """Return one ``ClientError`` that names the client, with the original error as its cause."""
+    """Return a ``ClientError`` that names the client, with the original error as its cause."""
     text = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
     named = ClientError(client.name, round, f"{when}{text}")
     named.__cause__ = error

@@ -32,10 +32,10 @@ class Callback:
             setattr(self, name, hook)
 
     stopped = False
-    """True if the callback has asked to stop the present run."""
+    """True if ``stop`` was called in the current run."""
 
     def stop(self) -> None:
-        """End the run after its current round, as after its last. Baselines run on their own."""
+        """End the run after its current round, with final scores. Other methods still run."""
         self.stopped = True
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
@@ -66,7 +66,7 @@ class Callbacks(Callback):
                 )
 
     def any_stopped(self) -> bool:
-        """Return True if a callback on any rank has asked to stop the run."""
+        """Return True if a callback on any rank has requested to stop the run."""
         stopped = any(callback.stopped for callback in self._callbacks)
         return any(distributed.all_gather(lambda: stopped))
 

@@ -27,8 +27,8 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
         recipe: Fraction of clients, sampling, and seed.
         clients: Number of clients.
         round: Number of the round, from 1.
-        secret: True to draw a Poisson sample from the operating system's generator, which gives
-            another sample in each call.
+        secret: True to draw a Poisson sample from the operating system's generator. Each call then
+            gives a new sample.
     """
     if recipe.clients.fraction == 1:
         return list(range(clients))
@@ -44,7 +44,7 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
 
 
 def _secret_draws(count: int) -> NDArray[np.float64]:
-    """Return uniform numbers in [0, 1), ``(count,)``: 53 bits of the operating system each."""
+    """Return uniform numbers in [0, 1), ``(count,)``, from 53 bits of the operating system each."""
     bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64)
     return (bits >> np.uint64(11)) / 2.0**53
 

@@ -11,7 +11,7 @@ from fedmerge_peft.tasks.metrics import greater_is_better
 
 
 class EarlyStopping:
-    """Decision to end a run whose validation score does not improve any more.
+    """Decision to end a run when its validation score no longer improves.
 
     stopping = EarlyStopping(StopRecipe(patience=2))
     for loss in (0.7, 0.5, 0.6, 0.5):
@@ -27,7 +27,7 @@ class EarlyStopping:
         self._idle = 0
 
     def observe(self, scores: Mapping[str, Mapping[str, float]] | None) -> None:
-        """Take the scores of one round into account.
+        """Add the scores of one round.
 
         Args:
             scores: Scores of the served models by client; None for a round without evaluation.
@@ -44,7 +44,7 @@ class EarlyStopping:
 
     @property
     def reason(self) -> str | None:
-        """Reason to stop now; None to go on."""
+        """Reason to stop now; None if the run should continue."""
         if self._patience is None or self._idle < self._patience:
             return None
         return f"the validation {self._metric} has not improved in {self._patience} rounds"

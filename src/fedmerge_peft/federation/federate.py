@@ -110,10 +110,10 @@ def _loaded(
     engine: Engine | None,
     metrics: ComputeMetrics | None,
 ) -> Engine:
-    """Return the engine, or load one that evaluates the metrics too.
+    """Return the engine, or load one that also evaluates the metrics.
 
     Raises:
-        RecipeError: Both are given.
+        RecipeError: Both an engine and metrics are given.
     """
     if engine is not None:
         if metrics is not None:
@@ -128,12 +128,12 @@ def _loaded(
 def with_data(
     recipe: Recipe, data: Data | None, engine: Engine | None = None
 ) -> tuple[Recipe, dict[str, Dataset] | None]:
-    """Return the recipe with these examples as its data, and their splits.
+    """Return the recipe with these examples as its data, and the examples by split.
 
     Without examples in memory, the recipe is unchanged and the splits are None.
 
     Raises:
-        DataError: The examples cannot be used (``take_data``), or the engine has its own.
+        DataError: The examples cannot be used (``take_data``), or the engine has its own examples.
     """
     if data is None:
         return recipe, None
@@ -244,7 +244,7 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
 
 
 def _callback(section: CallbackRecipe) -> Callback:
-    """Return a recipe's callback. Raises ``PluginError`` if it is no ``Callback``."""
+    """Return a recipe's callback. Raises ``PluginError`` if it is not a ``Callback``."""
     entry = CALLBACKS[section.name]
     callback = entry.load()(section)
     if not isinstance(callback, Callback):
@@ -256,14 +256,14 @@ def _callback(section: CallbackRecipe) -> Callback:
 
 
 def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDirectory]:
-    """Return the earlier runs to reuse, by strategy. Raises ``RecipeError`` if they differ."""
+    """Return earlier runs to reuse, by strategy. Raises ``RecipeError`` if they do not match."""
     baselines = reuse.reusable(recipe, directory)
     reuse.check_data(recipe, engine, baselines)
     return baselines
 
 
 def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions | None:
-    """Return the values that the run, or those that it reuses, have chosen; None if none has."""
+    """Return the values chosen in the run or in those that it reuses; None if there are none."""
     document = RunDirectory(directory).decisions or reuse.earlier_decisions(reused)
     return Decisions(document) if document else None
 
@@ -296,7 +296,7 @@ def _run_rounds(
     callbacks: Callbacks,
     stopping: EarlyStopping,
 ) -> None:
-    """Run the remaining rounds, or until the run is stopped; then compute the final scores."""
+    """Run the remaining rounds or stop early; then compute the final scores."""
     strategy = federation.strategy
     names = [client.name for client in federation.engine.clients]
 
@@ -305,7 +305,7 @@ def _run_rounds(
             run.save_if_best(completed, scores, strategy)
 
     with timed("other"):
-        # The choice of the best round would follow from scores without noise.
+        # In a private run, the choice of the best round would depend on scores without noise.
         on_scores = None if federation.private else save_if_best
         reason = stopping.reason
         rounds = federation.rounds(callbacks.on_client, on_scores)

@@ -62,7 +62,7 @@ class Federation:
             engine: Engine that was loaded for the recipe. Default: a new one.
             decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
                 ``decide`` chooses them before the first round.
-            ledger: Releases of the run's methods. Default: those of this one, in memory.
+            ledger: Releases of the run's methods. Default: a ledger of this method, in memory.
 
         Raises:
             RecipeError: The engine was loaded for a recipe with other settings of the clients.
@@ -116,7 +116,7 @@ class Federation:
     def decide(self) -> Decisions:
         """Return the values for the recipe's keys that are ``auto``; choose them if needed.
 
-        Raises as ``tuning.decide``.
+        Raises the errors of ``tuning.decide``.
         """
         if self.decisions is None:
             self.decisions = decide(self.recipe, self.engine)
@@ -200,17 +200,17 @@ class Federation:
         )
 
     def _nothing(self, number: int) -> RoundReplies:
-        """Return an update of zero, for a round without clients: it releases noise alone."""
+        """Return a zero update as reply, for a round without clients, which releases only noise."""
         plan = self.strategy.plan(0)
         zero = torch.zeros(plan.returned_rows, plan.sent.shape[1])
         reply = Reply(0, zero, 1, None, 0.0, round=number)
         return RoundReplies([reply], {0: self.strategy.trained_rows(plan, reply)})
 
     def _update(self, number: int, replies: Sequence[Reply]) -> None:
-        """Update the strategy, or leave it as it was if that fails.
+        """Update the strategy; restore its previous state if the update fails.
 
         Raises:
-            DivergedError: Soup or weights would not be finite.
+            DivergedError: Soup or weights would have values that are not finite.
             PluginError: A plugin's strategy failed.
         """
         saved, norms = SavedState.of(self.strategy), list(self.strategy.aggregator.norms)
@@ -228,7 +228,10 @@ class Federation:
     def collect_replies(
         self, number: int, cohort: Sequence[int], on_client: OnClient | None
     ) -> RoundReplies:
-        """Train the cohort and return the valid replies. Raises as ``rounds``."""
+        """Train the cohort and return the valid replies.
+
+        Raises ``ClientError`` and ``TooFewClientsError``, as ``rounds`` does.
+        """
         every = self.recipe.evaluation.every
         scored = number % every == 0 or number in (1, self.recipe.rounds)
         hyperparameters = self.decide().hyperparameters
@@ -301,15 +304,15 @@ class Federation:
     def cohort(self, round: int) -> list[int]:
         """Return the indices of the clients selected for a round, ascending.
 
-        Across sites, a Poisson sample is secret, and another one in each call.
+        Across sites, a Poisson sample is secret, and each call draws a new one.
         """
         secret = not self.engine.simulated
         return cohort(self.recipe, len(self.engine.clients), round, secret=secret)
 
     def restore_progress(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Mark the rounds of these objects of ``metrics.jsonl`` as completed.
+        """Mark the rounds in these records of ``metrics.jsonl`` as completed.
 
-        The strategy must be in the state after the last of them.
+        The strategy must be in the state after the last of these rounds.
         """
         self.completed = len(records)
         if self.private:

@@ -1,7 +1,7 @@
 """Progress of a run in notebooks: clients of the round, rounds, and a live curve.
 
-It is plain HTML that each reply updates, so it needs no widgets, and stays in the notebook's file
-as it was last shown.
+The progress is plain HTML, updated as replies arrive. It needs no widgets, and its last state stays
+in the notebook's file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _INTERVAL = 0.2
 """Least time between two updates within a round, seconds."""
 _SHOWN = 5
-"""Last rounds in the table."""
+"""Most rows of a table: the last rounds, or the last runs of a sweep."""
 
 
 def in_notebook() -> bool:
@@ -37,12 +37,12 @@ def in_notebook() -> bool:
 
 
 def notebook_callbacks() -> list[Callback]:
-    """Return a callback that shows progress, if this is a notebook."""
+    """Return a list with a callback that shows progress; an empty list outside notebooks."""
     return [NotebookProgress()] if in_notebook() else []
 
 
 def sweep_progress(runs: int) -> SweepProgress | None:
-    """Return the progress of a sweep of this many runs, if this is a notebook."""
+    """Return the progress of a sweep of this many runs; None outside notebooks."""
     return SweepProgress(runs) if in_notebook() else None
 
 
@@ -59,7 +59,7 @@ class NotebookProgress(Callback):
         self._shown = 0.0
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
-        """Begin with the next method."""
+        """Show the next method."""
         self._strategy = federation.recipe.strategy.name
         self._metric = str(federation.recipe.task.metrics[0]).replace("_", " ")
         self._done, self._rounds = federation.completed, federation.recipe.rounds
@@ -94,7 +94,7 @@ class NotebookProgress(Callback):
         self._show()
 
     def html(self) -> str:
-        """Return the present state."""
+        """Render the progress of the run as HTML."""
         rounds = _bar("rounds", self._done, self._rounds)
         clients = "" if self._done == self._rounds else _bar("clients", self._clients, self._cohort)
         rows = [
@@ -133,7 +133,7 @@ class NotebookProgress(Callback):
 
 
 class SweepProgress(NotebookProgress):
-    """Show a sweep: the runs that have ended, and the progress of the present one."""
+    """Show a sweep: the runs that have ended, and the progress of the current run."""
 
     def __init__(self, runs: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class SweepProgress(NotebookProgress):
         self._name = ""
 
     def begin(self, name: str) -> SweepProgress:
-        """Begin with the next run."""
+        """Start the next run, and return this object."""
         self._name, self._curves = name, {}
         return self
 
@@ -178,7 +178,7 @@ def _bar(name: str, done: int, total: int) -> str:
 
 
 def _styles() -> str:
-    """Return the style of the curve, whose gray is legible on light and dark pages."""
+    """Return the style of the curve. Its gray is legible on light and dark pages."""
     rules = [
         ".fedmerge .curve svg { width: 420px; max-width: 100%; overflow: visible; }",
         ".fedmerge .curve text { font: 11px sans-serif; fill: currentColor; }",

@@ -101,7 +101,7 @@ class PrivacyLedger:
         return selected
 
     def _cohort(self, round: int) -> list[int]:
-        """Return the clients that a round counts for; all of them if the sample is secret."""
+        """Return the clients for which a round is counted; all clients if the sample is secret."""
         secret = self._recipe.clients.sampling == "poisson" and not self._simulated
         if secret or amplified(self._recipe):
             return list(range(self._clients))
@@ -109,7 +109,7 @@ class PrivacyLedger:
 
 
 def noise_source(simulated: bool) -> str:
-    """Return the name of the noise's source, as records state it."""
+    """Return the source of the noise, as it is written to records."""
     return "simulation" if simulated else "operating system"
 
 

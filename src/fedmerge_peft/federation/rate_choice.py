@@ -1,7 +1,7 @@
 """Choice of a learning rate from the losses of a range test.
 
-ρ is a table of losses relative to each client's start, rates × clients, the rates ascending; inf
-for a failure.
+ρ is a table of losses relative to each client's start, rates × clients. The rates ascend; a failure
+has the value inf.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def lowest(ratios: NDArray[np.float64]) -> int:
-    """Return the row with the lowest mean, the first of equal ones.
+    """Return the row with the lowest mean; the first one in a tie.
 
     Args:
         ratios: ρ, rates × clients, the rates ascending; inf for a failure.
@@ -23,12 +23,13 @@ def lowest(ratios: NDArray[np.float64]) -> int:
 
 
 def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
-    """Return the smallest rate whose mean is within one standard error of the best rate's mean.
+    """Return the row of the smallest rate within one standard error of the best rate.
 
-    The standard error is that of the paired differences ρ_ir − ρ_i,best over the clients; 0 for one
-    client. This is the one-standard-error rule (Breiman et al. 1984, Classification and Regression
-    Trees, section 3.4.3). The smaller rate is preferred, because a rate that is too large diverges
-    later, while one that is slightly too small only needs more rounds.
+    Means over the clients are compared. The standard error is that of the paired differences
+    ρ_ir − ρ_i,best; it is 0 for one client. This is the one-standard-error rule (Breiman et al.
+    1984, Classification and Regression Trees, section 3.4.3). The smaller rate is preferred,
+    because a rate that is too large diverges later, while one that is slightly too small only needs
+    more rounds.
 
     Args:
         ratios: As for ``lowest``.
@@ -42,7 +43,7 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 
 
 def below_lowest(rates: Sequence[float], ratios: NDArray[np.float64]) -> float:
-    """Return the rate one below that of the lowest training loss (Smith 2017, section 3.3).
+    """Return the rate one step below that of the lowest training loss (Smith 2017, section 3.3).
 
     Args:
         rates: Rates, ascending.

@@ -1,8 +1,9 @@
 """Validation of replies against their plans, before a strategy processes them.
 
-An invalid reply has no effect on soup, weights and private states. The form of a reply is checked,
-and the range of its numbers: an update whose norm exceeds ``MAX_NORM`` could overflow a sum. Robust
-aggregation (``strategies/aggregation.py``) handles updates of valid form with malicious values.
+An invalid reply has no effect on soup, weights and private states. The checks cover the form of a
+reply and the range of its numbers: an update with a norm above ``MAX_NORM`` could overflow a sum.
+Robust aggregation (``strategies/aggregation.py``) handles updates of valid form with malicious
+values.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def validate_reply(
 
 
 def largest_updates(replies: Sequence[Reply], names: Sequence[str]) -> str:
-    """Name the clients with the largest updates, for the error about a round that diverged."""
+    """Return the part of a divergence error that names the clients with the largest updates."""
     norms = sorted((float(row_norms(reply.deltas).max()), reply.client) for reply in replies)
     middle = norms[len(norms) // 2][0]
     largest = ", ".join(f"{names[client]} ({norm:.3g})" for norm, client in norms[:-4:-1])

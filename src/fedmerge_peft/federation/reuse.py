@@ -33,15 +33,15 @@ _IRRELEVANT = (
     "training.packing",
     "training.clients_per_batch",
 )
-"""Keys that change a baseline's results by rounding at most."""
+"""Keys that do not change a baseline's results, except for rounding."""
 
 
 def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
-    """Return the earlier run of each baseline that is missing and that ``baselines_from`` has.
+    """Return the runs in ``baselines_from`` of baselines that are missing in the directory.
 
     Raises:
-        RecipeError: There is no such run, it has not ended, or its recipe would not give the same
-            baselines.
+        RecipeError: ``baselines_from`` is not a run, has not ended, has none of the missing
+            baselines, or has a recipe that would not give the same baselines.
     """
     missing = {
         part.strategy.name: part
@@ -94,10 +94,10 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
 
 
 def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
-    """Return the values that the earlier runs have chosen, which this run uses too.
+    """Return the values that the earlier runs have chosen, for use in this run.
 
     Raises:
-        RecipeError: They have chosen different values.
+        RecipeError: The earlier runs have chosen different values.
     """
     chosen = {run.path: run.decisions for run in reused.values()}
     first, *others = chosen.values() or [{}]
@@ -127,9 +127,10 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
 
 
 def copy_run(run: RunDirectory, path: Path) -> None:
-    """Copy a baseline, as hard links where possible. Raises ``RunError``.
+    """Copy a baseline, as hard links where possible.
 
-    The recipe comes last, because it marks a run directory.
+    The recipe is copied last, because it marks a run directory. Raises ``RunError`` if a file
+    cannot be written.
     """
     with translated_write_errors(path):
         files = sorted(

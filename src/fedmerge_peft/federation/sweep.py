@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_DIFFERENCES = 8
-"""Keys that an error lists."""
+"""Most keys that an error lists."""
 _POLL_SECONDS = 5.0
 """Seconds between checks of runs that other processes are writing."""
 
@@ -50,7 +50,7 @@ def run_sweep(
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``.
 
-    ``callbacks`` returns those of a run by its name, before it starts.
+    ``callbacks(name)`` returns the callbacks of a run before the run starts.
     """
     distributed.require_single_process("a sweep")
     paths = {name: _run_path(Path(out), name) for name in recipes}

@@ -11,10 +11,11 @@ client's own start:
 by more than its noise, ℓ_i is the mean training loss, and the denominator is its value at the
 smallest rate, which hardly changes the adapter.
 
-A client overfits alone at a lower rate than in a federation, where means of updates average out
-what only one client has learned. Rates higher than the chosen one may therefore be better. The
-training loss bounds them: it is lowest just below the rates that diverge. If the rate one below it
-is higher than the rate by validation loss, their geometric mean is used.
+A client that trains alone overfits at a lower rate than in a federation, where the mean of updates
+cancels what only one client has learned. Rates higher than the chosen one may therefore be better.
+The training loss bounds them: it is lowest just below the rates that diverge. The bound is one rate
+below that with the lowest training loss. If the bound is higher than the rate by validation loss,
+the geometric mean of the two is used.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ LADDERS: dict[str, tuple[float, ...]] = {
 """Rates that a test may try, by optimizer. The middle for adamw is the rate that was tuned for most
 of the shipped recipes."""
 _GRID = slice(2, 7)
-"""Rates that every test tries. The others are tried while the best rate is the last at its end."""
+"""Part of a ladder that every test tries. Others are tried while the best rate is at an end."""
 _MIDDLE = 4
-"""Rate if no test is possible, or if no rate reduces the loss."""
+"""Index of the rate to use if no test is possible, or if no rate reduces the loss."""
 _CLIENTS = 4
 """Most clients of a test."""
 _STEPS = 30
@@ -104,8 +105,8 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
         engine: Clients. On several ranks, every rank calls this function.
 
     Raises:
-        RecipeError: The range test gives no finite loss, because all of its clients failed; the run
-            takes too many steps (``check_work``).
+        RecipeError: The range test gives no finite loss, because all of its clients failed. Or the
+            run takes too many steps (``check_work``).
     """
     document: dict[str, dict[str, Any]] = {}
     keys = open_keys(recipe)
@@ -180,7 +181,7 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
 def _extended(
     test: _RangeTest, measure: str, rates: list[float], ladder: Sequence[float]
 ) -> tuple[list[float], NDArray[np.float64]]:
-    """Try further rates while the best is the last at one end; return all rates, and their ρ."""
+    """Try further rates while the best rate is the first or last; return all rates and their ρ."""
     while True:
         ratios = test.ratios(rates, measure)
         best = lowest(ratios)
@@ -203,7 +204,7 @@ def _extended(
 class _RangeTest:
     """Trials of learning rates on a few clients, from the adapter that the first round sends.
 
-    Trials are work of round 0, so they share no random draws with the rounds of the run.
+    Trials belong to round 0, so they share no random draws with the rounds of the run.
     """
 
     def __init__(self, recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> None:
@@ -229,7 +230,7 @@ class _RangeTest:
     def measures(self) -> list[str]:
         """Losses by which rates can be compared, the better measure first.
 
-        With a few validation examples, the validation loss often decides nothing, although the
+        With few validation examples, the validation loss is often inconclusive, although the
         training loss shows which rates learn.
         """
         return list(self._trials)
@@ -288,7 +289,7 @@ class _RangeTest:
         return np.asarray(table / np.maximum(start, _SMALLEST_LOSS), dtype=np.float64)
 
     def document(self, rates: Sequence[float]) -> dict[str, Any]:
-        """Return all losses by client name, for ``decisions.json``; None for a failure."""
+        """Return all losses by client name, for ``decisions.json``; a failure is None."""
         trials = [
             {
                 "learning_rate": rate,
@@ -334,8 +335,9 @@ class _RangeTest:
 def drawn_clients(clients: Sequence[Client], seed: int) -> list[int]:
     """Draw up to four clients for a range test; return their indices, ascending.
 
-    Only clients with validation examples are drawn, if there are any, and of those the half with
-    the most training examples, because their losses are the least noisy.
+    If some clients have validation examples, only these are candidates. Clients are drawn from the
+    half of the candidates with the most training examples, because their losses are the least
+    noisy.
 
     Args:
         clients: All clients.

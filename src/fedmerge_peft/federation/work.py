@@ -1,4 +1,4 @@
-"""Work of a run: the number of its optimizer steps, before the first one."""
+"""Work of a run: the number of its optimizer steps, checked before the first step."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_STEPS = 1e10
 
 
 def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) -> None:
-    """Warn about a run of more than ``MANY_STEPS`` optimizer steps.
+    """Warn about a run of more than ``MANY_STEPS`` optimizer steps; refuse too long ones.
 
     With R rounds of k clients, and s_i steps in a client's passes over its n_i examples, a run has
-    R · k · mean(s_i) steps. Steps of a strategy beyond its usual ones are not counted.
+    R · k · mean(s_i) steps. Extra steps of a strategy, such as warm-up steps, are not counted.
 
     Args:
         recipe: Recipe of the run.

@@ -12,7 +12,7 @@ from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.util.memory import shortage
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-"""Path of a module up to the number of its layer, as PEFT reads it."""
+"""Pattern of a module's path up to the number of its layer, as in PEFT."""
 
 
 def adaptable_modules(model: Any) -> list[str]:
@@ -51,7 +51,7 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
     """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
 
     The factors of a layer have r · (inputs + outputs) numbers. If the target modules are not a
-    list, the smallest layer counts, so that no adapter is refused that fits.
+    list, only the smallest layer is counted, so that no adapter that fits is refused.
     """
     targets = lora.target_modules
     widths = [
@@ -71,7 +71,7 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
 
     Args:
         model: PEFT model.
-        lora: Its adapter.
+        lora: Adapter of the model.
     """
     from peft.utils.other import get_pattern_key
 
@@ -170,7 +170,7 @@ def _layer(path: str) -> int | None:
 
 
 def _is_named(path: str, name: str) -> bool:
-    """Return True if a name is a path, or the end of it."""
+    """Return True if a path equals a name, or ends with it after a dot."""
     return path == name or path.endswith("." + name)
 
 

@@ -14,7 +14,7 @@ class AdapterSlot:
     """Adapter in the slot of the backbone, computed by plain PEFT.
 
     Args:
-        backbone: Model into whose slot the adapter is loaded.
+        backbone: Model. The adapter is loaded into its slot.
         row: Adapter, ``(P,)``.
     """
 

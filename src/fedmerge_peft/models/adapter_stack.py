@@ -16,7 +16,7 @@ Forward = Callable[..., Tensor]
 
 
 class AdapterStack:
-    """K adapters on one frozen model, applied to K consecutive parts of equal size of a batch.
+    """K adapters on one frozen model, each applied to one of K equal, consecutive parts of a batch.
 
     Frozen weights process the whole batch at once. Adapted layers, that is LoRA layers and the
     layers of a head, apply K matrices in one ``bmm``. An example passes through the adapter of its
@@ -90,7 +90,7 @@ class AdapterStack:
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """Compute W x + scaling · B_k A_k x, as PEFT's plain LoRA layer."""
+        """Compute W x + scaling · B_k A_k x, as PEFT's plain LoRA layer does."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -150,7 +150,7 @@ class AdapterStack:
 
 
 def stacking_obstacle(backbone: Backbone) -> str | None:
-    """Return the reason, from modules and configuration, why adapters cannot be stacked, or None.
+    """Check the model's modules and configuration for a reason why adapters cannot be stacked.
 
     Returns:
         The reason as text, or None if there is no known obstacle.

@@ -194,7 +194,7 @@ def load_backbone(
     Args:
         backbone: Model and number format.
         lora: Adapter.
-        task: Model class, labels and padding token.
+        task: Task, which determines model class, labels and padding token.
         folder: Folder or hub id from ``model_folder``.
         device: Device of the model.
         seed: Seed for tensors that the pretrained model lacks.
@@ -222,7 +222,7 @@ def load_backbone(
 
 
 def _with_layout(model: Any) -> Backbone:
-    """Match trainable tensors with saved names by memory address, and create the layout."""
+    """Create the backbone; match trainable tensors with saved names by memory address."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import ModulesToSaveWrapper

@@ -1,7 +1,7 @@
-"""Checks of a checkpoint against its configuration: tensors that are missing, misfit or left over.
+"""Checks of a checkpoint against its configuration: missing, mismatched and unused tensors.
 
-Transformers initializes at random what a checkpoint lacks, and ignores what the model does not use.
-Both are right for heads, and wrong for everything else.
+Transformers initializes tensors that a checkpoint lacks at random, and ignores tensors that the
+model does not use. Both are right for heads, and wrong for all other modules.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def missing_tensors(
         model: Model of transformers, loaded.
         report: Loading information: missing, mismatched and unexpected keys.
         name: Name of the model, for error messages.
-        new_heads: The task initializes heads and poolers that the checkpoint lacks.
+        new_heads: True if the task initializes heads and poolers that the checkpoint lacks.
 
     Raises:
-        BackboneError: The checkpoint lacks other tensors, has them in other shapes, or has tensors
-            of an adapter, or for which the configuration leaves no place.
+        BackboneError: The checkpoint lacks other tensors, or has them in other shapes. Or it has
+            tensors of an adapter, or tensors of layers that the configuration leaves out.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | misfit.keys()
@@ -127,7 +127,7 @@ def in_head(model: nn.Module, key: str) -> bool:
 
 
 def _has_no_place(model: nn.Module, key: str) -> bool:
-    """Return True for a tensor of a layer beyond the last, or one switched off, such as a bias."""
+    """Return True for a tensor of a layer beyond the last one, or for a bias that is disabled."""
     # The checkpoint of a model without a head has no prefix.
     names = (key, f"{getattr(model, 'base_model_prefix', '')}.{key}")
     return any(not in_head(model, name) and _is_cut_off(model, name) for name in names)
@@ -147,6 +147,6 @@ def _is_cut_off(model: nn.Module, key: str) -> bool:
 
 
 def _state_names(model: nn.Module) -> Collection[str]:
-    """Return the names of the tensors that a checkpoint holds: no second name of tied weights."""
+    """Return the names of the tensors in a checkpoint, with one name for tied weights."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return [name for name, _ in model.named_parameters() if name not in tied]

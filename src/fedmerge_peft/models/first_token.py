@@ -1,7 +1,7 @@
-"""A cut of the last encoder layer to the only position that a classification head reads.
+"""Cut of the last encoder layer to the only position that a classification head reads.
 
-BERT's pooler reads the first token alone. After the attention of the last layer, all other
-positions are then computed for nothing: two thirds of that layer's work, forward and backward.
+BERT's pooler reads the first token alone. After the attention of the last layer, the other
+positions are therefore not needed. They are two thirds of that layer's work, forward and backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FirstToken:
-    """Hooks that pass on the first token alone after the attention of one layer."""
+    """Hooks that keep only the first token after the attention of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._shape = torch.Size()
@@ -26,7 +26,7 @@ class FirstToken:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Cut the passes inside the context."""
+        """Cut the layer to the first token in passes inside the context."""
         handle: RemovableHandle = self._attention.register_forward_pre_hook(self._cut)
         for dropout in self._dropouts:
             dropout.forward = self._masked(dropout)
@@ -43,7 +43,7 @@ class FirstToken:
         return states[:, :1], residual[:, :1]
 
     def _masked(self, dropout: nn.Module):  # type: ignore[no-untyped-def]
-        """Return a forward that draws the mask of all positions, and applies the first's."""
+        """Return a forward function that draws the mask of all positions and applies the first."""
 
         def forward(states: Tensor) -> Tensor:
             keep = 1 - float(dropout.p)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class Prefix:
                 handle.remove()
 
     def states(self, run: Callable[[], object]) -> Tensor:
-        """Return the input of layer l in a forward pass, which ends there.
+        """Run a forward pass up to layer l, and return the input of this layer.
 
         Args:
             run: Function that runs the forward pass.
@@ -116,7 +116,7 @@ class Prefix:
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
-    """Ends a forward pass at layer l."""
+    """Exception that ends a forward pass at layer l, with the input of this layer."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Reached(Exception):  # noqa: N818 - not an error
 
 
 def prefix_identity(model: nn.Module, prefix: Prefix) -> Iterator[Tensor | str]:
-    """Yield all that determines the states that enter layer l, except for inputs and rounding.
+    """Yield everything that determines the input of layer l, except the batch and rounding.
 
     These are the class and the configuration of the model, the number of layers before l, and the
     tensors of all modules that run before l or contain it.
@@ -156,10 +156,11 @@ def prefix_identity(model: nn.Module, prefix: Prefix) -> Iterator[Tensor | str]:
 def find_prefix(model: nn.Module) -> Prefix | None:
     """Find the frozen prefix from the model's parameters and the order of its modules.
 
-    A model has a prefix if exactly one ``ModuleList`` has layers with trainable tensors, its first
+    The prefix is found if exactly one ``ModuleList`` has layers with trainable tensors, its first
     layer has none, and all other trainable tensors belong to heads after it. These conditions are
-    necessary only; ``PrefixCache`` verifies the prefix by running the model. Modules that are not
-    of transformers have no prefix, because nothing shows the order in which their parts run.
+    necessary, but not sufficient; ``PrefixCache`` verifies the prefix by running the model. Modules
+    that are not of transformers have no prefix, because the order in which their parts run is
+    unknown.
 
     Returns:
         The prefix, or None.

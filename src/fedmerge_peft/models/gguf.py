@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -> Path:
     """Return a folder with the weights and the tokenizer of a GGUF file, as safetensors.
 
-    The folder is written once for each file and number format. A file counts as another one if its
-    path, size or time of change differs.
+    The folder is written once for each file and number format. A file is considered new if its
+    path, size or modification time differs.
 
     Args:
         backbone: Number format of the weights.
@@ -35,7 +35,8 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
         gguf_file: Name of the file.
 
     Raises:
-        BackboneError: There is no such file, it cannot be loaded, or gguf is not installed.
+        BackboneError: The file does not exist or cannot be loaded, the folder cannot be written or
+            trusted, or gguf is not installed.
     """
     path = folder / gguf_file
     if not path.is_file():
@@ -65,7 +66,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
                 try:
                     (Path(partial) / "model").rename(target)
                 except OSError:
-                    if not target.is_dir():  # else another process was faster
+                    if not target.is_dir():  # otherwise, another process was faster
                         raise
         except OSError as error:
             raise BackboneError(
@@ -76,7 +77,10 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
 
 
 def _is_written(target: Path) -> bool:
-    """Return True for a folder that this user has written; only the user may open those."""
+    """Return True if this user has written the folder; make its parent folder private.
+
+    Raises ``BackboneError`` if the folder is a link or belongs to another user.
+    """
     try:
         if not is_own(target):
             raise PermissionError(None, "it is a link, or belongs to another user")
@@ -117,7 +121,7 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
                 f"backbone.model: {path.name} lacks {len(missing)} of the tensors of "
                 f"{type(loaded).__name__}, such as {missing[0]}"
             )
-        # The model is marked as quantized. A new one with the same weights is not.
+        # The model is marked as quantized. A new model with the same weights is not.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

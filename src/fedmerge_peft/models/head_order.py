@@ -21,16 +21,16 @@ def label_names(config: Any) -> list[str]:
 
 
 def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
-    """Move the outputs of a pretrained head to the places of their labels.
+    """Reorder the outputs of a pretrained head to match the task's labels.
 
-    Transformers matches weights by position, so that the outputs of a checkpoint for negative and
-    positive would be swapped if the data list positive first. Names are compared
-    without regard to case. A head for other names keeps its order.
+    Transformers matches weights by position. The outputs of a checkpoint for negative and positive
+    would therefore be swapped if the data list positive first. The comparison of names ignores
+    case. A head for other names keeps its order.
 
     Args:
         model: Model of transformers with a head for ``labels``.
-        held: Names of the checkpoint's labels.
-        labels: Names of the task's labels.
+        held: Names of the checkpoint's labels, in order.
+        labels: Names of the task's labels, in order.
     """
     places = {name.casefold(): place for place, name in enumerate(held)}
     wanted = [name.casefold() for name in labels]
@@ -49,7 +49,7 @@ def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def _output_tensors(model: Any, count: int) -> list[Tensor]:
-    """Return weights and biases of the last module of each head, if it has one output a label."""
+    """Return weights and biases of each head's last module, if it has one output per label."""
     last: dict[str, Any] = {}
     for path, module in model.named_modules():
         if getattr(module, "weight", None) is not None and in_head(model, f"{path}.weight"):

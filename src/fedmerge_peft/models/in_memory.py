@@ -1,7 +1,7 @@
 """Copies of models that a Python program passes (``tasks/in_memory.py``).
 
-A model of transformers as the library builds it is saved to a scratch folder, and loaded from there
-like any other. Any other module is copied as it is. The contract of such a module is small:
+An unchanged model of transformers is saved to a scratch folder, and loaded from there like a model
+from the hub. Any other module is copied unchanged. The contract of such a module is small:
 
     forward(**batch)   takes the outputs of the tokenizer or image processor by name, and returns
                        logits, or an object or a dictionary with them
@@ -31,12 +31,12 @@ _NEEDS_TRANSFORMERS = ("attention", "quantization", "gradient_checkpointing")
 
 
 def save_stock(model: nn.Module, folder: Path) -> None:
-    """Save a model with transformers, unless it has a structure of its own."""
+    """Save an unchanged model of transformers; do nothing for other modules."""
     if not _is_stock(model):
         return
     held: Any = model
     settings = {name: getattr(held, name, None) for name in ("config", "generation_config")}
-    try:  # save_pretrained writes into them
+    try:  # save_pretrained changes these settings
         for name, value in settings.items():
             setattr(held, name, deepcopy(value))
         held.save_pretrained(folder)
@@ -46,7 +46,7 @@ def save_stock(model: nn.Module, folder: Path) -> None:
 
 
 def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.device) -> Any:
-    """Return a copy of a module, with the attributes of a model of transformers that runs need.
+    """Return a copy of a module; add the attributes of transformers' models that a run needs.
 
     Its forward pass returns an object with ``logits``.
 
@@ -82,7 +82,7 @@ def linear_layers(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """Return the paths of all linear layers outside the heads, for LoRA.
 
     Raises:
-        BackboneError: There are none.
+        BackboneError: The model has no such layers.
     """
     paths = [
         path for path, _ in _linear(model) if not any(f".{head}." in f".{path}." for head in heads)
@@ -96,7 +96,7 @@ def linear_layers(model: nn.Module, heads: Sequence[str]) -> list[str]:
 
 
 def output_layer(model: nn.Module, labels: int) -> str | None:
-    """Return the path of the last linear layer if it has one output per label: the head."""
+    """Return the path of the last linear layer, the head, if it has one output per label."""
     path, layer = next(reversed(list(_linear(model))), (None, None))
     return path if getattr(layer, "out_features", None) == labels else None
 
@@ -110,7 +110,7 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_stock(model: nn.Module) -> bool:
     """Return True for a model of transformers that computes what its configuration describes.
 
-    A model with other modules or settings, or with hooks of a program, is not one.
+    Return False for a model with other modules or settings, or with hooks of a program.
     """
     from transformers import PreTrainedModel
 

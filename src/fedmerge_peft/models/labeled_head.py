@@ -18,17 +18,17 @@ CHUNK = 2**24
 class LabeledHead:
     """Frozen output layer of a decoder, applied to the hidden states before labeled tokens only.
 
-    The layer is often the largest product of a pass, and its output the largest tensor: a number
-    for each position and each token of the vocabulary.
+    The layer is often the largest matrix product of a pass. Its output is often the largest tensor:
+    a number for each position and each token of the vocabulary.
 
     Args:
-        layer: The output layer, which treats all positions alike.
+        layer: The output layer, which processes each position separately.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
         self.unchanged = False
-        """True if the model returns the layer's output as it is, so that ``losses`` are its own."""
+        """True if the model returns the layer's output unchanged, so that ``losses`` are exact."""
 
     @contextmanager
     def applied(self, labeled: Tensor) -> Iterator[None]:
@@ -48,7 +48,7 @@ class LabeledHead:
             labeled: As in ``applied``.
 
         Yields:
-            A list, to which each pass of the model adds its input.
+            A list to which each pass of the model appends the layer's input.
         """
         kept: list[Tensor] = []
 
@@ -68,7 +68,7 @@ class LabeledHead:
             handle.remove()
 
     def in_chunks(self, positions: int) -> bool:
-        """Return True if training on so many positions should use ``losses`` instead of logits."""
+        """Return True if training on this many positions should use ``losses``, not logits."""
         return self.unchanged and positions > self._chunk
 
     @property
@@ -79,11 +79,12 @@ class LabeledHead:
         """Compute ``-log softmax(logits)[target]`` at n positions, in chunks of ``CHUNK`` logits.
 
         A loss depends on the state of its own position only. Its gradient is therefore computed
-        with the chunk, and multiplied in the backward pass by the gradient of what follows: the
-        weights of clients, or a preference. The matrix products are the two of whole logits.
-        ``torch.utils.checkpoint`` and ``functional.linear_cross_entropy(reduction="none")`` compute
-        the logits twice, and the sums of the latter have no weights of positions. Calling the layer
-        itself covers biases, quantized weights and autocast.
+        with the chunk. The backward pass multiplies it by the upstream gradient, for example that
+        of the clients' weights or of a preference loss. There are two matrix products, as without
+        chunks. ``torch.utils.checkpoint`` and
+        ``functional.linear_cross_entropy(reduction="none")`` would compute the logits twice, and
+        the sums of the latter have no weights of positions. Calling the layer itself covers biases,
+        quantized weights and autocast.
 
         Args:
             states: ``(n, width)``, from ``set_aside``.
@@ -97,13 +98,13 @@ class LabeledHead:
 
 
 def frozen_output_layer(model: Any) -> nn.Linear | None:
-    """Return the output layer of a PEFT model that is a decoder; None if it trains or has none."""
+    """Return a PEFT model's output layer; None if the model has none, or if the layer trains."""
     layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
     return layer if isinstance(layer, nn.Linear) and not layer.weight.requires_grad else None
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Losses in chunks, each with its gradient for an upstream gradient of 1."""
+    """Losses in chunks. ``forward`` also computes their gradients for an upstream gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, layer: nn.Linear, chunk: int) -> Tensor:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Packing:
-    """Places of a padded batch's tokens in rows that hold several examples each.
+    """Mapping of a padded batch's tokens to rows that contain several examples each.
 
     No row is longer than the longest example, so attention costs no more than with padding. The
-    positions of a model start at 0 in each example. From them, transformers derives the mask of
-    attention: no token attends to another example (``find_packed_sequence_indices``).
+    position ids start at 0 in each example. From them, transformers derives the attention mask: no
+    token attends to another example (``find_packed_sequence_indices``).
 
     Args:
         mask: Attention mask of the padded batch, ``(batch, length)``.
-        adapters: K. Each of K equal parts of the batch gets rows of its own, R of them.
+        adapters: K. Each of K equal parts of the batch gets R separate rows.
     """
 
     def __init__(self, mask: Tensor, adapters: int = 1) -> None:
@@ -28,7 +28,7 @@ class Packing:
         starts = range(0, len(lengths), size)
         parts = [_first_fit(lengths[start : start + size], max(lengths)) for start in starts]
         rows = max(len(part) for part in parts)
-        # The place of each token in the padded batch, and in its example; -1 for padding.
+        # Index of each token in the padded batch, -1 for padding; and its position in its example.
         self._source = torch.full((adapters * rows, max(lengths)), -1)
         positions = torch.zeros_like(self._source)
         places = torch.arange(inside.numel()).view(inside.shape)
@@ -55,7 +55,7 @@ class Packing:
         return packed
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Move values in rows, ``(K R, longest, ...)``, to their places in the padded batch.
+        """Move values from rows, ``(K R, longest, ...)``, back to the padded batch.
 
         Returns:
             ``(batch, length, ...)``; zeros for padding.
@@ -66,7 +66,7 @@ class Packing:
         return padded.view(*self._shape, *values.shape[2:])
 
     def in_order(self, values: Tensor, selected: Tensor) -> Tensor:
-        """Sort values at selected tokens of the rows by the places in the padded batch.
+        """Sort values at selected tokens of the rows into the order of the padded batch.
 
         Args:
             values: ``(n, ...)``, in the order of the rows.
@@ -76,10 +76,10 @@ class Packing:
 
 
 def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items to bins of a capacity, the longest first, each to the first that holds it.
+    """Assign each item, the longest first, to the first bin with enough free capacity.
 
     Returns:
-        Numbers of the items of each bin.
+        Indices of the items in each bin.
     """
     bins: list[list[int]] = []
     free: list[int] = []

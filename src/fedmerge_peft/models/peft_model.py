@@ -30,7 +30,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     Args:
         model: Transformers model.
         lora: Adapter.
-        task: Determines the heads.
+        task: Task, which determines the heads.
         name: Name of the model, for error messages.
         missing: Names of tensors that are not pretrained.
 
@@ -47,7 +47,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         lora = _with_targets(model, lora, head, task)
     heads = _heads(model, task, lora.modules_to_save or [], missing)
     if head is not None:
-        # PEFT takes each module for a head whose path ends like this, such as lora_dropout for out.
+        # PEFT treats each module whose path ends like this as a head, such as lora_dropout for out.
         heads.append(f"base_model.model.{head}")
     model_type = getattr(model.config, "model_type", "") or type(model).__name__
     defaults = DEFAULTS.get(model_type, ())
@@ -65,7 +65,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         )
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
     if lora.target_modules == "all-linear":
-        # PEFT takes a module such as pre_classifier for a head, too, and trains it as a whole.
+        # PEFT also treats a module such as pre_classifier as a head, and trains it fully.
         last = {module.rpartition(".")[2] for module, _ in model.named_modules()}
         if whole := sorted(name for name in last - {*heads} if name.endswith(tuple(heads))):
             fields["exclude_modules"] = _excluding(lora.exclude_modules, whole)
@@ -98,9 +98,10 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 
 
 def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
-    """Return the path of the head of a module that is not of transformers, or None.
+    """Return the path of the output layer of a module that is not of transformers, as its head.
 
-    It is the output layer, unless the recipe or the module's names determine the head.
+    Return None for models of transformers, or if the recipe or the module's names determine the
+    head, or if no output layer fits the labels.
     """
     from transformers import PreTrainedModel
 
@@ -115,8 +116,8 @@ def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
 def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Task) -> LoraRecipe:
     """Return the adapter of a module that is not of transformers, with the paths of its layers.
 
-    PEFT has no defaults for it. LoRA adapts all linear layers outside the heads, unless the recipe
-    names others.
+    PEFT has no defaults for such modules. LoRA adapts all linear layers outside the heads, unless
+    the recipe names other layers.
     """
     unnamed = lora.target_modules is None and lora.target_parameters is None
     if not unnamed and lora.target_modules != "all-linear":
@@ -127,7 +128,7 @@ def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Ta
 
 
 def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list[str]:
-    """Return ``lora.exclude_modules`` with further last names of modules."""
+    """Return ``lora.exclude_modules``, extended by last names of modules."""
     if not isinstance(patterns, str):
         return [*(patterns or []), *names]
     return rf"(?:{patterns})|(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
@@ -136,11 +137,11 @@ def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list
 def check_reload(model: Any) -> None:
     """Check that PEFT loads the tensors of an adapter that it saves.
 
-    PEFT renames the tensors of some models when it saves or loads them, and ignores those that it
-    does not know. An export would then predict something else.
+    PEFT renames the tensors of some models when it saves or loads them, and ignores tensors with
+    unknown names. The predictions of an exported adapter would then differ.
 
     Args:
-        model: PEFT model. Its tensors keep their values.
+        model: PEFT model. Its values are restored.
 
     Raises:
         BackboneError: PEFT fails, or loads other values than it saves.
@@ -216,7 +217,7 @@ def prepare_heads(model: Any, missing: set[str], outputs: Sequence[str]) -> None
     Args:
         model: PEFT model.
         missing: Names of tensors that are not pretrained.
-        outputs: Names of heads whose results are float32.
+        outputs: Names of heads whose outputs stay in float32.
     """
     from peft.utils import ModulesToSaveWrapper
 
@@ -242,7 +243,7 @@ def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def reinitialize(model: Any) -> None:
-    """Reinitialize LoRA factors and heads without pretrained weights from torch's generator."""
+    """Reinitialize LoRA factors and heads without pretrained weights, with torch's generator."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 

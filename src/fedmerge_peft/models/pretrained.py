@@ -46,8 +46,8 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
         scratch: Folder in which a tiny model or one in memory is written.
 
     Raises:
-        BackboneError: The folder does not hold a model or holds an adapter, KIND is unknown, or no
-            program passes the model, or has changed it since.
+        BackboneError: The folder does not contain a model, or contains an adapter; KIND is unknown;
+            no program passes the model, or the program has changed it since.
     """
     model = backbone.model
     if (passed := passed_model(model)) is not None:
@@ -139,8 +139,8 @@ def load_model(
         The model, and the names of its tensors that are not pretrained.
 
     Raises:
-        BackboneError: The model cannot be loaded, holds an adapter, or its weights do not match its
-            configuration.
+        BackboneError: The model cannot be loaded, contains an adapter, or has weights that do not
+            match its configuration.
     """
     import transformers
 
@@ -201,7 +201,7 @@ def load_model(
 
 
 def _prepared(model: Any, task: ModelRequirements) -> Any:
-    """Return a model on its device, with the task's padding token in its configuration."""
+    """Set a model's padding token and named outputs, align its weights, and return it."""
     # Decoders with a classification head look for the last token before the padding.
     pad = getattr(task, "pad_token_id", None)
     if pad is not None:
@@ -212,7 +212,7 @@ def _prepared(model: Any, task: ModelRequirements) -> Any:
 
 
 def _name_outputs(config: Any) -> None:
-    """Let a model return its outputs by name, whatever its config.json says."""
+    """Make a model return its outputs by name, regardless of its config.json."""
     config.return_dict = True
     config.torchscript = False
     for name in getattr(config, "sub_configs", {}):
@@ -221,7 +221,7 @@ def _name_outputs(config: Any) -> None:
 
 
 def set_pad_token_id(config: Any, pad_token_id: int) -> None:
-    """Set the id in a configuration and in its nested ones, such as that of a text model."""
+    """Set the id in a configuration and its nested configurations, such as a text model's."""
     config.pad_token_id = pad_token_id
     for name in getattr(config, "sub_configs", {}):
         if (nested := getattr(config, name, None)) is not None:
@@ -229,10 +229,10 @@ def set_pad_token_id(config: Any, pad_token_id: int) -> None:
 
 
 def align_weights(model: Any) -> None:
-    """Copy weights on the CPU that are not aligned to 64 bytes, as those of a mapped file.
+    """Copy weights on the CPU that are not aligned to 64 bytes, such as those of a mapped file.
 
-    Kernels for small products round differently on such memory, so that the same weights would give
-    other bits in another process.
+    Kernels for small products round differently on such memory, so the results of the same weights
+    could differ between processes.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:

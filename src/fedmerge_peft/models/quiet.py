@@ -1,4 +1,4 @@
-"""Transformers without its progress bars."""
+"""Transformers without its progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bar and messages that are expected here.
+    """Hide transformers' progress bars and its log messages, except errors, inside the context.
 
-    These are its report of a missing head, and the deprecation of an attribute that PEFT reads.
+    Expected messages are the report of a missing head, and the deprecation of an attribute that
+    PEFT reads, which is a ``FutureWarning``.
     """
     from transformers.utils import logging
 

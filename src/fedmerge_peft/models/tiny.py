@@ -55,7 +55,7 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
     400 tokens, and 128 positions. The image model takes 32 × 32 pixels in patches of 8 × 8.
     ``bert`` and ``vit`` have no head. ``llama`` is a causal language model with an untied output
     matrix and a chat template. ``gpt2`` is a causal language model with a tied output matrix and no
-    pad token, as the original. ``t5`` has an encoder and a decoder.
+    pad token, like the original. ``t5`` has an encoder and a decoder.
 
     The state of torch's random generators is preserved.
 

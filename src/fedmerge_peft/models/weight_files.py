@@ -11,19 +11,19 @@ from fedmerge_peft.util.library_errors import library_errors
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _REAL = {"F64", "F32", "F16", "BF16"}
-"""Types of weights that are used as they are."""
+"""Tensor types that weights may have without quantization."""
 
 
 def check_weight_files(name: str, folder: Path) -> None:
-    """Check the files that transformers reads: ``model.safetensors``, or those that an index names.
+    """Check the files that transformers reads: ``model.safetensors``, or those in an index.
 
     Args:
         name: Name of the model, for error messages.
         folder: Model folder.
 
     Raises:
-        BackboneError: A file is missing, damaged or of another kind; weights are integers or have
-            8 bits, but the configuration does not describe how they are quantized.
+        BackboneError: A file is missing, damaged or of another kind, or weights are integers or
+            have 8 bits, but the configuration does not describe their quantization.
     """
     quantized = _has_quantization(folder / "config.json")
     for path in _files(name, folder):
@@ -82,7 +82,7 @@ def _types(path: Path) -> dict[str, str]:
 def _has_quantization(config: Path) -> bool:
     """Return True if a configuration, or a nested one, describes a quantization.
 
-    A configuration that cannot be read is refused when it is loaded.
+    Return True also if the configuration cannot be read: loading it raises the error.
     """
     try:
         values = json.loads(config.read_text(encoding="utf-8"))

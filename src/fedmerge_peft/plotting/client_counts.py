@@ -1,4 +1,4 @@
-"""Examples of each client, before a run: a heat map of its labels, and the sizes of its splits."""
+"""Picture of the clients' examples before a run: a heat map of labels, and sizes of splits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmerge_peft.plotting.render import Picture, set_names
 
 @dataclass(frozen=True)
 class ClientCounts(Picture):
-    """Training examples of clients × labels, and examples by split."""
+    """Training examples by client and label, and examples by client and split."""
 
     data: FederatedData
     column: str | None

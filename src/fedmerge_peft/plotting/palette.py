@@ -15,14 +15,14 @@ COLORMAP = "Blues"
 """Matplotlib's colormap of heat maps."""
 
 _FIXED = ("fedmerge", "fedavg", "local")
-"""Strategies with the first styles, in every figure."""
+"""Strategies that have the first styles in every figure."""
 
 
 def method_styles(strategies: Mapping[str, str]) -> dict[str, int]:
     """Return a style for each method, an index into ``COLORS`` and ``DASHES``.
 
-    ``fedmerge``, ``fedavg`` and ``local`` have the same style in all figures. The other methods
-    get the remaining ones in their order, and repeat them if there are too many.
+    The first method of each of ``fedmerge``, ``fedavg`` and ``local`` has the same style in all
+    figures. The other methods get the remaining styles in order, then all styles again.
 
     Args:
         strategies: Strategy of each method by the method's name.

@@ -41,7 +41,7 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
 
     Args:
         drawing: The figure.
-        title: Its title.
+        title: Title of the figure.
         path: Path of the files without suffix.
 
     Returns:
@@ -79,7 +79,7 @@ class Picture(ABC):
 
     @abstractmethod
     def draw(self) -> Any:
-        """Return a new ``matplotlib.figure.Figure``, to change before it is saved."""
+        """Return a new ``matplotlib.figure.Figure``, which the caller may change and save."""
 
     def save(self, path: PathLike[str] | str) -> Path:
         """Write a file in the format of its suffix, one of ``SUFFIXES``; return its path.
@@ -139,7 +139,7 @@ def draw(drawing: Drawing, title: str) -> Any:
 
 
 def _blank(width: float, height: float, title: str, panels: int = 1) -> tuple[Any, Any]:
-    """Return an empty figure, sizes in inches, and its axes."""
+    """Return an empty figure of ``width`` × ``height`` inches, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,7 +225,7 @@ def _spread(axes: Any, drawing: Spread) -> None:
     for row, method in enumerate(drawing.methods):
         color = COLORS[method.style]
         values = np.asarray(method.values, float)
-        shift = 0.14 * np.sin(2.4 * np.arange(len(values)))  # apart if equal
+        shift = 0.14 * np.sin(2.4 * np.arange(len(values)))  # separates equal values
         axes.plot(values, row + shift, "o", color=color, alpha=0.4, markersize=4)
         if math.isfinite(method.mean):
             axes.vlines(method.mean, row - 0.35, row + 0.35, colors=color, linewidth=2)
@@ -314,7 +314,7 @@ def set_names(
     positions: Sequence[float] | None = None,
     turned: bool = False,
 ) -> None:
-    """Label every n-th tick, so that labels do not overlap."""
+    """Set tick labels, at most ``_MAX_NAMES`` of them, so that they do not overlap."""
     step = -(-max(len(names), 1) // _MAX_NAMES)
     labels = [_short(name) for name in names[::step]]
     axis.set_ticks(

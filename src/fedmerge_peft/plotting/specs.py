@@ -22,8 +22,8 @@ class Line:
     style: int = 0
     """Index into the palette's colors and dashes, 0 to 5."""
     kind: Literal["main", "second", "reference"] = "main"
-    """second: thin and dotted, another quantity of the method with the same style. reference: gray,
-    a constant to compare with."""
+    """``second`` is thin and dotted, for another quantity of the method with the same style.
+    ``reference`` is gray, for a constant to compare with."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MethodScores:
 
     name: str
     values: Sequence[float]
-    """One per client; those that are not finite are omitted."""
+    """One score per client; scores that are not finite are omitted."""
     style: int
     """Index into the palette's colors."""
     mean: float = math.nan
@@ -59,16 +59,16 @@ class Dumbbell:
     """Scores of a few methods, one row per client, in the order given."""
 
     names: Sequence[str]
-    """Clients."""
+    """Names of the clients."""
     methods: Sequence[MethodScores]
     """The method of interest, then one to three others. A bar connects the first two."""
     x: str
     """Title of the scores, with their unit."""
     greater_is_better: bool = True
     intervals: Sequence[tuple[float, float]] | None = None
-    """Confidence interval of each score of the first method; nan for none."""
+    """Confidence interval of each score of the first method; (nan, nan) where there is none."""
     span: Sequence[float] = ()
-    """Scores that the axis must include, so that several charts have the same one."""
+    """Scores that the axis must include, so that several charts have the same axis."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Heat:
     """``(rows, columns)``."""
     rows: Sequence[str]
     columns: Sequence[str]
-    """Names; empty for none."""
+    """Names of the columns; empty for no names."""
     x: str
     """Title of the columns."""
     label: str

@@ -17,7 +17,7 @@ from fedmerge_peft.plotting.svg_lines import lines
 from fedmerge_peft.plotting.svg_marks import WIDTH, label, number, svg, text, text_width, wrapped
 
 _BAR = 28
-"""Height of a bar with its space."""
+"""Height of a bar, including the space below it."""
 
 
 def draw(drawing: Drawing) -> Markup:

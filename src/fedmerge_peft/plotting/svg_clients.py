@@ -29,7 +29,7 @@ from fedmerge_peft.plotting.svg_marks import (
 from fedmerge_peft.util.text import printable
 
 MAX_CLIENTS = 240
-"""Rows of a dumbbell chart; with more clients, every n-th is drawn."""
+"""Limit on the rows of a dumbbell chart. With more clients, every n-th is drawn."""
 _NAMED = 80
 """Limit on clients for charts in which every row has a name and its gain."""
 _WRAPPED = 30
@@ -114,7 +114,7 @@ def spread(drawing: Spread) -> Markup:
     parts = [*_grid(across, marks, 18, bottom), text("num", WIDTH, 10, "mean", anchor="end")]
     for index, (method, finite) in enumerate(rows):
         y = 24 + height * (index + 0.5)
-        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # apart if equal
+        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # apart, if equal
         parts += [
             label(left - 4, y, wrapped(method.name, left - 8)),
             *(
@@ -192,7 +192,7 @@ def _legend(drawing: Dumbbell) -> tuple[list[str], float]:
 
 
 def _row(drawing: Dumbbell, row: int, y: float, height: float, across: Scale) -> str:
-    """Draw a client; its title, which browsers show under the pointer, has all its scores."""
+    """Draw a client's row. Its title, which browsers show on hover, contains all scores."""
     methods = drawing.methods
     first, second = methods[0].values[row], methods[1].values[row]
     wins = (first >= second) == drawing.greater_is_better or first == second
@@ -219,7 +219,7 @@ def _described(method: MethodScores, row: int) -> str:
 
 
 def _digits(value: float) -> str:
-    """Format with three significant digits, also if they are 0."""
+    """Format a number with three significant digits, including trailing zeros."""
     return f"{value:#.3g}".rstrip(".") if math.isfinite(value) else number(value)
 
 

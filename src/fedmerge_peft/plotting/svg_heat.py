@@ -25,14 +25,14 @@ from fedmerge_peft.plotting.svg_marks import (
 )
 
 _LEVELS = 20
-"""Shades of a heat map."""
+"""Number of shades of a heat map."""
 _ROW_HEIGHTS = (3.2, 16.0)
 """Least and greatest height of a heat map's row."""
 _MAX_HEIGHT = 640
 MAX_ROWS = int(_MAX_HEIGHT / _ROW_HEIGHTS[0])
-"""Rows of a heat map; with more, adjacent rows are averaged."""
+"""Limit on the rows of a heat map. With more, adjacent rows are averaged."""
 MAX_COLUMNS = 80
-"""Columns of a heat map; with more, adjacent columns are averaged."""
+"""Limit on the columns of a heat map. With more, adjacent columns are averaged."""
 _TOP = 8
 _MAX_CELL = 46.0
 """Greatest width of a cell."""
@@ -43,7 +43,7 @@ _CELLS = 0.4
 
 
 def heat(drawing: Heat) -> Markup:
-    """Draw a heat map with a color scale. Rows of a group have its name on their right."""
+    """Draw a heat map with a color scale. Names of groups are to the right of their rows."""
     values, rows = binned(drawing.values, drawing.rows, MAX_ROWS)
     across, columns = binned(values.T, drawing.columns or [""] * values.shape[1], MAX_COLUMNS)
     values = across.T
@@ -112,7 +112,7 @@ def binned(
 
 
 def binned_groups(groups: Sequence[str], limit: int) -> list[str]:
-    """Return the group of the first row of each average, as ``binned`` forms them."""
+    """Return the group of the first row of each average that ``binned`` forms."""
     if len(groups) <= limit:
         return list(groups)
     return [groups[start] for start in np.linspace(0, len(groups), limit + 1).astype(int)[:-1]]
@@ -148,7 +148,7 @@ def _brackets(groups: Sequence[str], left: float, wide: float, height: float) ->
 def _column_names(
     columns: Sequence[str], left: float, cell: float, bottom: float
 ) -> tuple[list[str], float]:
-    """Return the names below a heat map, turned if they are wide, and their height."""
+    """Return the column names below a heat map, rotated if they are wide, and their height."""
     names = [short(name, 110, small=True) for name in columns]
     longest = max((text_width(name, small=True) for name in names), default=0.0)
     turned = longest > cell
@@ -178,7 +178,7 @@ def _color_scale(top: float, label: str, y: float) -> list[str]:
 
 
 def _cells(values: NDArray[Any], left: float, wide: float, tall: float) -> str:
-    """Draw cells as one path per shade, a tenth of the size of one rectangle per cell."""
+    """Draw cells as one path per shade, in a tenth of the bytes of one rectangle per cell."""
     shades = np.nan_to_num(
         np.clip(np.ceil(np.nan_to_num(values) * _LEVELS - 1e-9), 0, _LEVELS)
     ).astype(int)

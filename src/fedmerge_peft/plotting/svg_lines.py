@@ -27,9 +27,9 @@ _LEFT, _TOP, _BOTTOM = 44, 24, 40
 """Margins for y tick labels, the title of the y axis, and x tick labels with the axis title."""
 _HEIGHT = 250
 _DOTS = 12
-"""Limit on the dots of a line."""
+"""Target number of dots on a line; fewer than twice as many are drawn."""
 _KEY = 24
-"""Width of a line's sample beside its name."""
+"""Width of the sample of a line beside its name."""
 _MAX_LABEL = 100
 """Largest width of names at the ends of the lines; wider names are in a legend below."""
 

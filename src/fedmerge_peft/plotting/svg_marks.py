@@ -13,9 +13,9 @@ from fedmerge_peft.util.text import printable
 WIDTH = 400
 """Width of all figures, about that of a phone's screen in CSS pixels."""
 _CHARACTER = 6.5
-"""Mean width of a character of a label; wide ones have twice this."""
+"""Mean width of a character of a label. Wide (East Asian) characters count twice."""
 _SMALL = 6.1
-"""The same for small text, such as the names of a heat map's rows."""
+"""Mean width of a character of small text, such as the names of a heat map's rows."""
 LINE = 14
 """Height of a line of text."""
 
@@ -23,7 +23,7 @@ Scale = Callable[[float], float]
 
 
 def text_width(text: str, *, small: bool = False) -> float:
-    """Estimate the width of a text."""
+    """Estimate the width of a text, in the units of ``WIDTH``."""
     return (_SMALL if small else _CHARACTER) * _columns(printable(text))
 
 
@@ -51,7 +51,7 @@ def wrapped(name: str, width: float, *, small: bool = False) -> list[str]:
 def label(
     x: float, y: float, lines: Sequence[str], kind: str = "label", *, anchor: str = "end"
 ) -> str:
-    """Draw lines of text around the height y."""
+    """Draw lines of text, centered vertically at y."""
     first = y + 4 - 0.45 * LINE * (len(lines) - 1)
     return "".join(
         text(kind, x, first + 0.9 * LINE * row, line, anchor=anchor)
@@ -70,13 +70,13 @@ def _beginning(text: str, columns: int) -> str:
 
 
 def text(kind: str, x: float, y: float, content: str, *, anchor: str = "start") -> str:
-    """Draw a line of text of a class of the style sheet."""
+    """Draw a line of text. ``kind`` is a class of the style sheet."""
     side = "" if anchor == "start" else f' text-anchor="{anchor}"'
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{side}>{escape(printable(content))}</text>'
 
 
 def mark(shape: int, x: float, y: float, radius: float, style: int) -> str:
-    """Draw a filled circle, a hollow circle, a hollow diamond or a hollow triangle."""
+    """Draw shape 0 to 3: a filled circle, a hollow circle, a hollow diamond, a hollow triangle."""
     if shape < 2:
         kind = "hollow" if shape else "dot"
         return f'<circle class="{kind} s{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
@@ -88,7 +88,7 @@ def mark(shape: int, x: float, y: float, radius: float, style: int) -> str:
 
 
 def flow(widths: Sequence[float], left: float) -> list[tuple[float, int]]:
-    """Return position and row of items that are placed side by side, as many as fit."""
+    """Return the position and row of items placed side by side, as many per row as fit."""
     x, row, places = left, 0, []
     for width in widths:
         if x > left and x + width > WIDTH:
@@ -99,7 +99,7 @@ def flow(widths: Sequence[float], left: float) -> list[tuple[float, int]]:
 
 
 def svg(parts: Iterable[str], height: float, label: str) -> Markup:
-    """Return the element. The label describes the figure to screen readers."""
+    """Return an ``svg`` element. The label describes the figure to screen readers."""
     alternative = escape(printable(label))
     attributes = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{alternative}"'
     return Markup(f"<svg {attributes}>{''.join(parts)}</svg>")  # noqa: S704 (parts are escaped)
@@ -115,7 +115,7 @@ def scale(low: float, high: float, start: float, stop: float, *, log: bool = Fal
 
 
 def ticks(low: float, high: float, ceiling: float | None = None) -> list[float]:
-    """Return four to seven round numbers that enclose a range."""
+    """Return four to seven round numbers that enclose a range, without those above a ceiling."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span / 5)
@@ -125,7 +125,7 @@ def ticks(low: float, high: float, ceiling: float | None = None) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers that enclose a positive range, with equal ratios."""
+    """Return round numbers that enclose a positive range, with nearly equal ratios."""
     for factors in ((1, 2, 5), (1, 3), (1,)):
         powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         values = [factor * 10.0**power for power in powers for factor in factors]
@@ -145,7 +145,7 @@ def whole(low: float, high: float) -> list[int]:
 
 
 def number(value: float) -> str:
-    """Format with three significant digits."""
+    """Format a number with three significant digits; two below 0.01, all from 1000 on."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"
     if value == 0 or 0.01 <= abs(value) < 10_000:

@@ -1,4 +1,4 @@
-"""Section of the clients: participation, failures, time limits."""
+"""Section of the clients: participation, failures and time limits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ class ClientsRecipe(Section):
     """Participation of clients in a round, and the treatment of failures."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Part of the clients that is drawn at random for each round, at least one client."""
+    """Fraction of the clients that is drawn at random for each round; at least one client."""
     sampling: Literal["fixed", "poisson"] = "fixed"
     """fixed: each round has the same number of clients. poisson: each client is drawn independently
-    with the probability `fraction`, so that a round may have no clients and then changes nothing
-    but for its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md); across
-    sites, the server then draws from the operating system's generator."""
+    with the probability `fraction`. A round may then have no clients; it changes nothing, except by
+    its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md), and across sites
+    the server draws the clients with the operating system's random number generator."""
     failures: Literal["raise", "skip"] = "raise"
     """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
     record name the client, and the round continues as if the client had not been selected. A client
     fails if its training raises an error, if its reply is not finite or has another shape, dtype or
-    layout than requested, if it replies for another round or more than once, or if it exceeds the
-    timeout."""
+    layout than requested, if it replies for another round or more than once, or if it exceeds
+    `timeout`."""
     min_clients: Count = 1
-    """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
-    changes nothing and ends the run, which can be resumed."""
+    """With `failures: skip`, minimum number of clients with valid replies. A round with fewer valid
+    replies changes nothing and ends the run, which can be resumed."""
     timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
-    """Maximum time in seconds that a client takes for a round, including evaluation; null for no
-    limit. Clients that train in this process are not interrupted; their time is checked afterwards,
-    and clients that share a pass share its time. A run is not reproducible if clients take about as
-    long as this limit."""
+    """Maximum time in seconds that a client may take for a round, including evaluation; null for no
+    limit. Clients that train in this process are not interrupted: their time is checked afterwards.
+    Clients that train in one forward pass divide its time among them. A run is not reproducible if
+    clients take about as long as this limit."""

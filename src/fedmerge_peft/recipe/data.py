@@ -43,7 +43,7 @@ class PartitionRecipe(Section):
     """Name of the scheme."""
 
     counts_lists: ClassVar[bool] = False
-    """True if a list in the column ``by`` counts by its first value."""
+    """True if the column ``by`` may contain lists, of which the scheme uses the first value."""
 
     def summary(self) -> str:
         """Summarize the clients, in a few words."""
@@ -51,7 +51,7 @@ class PartitionRecipe(Section):
 
 
 class IidRecipe(PartitionRecipe):
-    """Random assignment of the examples, in equal parts."""
+    """Random assignment of the examples to the clients, in equal parts."""
 
     clients: Count
     """Number of clients."""
@@ -66,9 +66,9 @@ class DirichletRecipe(PartitionRecipe):
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.1
     """Concentration. Smaller values concentrate each class at fewer clients."""
     min_examples: Count = 10
-    """Repeat the draw until each client has this many training examples."""
+    """Minimum number of a client's training examples; the draw is repeated until all have it."""
     by: str | None = None
-    """Column whose values are distributed; of a list, the first value. Default: the label."""
+    """Column whose values are distributed. A list counts as its first value. Default: the label."""
 
 
 class ClustersRecipe(PartitionRecipe):
@@ -81,11 +81,11 @@ class ClustersRecipe(PartitionRecipe):
     classes_per_group: Labels = 30
     """Number of classes per group. Groups may share classes."""
     size_spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Sizes of the groups differ at random by up to this fraction. With 0.3, ten groups of 100
-    clients have 7 to 13 each, as in the program of FedMerge's authors."""
+    """Maximum relative deviation of a group's size, drawn at random. With 0.3, 100 clients in ten
+    groups form groups of 7 to 13 clients, as in the program of FedMerge's authors."""
     deck: bool = False
-    """Deal the classes from one deck, as FedMerge's authors do, so that groups share as few as
-    possible. With false, each group draws from all classes."""
+    """Deal the classes to the groups from one deck, as FedMerge's authors do, so that groups share
+    as few classes as possible. With false, each group draws from all classes."""
     by: str | None = None
     """Column whose values are the classes. Default: the label."""
 
@@ -103,11 +103,11 @@ class NaturalRecipe(PartitionRecipe):
     """One or more clients for each value of a column, such as a hospital, an author or a domain."""
 
     by: str
-    """Column whose values are the clients, or sets of clients (clients_per_value)."""
+    """Column with one client for each value, or several clients (`clients_per_value`)."""
     clients_per_value: Count = 1
     """Number of clients that share the examples of one value, in equal parts."""
     group: str | None = None
-    """Column with the group of a client, for reports only. Default: `by`."""
+    """Column with the group of each client, used only in reports. Default: `by`."""
 
     def summary(self) -> str:
         """Summarize the clients, in a few words."""
@@ -122,7 +122,7 @@ class ShardsRecipe(PartitionRecipe):
     clients: Count
     """Number of clients."""
     shards_per_client: Count = 2
-    """Number of shards per client, about the number of its classes."""
+    """Number of shards per client. A client has examples of about as many classes."""
     by: str | None = None
     """Column to sort by. Default: the label."""
 
@@ -149,18 +149,18 @@ class DataRecipe(Section):
 
     path: NonEmpty
     """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables or images,
-    a save_to_disk folder, a pattern for one file or folder a client (clients/*.csv),
+    a save_to_disk folder, a pattern that matches one file or folder per client (clients/*.csv),
     embedded:support-tickets, or memory for examples that Python passes with data=."""
     separator: Separator | None = None
     """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
     tab for .tsv."""
     quoting: Quoting = "auto"
-    """Quotation marks in csv and tsv files. With double, they enclose fields, and are written twice
-    inside. With none, they are text. With auto, they enclose fields, but are text in a file with
-    tabs that cannot be read otherwise; an ambiguous file is an error."""
+    """Meaning of quotation marks in csv and tsv files. double: they enclose fields, and are doubled
+    within them. none: they are text. auto: they enclose fields, except in a file with tabs that can
+    be read only if they are text; an ambiguous file is an error."""
     encoding: Encoding | None = None
-    """Encoding of csv, tsv and json files, such as cp1252. Default: utf-8, or the encoding that a
-    byte order mark names."""
+    """Encoding of csv, tsv and json files, such as cp1252. Default: the encoding of the byte order
+    mark if the file has one, else utf-8."""
     config: str | None = None
     """Configuration (subset) of a data set on the hub."""
     revision: str | None = None
@@ -168,21 +168,22 @@ class DataRecipe(Section):
     train_split: str = "train"
     """Name of the training split."""
     validation_split: str | None = None
-    """Name of the validation split. Default: `validation` if it exists, else a part of each
+    """Name of the validation split. Default: `validation` if that split exists, else a part of each
     client's training examples."""
     test_split: str | None = None
-    """Name of the test split. Default: `test` if it exists, else a part of each client's training
-    examples."""
+    """Name of the test split. Default: `test` if that split exists, else a part of each client's
+    training examples."""
     split_column: str | None = None
     """Column with the split of each row, for files that contain several splits."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keep only rows whose column has this value, or one of these values."""
+    """Column values of the rows to keep: one value, or a list of alternatives, for each column."""
     validation_fraction: Fraction = 0.2
-    """Part of each client's training examples used for validation if there is no such split."""
+    """Fraction of each client's training examples used for validation if there is no validation
+    split."""
     test_fraction: Fraction = 0.2
-    """Part of each client's training examples used for testing if there is no such split."""
+    """Fraction of each client's training examples used for testing if there is no test split."""
     max_train: Examples | None = None
-    """Maximum number of a client's training examples, including those set aside for validation."""
+    """Maximum number of a client's training examples, including those used for validation."""
     max_test: Examples | None = None
     """Maximum number of a client's test examples."""
     partition: AnyPartition

@@ -13,10 +13,10 @@ _ABSENT = object()
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's values by dotted key, in the schema's order.
+    """Return a recipe's values by dotted key, in the order of the schema.
 
-    ``{"name": ..., "strategy.adapters": 5, ...}``; the server's step size and momentum have their
-    effective values.
+    The result has the form ``{"name": ..., "strategy.adapters": 5, ...}``. Defaults of
+    ``server_lr`` and ``server_momentum`` are replaced by the values that take effect.
     """
     values = recipe.model_dump()
     for strategy, section in zip(
@@ -41,7 +41,7 @@ def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys, in order, with different or missing values in some of the flat recipes."""
+    """Return the keys, in order, whose values differ or are missing in some flat recipes."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [
         key
@@ -51,7 +51,7 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def written(value: object) -> str:
-    """Format a value for a label: text unchanged, other values as JSON without spaces."""
+    """Format a value for a label: text unchanged, other values as JSON without spaces or quotes."""
     return (
         value
         if isinstance(value, str)

@@ -50,7 +50,7 @@ training:
 
 @dataclass(frozen=True)
 class Answers:
-    """All that a recipe for a table needs."""
+    """Values from which ``draft`` writes a recipe for a table."""
 
     name: str
     file: str
@@ -59,11 +59,11 @@ class Answers:
     path: str
     model: str
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    """Column, or columns, by the task's key, such as ``text`` and ``label``."""
+    """Column, or list of columns, by key of the task's section, such as ``text`` and ``label``."""
     client: str | None = None
-    """Column whose values are the clients; None to assign the rows at random."""
+    """Column with one client for each value; None to assign the rows to clients at random."""
     clients: int = 4
-    """Number of clients without such a column."""
+    """Number of clients if ``client`` is None."""
     split: str | None = None
 
 
@@ -98,18 +98,18 @@ def draft(answers: Answers) -> str:
 
 
 def _about(task: str, key: str) -> str:
-    """Return the beginning of a key's description: ``the column with the text``."""
+    """Return the first phrase of a key's description, such as ``the column with the text``."""
     about = TASKS.sections()[task].model_fields[key].description or "column"
     first = re.split("[.:;,]", about)[0]
     return printable(f"the {first[:1].lower()}{' '.join(first[1:].split())}")
 
 
 def _value(columns: str | Sequence[str]) -> str:
-    """Return the YAML of a column, or of a list of columns."""
+    """Return a column, or a list of columns, as YAML."""
     return scalar(columns) if isinstance(columns, str) else f"[{', '.join(map(scalar, columns))}]"
 
 
 def scalar(text: str) -> str:
-    """Return a text as a YAML scalar, in quotes only if it needs them."""
+    """Return a text as a YAML scalar, which has quotes only if YAML requires them."""
     plain = re.fullmatch(r"[\w./-]([\w ./:-]*[\w./-])?", text) and ": " not in text
     return text if plain and yaml.safe_load(text) == text else json.dumps(text, ensure_ascii=False)

@@ -22,7 +22,7 @@ from fedmerge_peft.util.text import closest
 # The shape of a recipe
 # --------------------------------------------------------------------------------------------------
 def required(annotation: Any) -> Any:
-    """Strip an annotation of its constraints and of the None of an optional value."""
+    """Return an annotation without its constraints and without the None of an optional value."""
     while get_origin(annotation) is Annotated and one_of(annotation) is None:
         annotation = names_in(annotation)
         if get_origin(annotation) is Annotated:
@@ -34,7 +34,7 @@ def required(annotation: Any) -> Any:
 
 
 class Kinds(NamedTuple):
-    """Kinds of a section and the key that selects one: ``scheme`` selects iid, dirichlet, …."""
+    """Kinds of a section, and the key that selects one: ``scheme`` selects ``iid``, for example."""
 
     what: str
     key: str
@@ -43,7 +43,7 @@ class Kinds(NamedTuple):
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
-    """Return the kinds of section that a field may hold; None unless a registry lists them."""
+    """Return the kinds of section that a field may hold; None if no registry lists them."""
     marker = one_of(required(annotation))
     if marker is None:
         return None
@@ -71,11 +71,12 @@ def _written(
 ) -> tuple[Where, Any, type[BaseModel]]:
     """Translate the location of a pydantic error to keys of the recipe.
 
-    Pydantic's locations include tags and names of types, such as ``iid`` in
+    A location from pydantic also contains tags and names of types, such as ``iid`` in
     ``("data", "partition", "iid", "clients")``.
 
     Returns:
-        The keys as written, the type expected there, and the class of the enclosing section.
+        The keys as written, the type expected at this place, and the class of the enclosing
+        section.
     """
     where: Where = ()
     annotation: Any = root
@@ -105,7 +106,7 @@ def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Base
 # --------------------------------------------------------------------------------------------------
 # Words
 # --------------------------------------------------------------------------------------------------
-_PLAIN: dict[Any, tuple[str, str]] = {  # one, several
+_PLAIN: dict[Any, tuple[str, str]] = {  # singular, plural
     str: ("text", "text"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
@@ -115,7 +116,7 @@ _PLAIN: dict[Any, tuple[str, str]] = {  # one, several
 
 
 def expected(annotation: Any, many: bool = False) -> str:
-    """Describe a type in plain words: ``a whole number above 0``."""
+    """Return a type in plain words, such as ``a whole number above 0``."""
     if one_of(annotation) is None:
         annotation = names_in(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -166,7 +167,7 @@ def _bounds(constraints: Iterable[Any], unit: str) -> str:
 
 
 def found(value: Any) -> str:
-    """Describe a value as it looks in YAML; long values are truncated."""
+    """Return a description of a value as written in YAML; long values are truncated."""
     match value:
         case None:
             return "nothing"
@@ -187,7 +188,7 @@ def _cut(text: str) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return ``; did you mean '...'?`` with the word that is meant; empty if none is close."""
+    """Return ``; did you mean '...'?`` with the closest word; an empty text if none is close."""
     guess = closest_value(word, words)
     return f"; did you mean '{guess}'?" if guess else ""
 
@@ -196,12 +197,15 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # Faults
 # --------------------------------------------------------------------------------------------------
 def refuse_values(root: type[BaseModel], values: Any, error: ValidationError) -> RecipeError:
-    """Return the error for values from Python, which have no lines."""
+    """Return the error for values that come from Python, and therefore have no line numbers."""
     return refuse(explain(error, Document(values, {(): Mark(root.__name__)}), root))
 
 
 def explain(error: ValidationError, document: Document, root: type[BaseModel]) -> list[Fault]:
-    """Return one fault for each invalid value, even if pydantic reports several errors for it."""
+    """Return one fault for each invalid value, even if pydantic reports several errors for it.
+
+    At most ``MOST`` + 1 faults are returned.
+    """
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
         if len(faults) > MOST:
@@ -291,7 +295,7 @@ def _unknown(where: Where, section: type[BaseModel], root: type[BaseModel]) -> s
 
 
 def _closest_key(key: str, here: Where, section: type[BaseModel]) -> str | None:
-    """Return the key of this section that an unknown key stands for; None if none is close."""
+    """Return the key of a section that an unknown key probably means; None if none is close."""
     meant = {place.rpartition(".")[::2] for place in keys_for(key)}
     synonyms = (name for place, name in meant if place == dotted(here))
     known = next((name for name in synonyms if name in section.model_fields), None)

@@ -1,4 +1,4 @@
-"""Sections of the evaluation, and of what clients are served with."""
+"""Sections of the evaluation, and of the adapters that clients are served with."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class EvaluationRecipe(Section):
     every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True
-    """Also evaluate the locally trained adapters. The difference is the gain of local finetuning,
-    which is small if the merged adapters fit their clients."""
+    """Also evaluate each client's adapter after its local training. The difference from the served
+    adapter is the gain of local finetuning, which is small if merged adapters fit their clients."""
     serve: Literal["last", "best"] = "last"
-    """Round whose adapters and scores are the result of the run: the last one, or the one with the
-    lowest mean validation loss over all clients. best needs validation examples, and all clients in
-    each round."""
+    """Round whose adapters and scores are the result of the run. last: the last round. best: the
+    round with the lowest mean validation loss over all clients; it requires validation examples,
+    and all clients in each round."""
 
 
 class ServingRecipe(Section):
-    """Adapters that clients are served with."""
+    """Changes to the adapters that clients are served with."""
 
     label_prior: Boolean = False
-    """Add the logarithm of a client's label frequencies to the logits of its served adapter,
-    relative to the frequencies at all clients; with `training.logits: adjusted`, relative to equal
-    frequencies. It is part of the head's bias, so that exported adapters have it. It requires a
-    classifier with a bias and, at the server, the clients' label counts, which `privacy` rules
-    out. The adapters that clients train do not have it."""
+    """Add a label prior to the logits of the served adapters: the logarithm of a client's label
+    frequencies relative to those of all clients or, with `training.logits: adjusted`, relative to
+    equal frequencies. The prior is added to the head's bias, so exported adapters contain it; the
+    adapters that clients train do not. It requires a classifier with a bias and, at the server, the
+    clients' label counts, which `privacy` rules out."""

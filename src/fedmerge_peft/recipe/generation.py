@@ -12,19 +12,20 @@ StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class GenerationSettings(Section):
-    """Settings of generated text, by their names in transformers' GenerationConfig."""
+    """Settings of generated text, with the names of transformers' GenerationConfig."""
 
     max_new_tokens: Count = 32
-    """Maximum number of generated tokens, in metrics of texts, predictions and exports."""
+    """Maximum number of generated tokens in metrics of generated text, predictions and exports."""
     do_sample: Boolean = False
     """Draw each token at random instead of taking the most likely one. Metrics and predictions draw
     the same tokens each time."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Temperature of sampled tokens: below 1 for more likely ones."""
+    """Temperature of the sampling. Values below 1 favor likely tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample among the most likely tokens, whose probabilities add up to this value."""
+    """Sample from the smallest set of most likely tokens whose probabilities add up to at least
+    this value."""
     stop_strings: Annotated[list[StopString], Field(max_length=100)] = []
-    """Texts before which a generated text ends."""
+    """Texts that end the generation. The generated text ends before the first of them."""
 
     @model_validator(mode="after")
     def _sampled(self) -> Self:

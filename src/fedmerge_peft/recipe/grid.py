@@ -1,4 +1,4 @@
-"""Grids: a recipe for each combination of the values in ``key=a,b,c``.
+"""Grids: one recipe for each combination of the values in ``key=a,b,c``.
 
 This module does not import torch.
 """
@@ -20,35 +20,35 @@ from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.util.text import printable
 
 MOST = 1_000
-"""Maximum number of combinations of one grid."""
+"""Maximum number of combinations in one grid."""
 
 _LONGEST = 120
-"""Maximum length of a name in characters; longer names are cut and end in a digest."""
+"""Maximum length of a name in characters. Longer names are cut, and end in a digest."""
 
 _OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 _CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
 
 def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Recipe]:
-    """Return a recipe for each combination of values, named by the values that vary.
+    """Return one recipe for each combination of values, named by the keys that vary.
 
     ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` returns
     ``strategy.adapters=3,seed=0`` and three more recipes. The last key varies fastest. Commas in
-    brackets, braces and quotes do not separate values. The recipe's baselines become recipes of
-    their own, such as ``strategy=fedavg,seed=0``. Each baseline is included once, even if several
-    variants of the strategy are compared with it.
+    brackets, braces and quotes do not separate values. Each baseline becomes a separate recipe,
+    such as ``strategy=fedavg,seed=0``. A baseline is included once for each combination of the
+    other keys, even if several variants of the strategy are compared with it.
 
     Args:
         source: A shipped recipe's name, or the path of a YAML file.
         overrides: ``key.sub=value,value,...``, each key once.
 
     Returns:
-        Recipes without baselines, by name. Names are valid for folders. A single recipe keeps the
-        name of the source.
+        Recipes without baselines, by name. Names are valid folder names. If nothing varies, the
+        recipe keeps its own name.
 
     Raises:
         RecipeError: A key has no values or is given twice, two combinations are the same recipe, or
-            a recipe is invalid. The error lists all faults once.
+            a recipe is invalid. The error lists each fault once.
     """
     keys, choices = _parsed(overrides)
     varied = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]
@@ -112,7 +112,7 @@ def _distinct(
 
 
 def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    """Return the keys, and for each key its values as text."""
+    """Return the keys, and the values of each key as text. Raises ``RecipeError``."""
     settings: dict[str, list[str]] = {}
     faults = []
     for text in listed_overrides(overrides):
@@ -150,7 +150,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yield the items, as text, of a YAML list without brackets."""
+    """Yield the items of a YAML list that is written without brackets, as text."""
     depth, begin = 0, 0
     try:
         for token in yaml.scan(f"[{text}]"):
@@ -164,7 +164,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
-    """Return ``key=value,...`` as a folder's name; the recipe's own name if nothing varies."""
+    """Return ``key=value,...`` as a folder name; the recipe's own name if nothing varies."""
     name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
         recipe.name
     )

@@ -1,4 +1,4 @@
-"""Settings for labels that are not equally frequent."""
+"""Settings of tasks whose labels differ in frequency."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedmerge_peft.recipe.section import Section
 
 
 def _named(value: object) -> object:
-    """Convert the keys of a mapping to names of labels: YAML reads 0 and yes as no texts."""
+    """Convert the keys of a mapping to text: in YAML or Python, a label such as 0 is a number."""
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
@@ -22,13 +22,14 @@ ClassWeights = Annotated[
 
 
 class ImbalanceSettings(Section):
-    """Weights of labels in the training loss; scores have the plain loss."""
+    """Weights of labels in the training loss. Evaluation uses the unweighted loss."""
 
     class_weights: ClassWeights | None = None
-    """Weights of the labels in the training loss, by name; labels that are not listed have 1. The
-    loss of a step is divided by the sum of its weights. balanced: weights that are inversely
-    proportional to the frequencies of the labels in each client's training examples. If an example
-    has several labels, they weight the examples with a label against those without it."""
+    """Weights of the labels in the training loss, by name. Labels that are not listed have weight
+    1. The loss of a step is divided by the sum of its weights. balanced: weights that are inversely
+    proportional to the frequencies of the labels in each client's training examples. In tasks with
+    several labels per example, a weight applies to the examples with the label, relative to those
+    without it."""
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Exponent γ of the focal loss, which multiplies the training loss -log p by (1 - p)^γ, so that
-    easy examples count less. 2 is usual; 0 is the plain loss."""
+    easy examples count less. 2 is usual; 0 gives the plain loss."""

@@ -35,10 +35,10 @@ class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Column with the text of spans."""
     spans: str | None = None
     """Column with the entities of a text, a list of {start, end, label} in characters, instead of
-    words and tags. They may not overlap."""
+    words and tags. Entities may not overlap."""
     max_length: Count | None = None
     """Maximum length in tokens. Words beyond it have no loss and no prediction, and a warning
-    counts the texts. Default: the model's limit."""
+    states the number of these texts. Default: the model's limit."""
     metrics: Annotated[list[TagMetric], Field(min_length=1)] = ["entity_f1"]
     """Metrics. Tables and log lines show the first."""
 
@@ -60,10 +60,10 @@ ValueMetric = Annotated[str, NameIn(METRICS, of=frozenset({"values"}))]
 
 
 class RegressionRecipe(TaskRecipe):
-    """Base of tasks whose examples have a number each."""
+    """Base of tasks that predict one number for each example."""
 
     target: str = "label"
-    """Column with the number. The model learns it as it is; numbers near 1 train best."""
+    """Column with the number. The model learns it without scaling; numbers near 1 train best."""
     metrics: Annotated[list[ValueMetric], Field(min_length=1)] = ["mse"]
     """Metrics. Tables and log lines show the first."""
 
@@ -96,13 +96,13 @@ LabelSetMetric = Annotated[str, NameIn(METRICS, of=frozenset({"label_sets", "lab
 
 
 class LabelSetRecipe(ImbalanceSettings, TaskRecipe):
-    """Base of tasks whose examples have any number of labels each."""
+    """Base of tasks that predict any number of labels for each example."""
 
     labels: str | Annotated[list[str], Field(min_length=1)] = "labels"
-    """Column with lists of labels, which are names or ids; or the names of columns, one for each
+    """Column with lists of labels, which are names or ids; or a list of columns, one for each
     label, with 0 and 1 or booleans."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Probability from which on a label is predicted."""
+    """Smallest probability at which a label is predicted."""
     metrics: Annotated[list[LabelSetMetric], Field(min_length=1)] = ["micro_f1"]
     """Metrics. Tables and log lines show the first."""
 

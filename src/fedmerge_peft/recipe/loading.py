@@ -45,19 +45,19 @@ RUN_REMEDY = (
 
 
 class Consent(NamedTuple):
-    """Modules that a recipe from somebody else may import, besides those already imported."""
+    """Modules that a recipe from an untrusted source may import, besides those already imported."""
 
     modules: Sequence[str]
     remedy: str
-    """Advice on allowing further modules, for errors."""
+    """Advice on how to allow further modules, for errors."""
 
 
 Plugins = Literal["import", "ignore"] | Consent
-"""Treatment of the modules that a recipe lists under ``plugins``. An import runs code: text from
-somebody else must not cause one without consent."""
+"""Treatment of the modules that a recipe lists under ``plugins``. An import runs code, so a recipe
+from an untrusted source must not cause one without consent."""
 
 R = TypeVar("R", bound=Section)
-"""Class of the recipe; an argument, so that this module need not import the schema."""
+"""Class of the recipe. Callers pass it, so that this module need not import the schema."""
 
 
 class Shipped(NamedTuple):
@@ -66,7 +66,7 @@ class Shipped(NamedTuple):
     name: str
     path: Path
     about: str
-    """Summary: the first comment line of the file."""
+    """Summary, which is the first comment line of the file."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def shipped() -> list[Shipped]:
 
 
 def find(source: str | os.PathLike[str]) -> Path:
-    """Return the path of a shipped recipe, given by name, or of a file.
+    """Return the path of a shipped recipe, given by its name, or of a file, given by its path.
 
     A bare name refers to the shipped recipe; ``name.yaml`` refers to a file of that name, or to the
     shipped recipe if there is none. Raises ``RecipeError`` if neither exists.
@@ -154,8 +154,8 @@ def load(
 ) -> R:
     """Read a shipped recipe by name, or a YAML file by path, then apply the overrides.
 
-    ``plugins`` and ``foreign`` are those of ``loads``. Raises ``RecipeError`` with all faults, each
-    as ``file:line: dotted.path: found ..., expected ...``.
+    ``loads`` describes the other arguments. Raises ``RecipeError`` with all faults, each in the
+    form ``file:line: dotted.path: found ..., expected ...``.
     """
     path = find(source)
     return loads(model, _read(path), str(path), overrides, plugins=plugins, foreign=foreign)
@@ -178,11 +178,11 @@ def loads(
         source: Name of the file in error messages.
         overrides: ``key.sub=value``, applied in this order.
         plugins: Treatment of the modules that the recipe lists.
-        foreign: The text comes from somebody else, such as a run directory or a message. No key
-            then means the content of a file.
+        foreign: True if the text comes from an untrusted source, such as a run directory or a
+            message. Keys whose value may be a file name, to include its content, then reject it.
 
     Raises:
-        RecipeError: As ``load``.
+        RecipeError: The text is not a valid recipe. The error lists all faults, as in ``load``.
     """
     document = yaml_document.parse(text, Mark(source, 1))
     if document.value is None:
@@ -210,8 +210,8 @@ def loads(
 def override(recipe: R, overrides: Iterable[str]) -> R:
     """Return a copy with overrides applied. Raises ``RecipeError`` with all faults.
 
-    A preset fills in keys that a recipe does not set. Here all keys are set, so a new preset is an
-    error.
+    A preset sets only keys that a recipe does not set. A complete recipe sets all keys, so an
+    override with a new preset is an error.
     """
     written = Mark(f"recipe {getattr(recipe, 'name', '')}".rstrip())
     result = _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
@@ -226,7 +226,7 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
 
 
 def dump(recipe: Section) -> str:
-    """Return the recipe as YAML with all defaults, which ``load`` reads back equal."""
+    """Return the recipe as YAML with all defaults; ``load`` returns an equal recipe from it."""
     return yaml_document.write(recipe.model_dump())
 
 
@@ -264,7 +264,7 @@ def _validate(
 def _import_plugins(document: Document, plugins: Plugins) -> None:
     """Import the modules that a recipe lists.
 
-    Raises ``RecipeError`` if some cannot be imported, or may not be.
+    Raises ``RecipeError`` if a module cannot be imported, or if its import is not allowed.
     """
     modules = document.value.get("plugins")
     faults = []
@@ -288,7 +288,7 @@ def _import_plugins(document: Document, plugins: Plugins) -> None:
 # Overrides
 # --------------------------------------------------------------------------------------------------
 def _apply(model: type[Section], text: str, document: Document) -> None:
-    """Apply one ``key.sub=value`` to the document; errors are added to the document's faults."""
+    """Apply one override ``key.sub=value``; errors are added to the document's faults."""
     key, equals, value_text = text.partition("=")
     where = _place(model, key.strip())
     if not equals or not all(where) or not is_encodable(text):
@@ -322,7 +322,7 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
 
 
 def _annotation(model: type[Section], where: Where) -> Any:
-    """Return the type of a key, searching all kinds of each section; None for unknown keys."""
+    """Return the type of a key in any kind of its section; None if no kind has the key."""
     annotation: Any = model
     for step in where:
         infos = (section.model_fields.get(str(step)) for section in variants(annotation))
@@ -331,7 +331,7 @@ def _annotation(model: type[Section], where: Where) -> Any:
 
 
 def _place(model: type[Section], key: str) -> Where:
-    """Split a dotted key; keys of dictionaries (columns, modules) may contain dots themselves."""
+    """Split a key at its dots, except within keys of dictionaries, such as names of columns."""
     steps = key.split(".")
     for depth in range(1, len(steps)):
         if get_origin(required(_annotation(model, tuple(steps[:depth])))) is dict:
@@ -340,7 +340,7 @@ def _place(model: type[Section], key: str) -> Where:
 
 
 def _section(model: type[Section], where: Where, document: Document) -> dict[str, Any] | str:
-    """Return the section at a place, created if missing, or the reason why there can be none."""
+    """Return the section at a place, created if missing, or the reason why it cannot exist."""
     section: dict[str, Any] = document.value
     for depth, step in enumerate(where, start=1):
         here = where[:depth]
@@ -376,7 +376,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
 def _forget_other_kind(
     model: type[Section], where: Where, section: dict[str, Any], document: Document
 ) -> None:
-    """Drop keys of the file that the kind selected by an override lacks (``strategy.name``)."""
+    """Remove the file's keys that do not exist in the kind selected by an override of its name."""
     kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return

@@ -1,4 +1,4 @@
-"""Section of the adapter."""
+"""Section of the LoRA adapter."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class LoraRecipe(Section):
     """The adapter: settings of PEFT's LoraConfig, and the way to merge adapters."""
 
     r: Rank = 8
-    """Rank."""
+    """Rank of the factors A and B."""
     alpha: Alpha = 16.0
-    """Numerator of the scaling (lora_alpha): the update is alpha / r · B A."""
+    """Numerator of the scaling (PEFT's lora_alpha): the update of a weight is alpha / r · B A."""
     dropout: Fraction = 0.0
     """Dropout of the adapter's input in training."""
     target_modules: list[str] | str | None = None
     """Module names, a regular expression, or all-linear. Default: PEFT's choice for the
     architecture, if it has one."""
     exclude_modules: list[str] | str | None = None
-    """Module names, or a regular expression, to exclude."""
+    """Modules without an adapter: module names, or a regular expression."""
     modules_to_save: list[str] | None = None
-    """Modules that are trained in full and are part of the adapter. Classification tasks add their
-    head."""
+    """Modules that are trained in full, as part of the adapter. Classification tasks add their head
+    to this list."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Bias terms to train."""
     use_rslora: Boolean = False
@@ -45,9 +45,9 @@ class LoraRecipe(Section):
     layers_to_transform: list[int] | int | None = None
     """Indices of the layers with an adapter. Default: all."""
     trainable_token_indices: Annotated[list[int], Field(min_length=1)] | None = None
-    """Ids of tokens whose embeddings are trained."""
+    """Ids of the tokens whose embeddings are trained."""
     target_parameters: list[str] | None = None
-    """Names of parameters (not modules) to adapt, for mixture-of-experts layers."""
+    """Names of parameters (not modules) that get an adapter, for mixture-of-experts layers."""
     merge: Literal["factor", "shared_a"] = "factor"
     """factor: average A and B separately, as the paper averages parameters. shared_a: all adapters
     share a random, frozen A; only B and the head are trained and sent, and the average is exact."""

@@ -12,7 +12,7 @@ from fedmerge_peft.recipe.schema import Recipe
 Schema = dict[str, Any]
 
 _SHARED_BY = 4
-"""Number of kinds of a section from which on a common key is listed once for all of them."""
+"""Minimum number of kinds of a section with the same key for which it is listed only once."""
 _NAMES = {
     "string": "text",
     "integer": "integer",
@@ -39,7 +39,7 @@ def reference() -> str:
 def _section(
     path: str, section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """Yield a section's table, then the sections within it."""
+    """Yield the Markdown of a section: its description, its table, and the sections within it."""
     if path:
         yield _description(section) + "\n"
     yield from _table(section, known, skip)
@@ -49,14 +49,14 @@ def _section(
         if "$ref" in field:
             yield f"{'##' if not path else '###'} {place}\n"
             yield from _section(place, _of(field, known), known)
-        elif kinds and key != "baselines":  # those are of the strategy's kinds
+        elif kinds and key != "baselines":  # baselines have the kinds of the strategy
             yield from _kinds(place, field, [_of(kind, known) for kind in kinds], known)
 
 
 def _kinds(
     path: str, field: Schema, kinds: list[Schema], known: dict[str, Schema]
 ) -> Iterator[str]:
-    """Yield the tables of a section that has several kinds."""
+    """Yield the Markdown of a section that has several kinds, with a table for each."""
     level = "##" + "#" * path.count(".")
     yield f"{level} {path}\n"
     yield _description(field) + "\n"
@@ -121,7 +121,7 @@ def _type(field: Schema) -> str:
 
 
 def _bounds(field: Schema) -> str:
-    """Return bounds such as `` > 0 and < 1``; empty if there are none."""
+    """Return bounds such as `` > 0 and < 1``; an empty text if there are none."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     if field["type"] == "integer" and "exclusiveMinimum" in field:
         field = {**field, "minimum": field["exclusiveMinimum"] + 1}
@@ -146,7 +146,7 @@ def _description(section: Schema) -> str:
 
 
 def _variants(field: Schema) -> list[Schema]:
-    """Return the schemas of the kinds of a field's section; none for a section of one kind."""
+    """Return the schemas of the kinds of a field's section; [] if it has only one kind."""
     inner = [field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ())]
     return next((list(schema["oneOf"]) for schema in inner if "oneOf" in schema), [])
 

@@ -24,14 +24,15 @@ class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
     }
 
     audio: str = "audio"
-    """Column with the sound: the path of a WAV file, its bytes, a datasets Audio of such files, or
-    an array with the model's number of samples per second."""
+    """Column with the sound: the path or the bytes of a WAV file, a datasets Audio of WAV files, or
+    an array of samples at the model's sampling rate."""
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""
     num_labels: Labels | None = None
     """Number of labels. Default: inferred from the data."""
     max_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 20.0
-    """Maximum length in seconds. Longer sounds are cut at their end, and a warning counts them."""
+    """Maximum length in seconds. Longer sounds are cut at their end, and a warning states their
+    number."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
 

@@ -1,4 +1,4 @@
-"""Built-in metrics, which are registered before the sections that accept them."""
+"""Registration of the built-in metrics, before the sections that accept their names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from fedmerge_peft.plugins import METRICS
 _CORRELATION = (-1.0, 1.0)
 _ERROR: Mapping[str, Any] = {"range": (0.0, math.inf), "greater_is_better": False}
 _FUNCTIONS = {"rougeL": "rouge_l", "mrr": "mean_reciprocal_rank"}
-"""Functions whose names differ from that of the metric."""
+"""Name of the function by name of the metric, where the two differ."""
 
 
 def _register(module: str, of: tuple[str, ...], about: Mapping[str, str], **facts: Any) -> None:
-    """Register metrics of one module that compare the same outputs, and are from 0 to 1."""
+    """Register metrics of one module that compare the same outputs.
+
+    The range is 0 to 1, unless ``facts`` has another one.
+    """
     for name, text in about.items():
         code = f"fedmerge_peft.tasks.{module}:{_FUNCTIONS.get(name, name)}"
         METRICS.add(name, code, about=text, of=of, **{"range": (0.0, 1.0), **facts})
@@ -150,5 +153,5 @@ _register(
 
 
 def compares(metrics: Iterable[str], kind: str) -> bool:
-    """Return True if one of these metrics reads outputs of a kind, such as ``texts``."""
+    """Return True if one of these metrics compares outputs of a kind, such as ``texts``."""
     return any(kind in METRICS[name].facts["of"] for name in metrics)

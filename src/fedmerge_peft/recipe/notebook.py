@@ -1,4 +1,4 @@
-"""A recipe as notebooks show it."""
+"""HTML of a recipe for notebooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedmerge_peft.util.html import details, facts, lines, page
 
 
 def recipe_html(recipe: Any) -> str:  # a Recipe, whose module imports this one
-    """Return the main settings of a recipe, and all of them below."""
+    """Return HTML with the main settings of a recipe, followed by all settings as YAML."""
     training = recipe.training
     length = f"{training.steps} steps" if training.steps else f"epochs {training.epochs}"
     baselines = ", ".join(baseline.name for baseline in recipe.baselines)

@@ -1,4 +1,4 @@
-"""Regular expressions of recipes, refused if a backtracking engine may take forever on them."""
+"""Check of the regular expressions in recipes: those that may take too long are refused."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 _LENGTH = 64
-"""Characters of a module's name that the estimate assumes."""
+"""Length of a module's name that the estimate assumes, in characters."""
 
 _MOST = float(_LENGTH**4)
-"""Maximum number of ways to match; four parts of any length."""
+"""Maximum number of ways to match, that of an expression with four parts of any length."""
 
 
 def pattern_fault(pattern: str) -> str | None:
     """Return the reason why a recipe cannot use a regular expression; None if it can."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of sets within sets
+            warnings.simplefilter("error")  # a FutureWarning about nested sets
             ways = _ways(parser.parse(pattern))
     except (re.error, FutureWarning, RecursionError, OverflowError) as error:
         return f"{pattern!r} is not a regular expression: {error or type(error).__name__}"
@@ -34,8 +34,9 @@ def pattern_fault(pattern: str) -> str | None:
 def _ways(pattern: Any) -> float:
     """Bound the number of ways in which an expression matches a name of ``_LENGTH`` characters.
 
-    The parts of a sequence multiply, the alternatives of a choice add, and k repetitions of an
-    expression with w ways have wᵏ. An assertion is left once it has matched, so it counts as one.
+    The numbers of the parts of a sequence are multiplied, those of alternatives are added, and k
+    repetitions of an expression with w ways have wᵏ. The engine does not backtrack into an
+    assertion that has matched, so only the largest number of the assertion and of the rest counts.
     """
     total = 1.0
     for kind, value in pattern:
@@ -56,7 +57,7 @@ def _ways(pattern: Any) -> float:
 
 
 def _repeated(ways: float, least: int, most: int) -> float:
-    """Return the number of ways to match ``least`` to ``most`` repetitions."""
+    """Return the number of ways to match ``least`` to ``most`` repetitions of an expression."""
     if ways == 1 or most <= 1:
         return max(1.0, (most - least + 1) if ways == 1 else ways + (least == 0))
     return min(ways, _MOST) ** min(most, 40)

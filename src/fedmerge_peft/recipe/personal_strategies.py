@@ -20,7 +20,7 @@ class FedPACRecipe(ServerRecipe):
     measures_features = True
     needs_labels = True
     alignment: Coefficient = 1.0
-    """lambda of the term lambda / d · ‖features − centroid of the class‖²."""
+    """lambda of the term lambda / d · ‖features − centroid of the class‖², with d features."""
 
 
 class FeMAMRecipe(StrategyRecipe):
@@ -29,14 +29,15 @@ class FeMAMRecipe(StrategyRecipe):
     """
 
     levels: Annotated[int, Field(ge=2, le=100)] = 3
-    """Number of levels. Each has its own part of the ranks, so lora.r is at least this number."""
+    """Number of levels. The levels divide the rank among them, so lora.r must be at least as
+    large."""
     clusters: Adapters = 5
-    """Number of clusters of each level between the first and the last."""
+    """Number of clusters in each level between the first and the last."""
     global_rounds: Count = 10
-    """Rounds of the first level, whose model is the same for all clients."""
+    """Rounds that train the first level, a global model."""
     level_rounds: Count = 5
-    """Rounds of each level between the first and the last. The last level, a model for each client,
-    has the remaining rounds."""
+    """Rounds that train each level between the first and the last. The remaining rounds train the
+    last level, a model for each client."""
 
 
 STRATEGIES.add("fedpac", "fedmerge_peft.strategies.fedpac:FedPAC", recipe=FedPACRecipe)

@@ -15,7 +15,7 @@ RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 
 
 class PreferenceRecipe(CompletionRecipe):
-    """Preference optimization of pairs of a chosen and a rejected completion."""
+    """Preference optimization with pairs of a chosen and a rejected completion."""
 
     sequences: ClassVar[int] = 2
     usual_columns: ClassVar[UsualColumns] = {
@@ -23,18 +23,19 @@ class PreferenceRecipe(CompletionRecipe):
     }
 
     prompt: str = "prompt"
-    """Column with the prompt: a text, or a list of messages. Chats may lack it; then the messages
-    with which both completions begin are the prompt."""
+    """Column with the prompt: a text, or a list of messages. Chats may lack this column; the prompt
+    then consists of the messages with which both completions begin."""
     chosen: str = "chosen"
     """Column with the preferred completion: a text, or a list of messages."""
     rejected: str = "rejected"
     """Column with the other completion: a text, or a list of messages."""
     loss: Literal["dpo", "orpo"] = "dpo"
-    """Loss of a pair. dpo: rewards are relative to the backbone without an adapter. orpo: language
-    modeling of the chosen completion, and the ratio of both odds; it has no reference."""
+    """Loss of a pair. dpo: preference of the chosen completion by rewards relative to the backbone
+    without an adapter. orpo: the language modeling loss of the chosen completion plus λ times the
+    odds ratio loss; it needs no reference model."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """β of DPO: the larger, the closer the model stays to the backbone without an adapter. λ of
-    ORPO: weight of the odds ratio."""
+    """β of DPO: larger values keep the model closer to the backbone without an adapter. λ of ORPO:
+    weight of the odds ratio loss."""
     metrics: Annotated[list[RewardMetric], Field(min_length=1)] = [
         "reward_accuracy",
         "reward_margin",
@@ -43,12 +44,12 @@ class PreferenceRecipe(CompletionRecipe):
     log-probability relative to that of the backbone; for orpo, λ times its mean log-probability."""
 
     def of_one_sequence(self) -> CausalLMRecipe:
-        """Return the section of causal language modeling of either completion."""
+        """Return the section of a causal language modeling task on a single completion."""
         own = self.model_dump(include={*CompletionRecipe.model_fields} - {"name"})
         return CausalLMRecipe(name="causal-lm", loss="completion", **own)
 
     def to_predict(self, format: str | None) -> TaskRecipe:
-        """Return a section that completes prompts."""
+        """Return a section for the completion of prompts."""
         return self.of_one_sequence().to_predict(format)
 
 

@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Values by preset and section of the recipe; ``""`` is the top level.
 
-``paper`` is the program that the authors of FedMerge published for CIFAR-100 (arXiv 2504.06768):
-the rule and the start of the paper; local SGD on the loss + 0.01 · ‖θ − θ_sent‖²; and the round of
-the lowest mean validation loss.
+``paper`` has the settings of the program that the authors of FedMerge published for CIFAR-100
+(arXiv 2504.06768): the rule and the start of the paper; local SGD on the loss
++ 0.01 · ‖θ − θ_sent‖²; and the result of the round with the lowest mean validation loss.
 """
 
 
@@ -44,12 +44,12 @@ def with_preset(recipe: Any) -> Any:
     """Return the values of a recipe with those of ``strategy.preset`` for keys that it lacks.
 
     Args:
-        recipe: Values of a recipe by key, before their validation; sections may be dictionaries or
+        recipe: Values of a recipe by key, before validation. Sections may be dictionaries or
             validated sections.
 
     Returns:
-        New values, or ``recipe`` itself if it names no preset of its strategy. The validation
-        refuses all others.
+        New values, or ``recipe`` itself if it does not name a preset of its strategy. The
+        validation refuses any other preset.
     """
     sections = recipe if isinstance(recipe, Mapping) else {}
     strategy = _written(sections.get("strategy"))
@@ -66,7 +66,7 @@ def with_preset(recipe: Any) -> Any:
 
 
 def resolved(recipe: Any) -> dict[str, Any]:
-    """Return the recipe's values of all keys that its preset covers, by dotted key."""
+    """Return the recipe's values for all keys of its preset, by dotted key; {} without preset."""
     preset = PRESETS.get(getattr(recipe.strategy, "preset", None) or "", {})
     return {
         f"{section}.{key}".lstrip("."): getattr(
@@ -79,7 +79,7 @@ def resolved(recipe: Any) -> dict[str, Any]:
 
 
 def _written(section: Any) -> dict[str, Any]:
-    """Return the keys that a section sets; none if it is not a section."""
+    """Return the values of the keys that a section sets; {} if it is not a section."""
     if isinstance(section, Section):
         kind = {key: getattr(section, key) for key in ("name",) if hasattr(section, key)}
         return {**section.model_dump(exclude_unset=True), **kind}

@@ -21,10 +21,10 @@ class PrivacyRecipe(Section):
     clip: Norm = 1.0
     """C, the L2 norm to which updates are clipped."""
     noise: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    """z, the standard deviation of the noise in units of its sensitivity to one client (local: 2 C;
-    central: docs/privacy.md). The noise of a simulated run follows from the recipe's seed, so that
+    """z, the standard deviation of the noise in units of the sensitivity to one client (local: 2 C;
+    central: docs/privacy.md). In a simulated run, the recipe's seed determines the noise, so that
     the run can be repeated. Anyone with the seed can subtract that noise. Across sites, the noise
-    comes from the operating system's generator."""
+    comes from the operating system's random number generator."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """δ of the reported (ε, δ). Choose less than 1 / (number of clients)."""
 

@@ -1,4 +1,4 @@
-"""Recipes from Python values: dotted keys, as on the command line."""
+"""Checks of Python arguments, and values with dotted keys, as on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmerge_peft.recipe.yaml_document import Fault, Mark, Where, refuse
 
 
 def check_recipe(value: object, argument: str = "recipe") -> None:
-    """Raise ``RecipeError`` if an argument is not a recipe, such as the name of one."""
+    """Raise ``RecipeError`` if an argument is not a recipe. The name of a recipe is an error."""
     if not isinstance(value, Section):
         loading = f"Recipe.load({value!r})" if isinstance(value, str) else "Recipe.load(...)"
         raise RecipeError(
@@ -45,7 +45,7 @@ def check_source(value: object) -> None:
 def listed_overrides(values: object) -> list[str]:
     """Return overrides as a list.
 
-    Raises ``RecipeError`` if they are not a list of texts. A single text is not one.
+    Raises ``RecipeError`` for anything but an iterable of texts. A single text is an error.
     """
     if isinstance(values, Iterable) and not isinstance(values, str | Mapping):
         listed = list(values)
@@ -57,10 +57,11 @@ def listed_overrides(values: object) -> list[str]:
 
 
 def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
-    """Return values with ``{"training.epochs": 2}`` as ``{"training": {"epochs": 2}}``.
+    """Return values with dotted keys nested: ``training.epochs`` as ``epochs`` in ``training``.
 
-    Only outermost keys have dots. Those within sections may be names, such as columns of
-    ``data.filter``. The arguments do not change.
+    ``{"training.epochs": 2}`` becomes ``{"training": {"epochs": 2}}``. Only outermost keys are
+    split, because keys within sections may be names with dots, such as columns of ``data.filter``.
+    The arguments are not changed.
 
     Args:
         values: Values by key.
@@ -91,7 +92,11 @@ def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
 
 
 def _section(values: dict[Any, Any], path: Where) -> tuple[dict[Any, Any], str]:
-    """Return the section at a path, copied down to it, and the fault or an empty text."""
+    """Return the section at a path, and the fault or an empty text.
+
+    All sections on the path are replaced by copies in ``values``, so that the caller may change
+    them. Missing ones are created.
+    """
     for step in path:
         inner = values.get(step, {})
         if not isinstance(inner, Mapping):

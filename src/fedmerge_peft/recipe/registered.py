@@ -1,7 +1,7 @@
 """Types of fields with values from a registry: sections of several kinds, and names.
 
-The registry is read when pydantic builds a section's schema. ``rebuild`` builds the schemas again
-after a registration.
+Pydantic reads the registry when it builds a section's schema. After a registration, ``rebuild``
+builds the schemas again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmerge_peft.plugins import Registry
 
 @dataclass(frozen=True)
 class OneOf:
-    """Marks a field that holds a section of any kind in a registry.
+    """Mark a field that holds a section of any kind in a registry.
 
     strategy: Annotated[StrategyRecipe, OneOf(STRATEGIES)]
     """
@@ -49,7 +49,7 @@ class OneOf:
         return {self.registry.key: value} if isinstance(value, str) else value
 
     def _refuse(self, value: object) -> object:
-        """Raise the error that pydantic's tagged union raises, for a registry without entries."""
+        """Raise the error of pydantic's tagged union, which cannot have zero kinds."""
         key = self.registry.key
         if isinstance(value, dict) and key not in value:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": repr(key)})
@@ -61,17 +61,17 @@ class OneOf:
 
 @dataclass(frozen=True)
 class NameIn:
-    """Marks a text field that holds a name in a registry.
+    """Mark a text field that holds a name in a registry.
 
     aggregation: Annotated[str, NameIn(AGGREGATIONS)]
     """
 
     registry: Registry
     of: frozenset[str] = frozenset()
-    """Accept only parts whose fact ``of`` contains one of these. Default: all parts."""
+    """Accept only parts whose fact ``of`` contains one of these values. Default: all parts."""
 
     def names(self) -> tuple[str, ...]:
-        """Return the names that are accepted at present."""
+        """Return the accepted names, from the current entries of the registry."""
         return tuple(
             entry.name
             for entry in self.registry
@@ -91,7 +91,7 @@ def one_of(annotation: Any) -> OneOf | None:
 
 
 def names_in(annotation: Any) -> Any:
-    """Return a ``Literal`` of the accepted names if a field holds a name, else the annotation."""
+    """Return a ``Literal`` of the accepted names of a field with ``NameIn``, or the annotation."""
     markers = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     marker = next((marker for marker in markers if isinstance(marker, NameIn)), None)
     return annotation if marker is None else Literal[marker.names()]

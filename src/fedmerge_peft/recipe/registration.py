@@ -1,13 +1,13 @@
 """The public decorators that register a plugin's parts.
 
-Each decorator takes the name in recipes and the section with the settings. The section is the first
-argument of most registered classes and functions:
+Each decorator takes the name of the part in recipes. Most take the section with its settings, which
+is then the first argument of the registered class or function:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
-    partition    ``mine(recipe, splits)`` returns the clients' rows, see ``data.schemes``
-    metric       ``mine(predicted, expected)`` returns a number
-    aggregation  ``mine(deltas, weights, recipe)`` returns one update for each adapter
+    partition    ``mine(recipe, splits)``, returns the clients' rows, see ``data.schemes``
+    metric       ``mine(predicted, expected)``, returns a number
+    aggregation  ``mine(deltas, weights, recipe)``, returns one update for each adapter
     callback     ``Mine(recipe)``, a ``Callback``
 """
 
@@ -83,12 +83,11 @@ def register_task(name: str, *, recipe: type[TaskRecipe]) -> Callable[[Code], Co
 def register_partition(
     name: str, *, recipe: type[PartitionRecipe] | None = None
 ) -> Callable[[Code], Code]:
-    """Register a function that assigns rows to clients under a name.
+    """Register, under a name, a function that assigns rows to clients.
 
-    The name is the value of ``data.partition.scheme`` in recipes.
-
-    The function takes its section and the ``Splits``, and returns a list of ``ClientRows`` for each
-    split. If it returns only ``train``, the other splits are partitioned in the same proportions.
+    The name is the value of ``data.partition.scheme`` in recipes. The function takes its section
+    and the ``Splits``, and returns a list of ``ClientRows`` for each split. If it returns only
+    ``train``, the other splits are partitioned in the same proportions.
 
     Raises ``PluginError`` if another module has registered the name.
     """
@@ -113,27 +112,28 @@ def register_metric(
     range: tuple[float, float] = (-math.inf, math.inf),
     per_example: bool = False,
 ) -> Callable[[Code], Code]:
-    """Register a function that scores predictions under a name, for the list ``task.metrics``.
+    """Register, under a name for ``task.metrics``, a function that scores predictions.
 
         @register_metric("balanced_accuracy")
         def balanced_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float: ...
 
     Args:
         name: The name in recipes, tables and files.
-        of: Arguments of the function: predicted and expected ``classes`` (ids) of classification
-            tasks, or ``class_scores``, probabilities of all classes and expected ids; predicted and
-            expected ``tokens`` (ids), or generated and reference ``texts``, of language models;
-            ``tags``, a list of names for each text; predicted and expected ``values``;
-            ``label_sets``, lists of 0 and 1, or ``label_scores``, probabilities and lists of 0 and
-            1; or ``loss``, the mean loss in nats as the only argument.
+        of: Outputs that the function compares. ``classes``: predicted and expected ids of
+            classification tasks. ``class_scores``: probabilities of all classes, and expected ids.
+            ``tokens``: predicted and expected ids of language models. ``texts``: generated and
+            reference texts. ``tags``: predicted and expected lists of names, one for each text.
+            ``values``: predicted and expected numbers. ``label_sets``: predicted and expected lists
+            of 0 and 1. ``label_scores``: probabilities, and lists of 0 and 1. ``loss``: the mean
+            loss in nats, the only argument.
         greater_is_better: True if larger values are better.
-        range: Smallest and largest value. Scores outside it are refused across sites. Figures of
-            metrics from 0 to 1 have an axis from 0 to 1.
-        per_example: True for the fraction of examples that are predicted correctly. Tables then
-            have confidence intervals.
+        range: Smallest and largest value. Across sites, scores outside this range are refused. In
+            figures, metrics with the range 0 to 1 have this range as their axis.
+        per_example: True if the metric is the fraction of examples that are predicted correctly.
+            Tables then show confidence intervals.
 
     Raises:
-        PluginError: Another module has registered the name; an argument is out of its domain.
+        PluginError: Another module has registered the name, or an argument is invalid.
     """
     outputs = (of,) if isinstance(of, str) else of
     if unknown := set(outputs) - set(get_args(Output)):
@@ -157,9 +157,9 @@ def register_metric(
 def register_aggregation(name: str) -> Callable[[Code], Code]:
     """Register an aggregation rule under a name, the value of ``robustness.aggregation``.
 
-    The function takes the updates δ ``(k, P)``, weights ``(k, d)`` in float64 whose columns sum to
-    1 (or are zero for an adapter that no client uses), and the section ``RobustnessRecipe``; it
-    returns one update for each adapter, ``(d, P)``, in the type of δ.
+    The function takes the updates δ ``(k, P)``, the weights ``(k, d)`` in float64, and the section
+    ``RobustnessRecipe``. Each column of the weights sums to 1, or is zero if no client uses the
+    adapter. The function returns one update for each adapter, ``(d, P)``, in the dtype of δ.
 
     Raises ``PluginError`` if another module has registered the name.
     """
@@ -206,7 +206,7 @@ def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code
 
 
 def _check_name(registry: Registry, name: object) -> None:
-    """Raise ``PluginError`` for a name that cannot be part of a path, or a missing name."""
+    """Raise ``PluginError`` if a name is missing, or contains other characters than allowed."""
     if not isinstance(name, str):
         raise PluginError(
             f"the {registry.kind} {getattr(name, '__name__', repr(name))} has no name; pass it to "
@@ -220,7 +220,7 @@ def _check_name(registry: Registry, name: object) -> None:
 
 
 def rebuild(section: type[BaseModel]) -> None:
-    """Build the schemas of a section and all sections in it from the current registries."""
+    """Build the schemas of a section and of all sections in it from the current registries."""
     for info in section.model_fields.values():
         for inner in variants(field_annotation(info)):
             rebuild(inner)

@@ -30,7 +30,9 @@ Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
 class RobustnessRecipe(Section):
-    """Robust aggregation, which limits the influence of a client on the adapters of others."""
+    """Robust aggregation, which limits the influence of a client on the adapters of other
+    clients.
+    """
 
     aggregation: Annotated[str, NameIn(AGGREGATIONS)] = "mean"
     """Rule that combines the clients' updates, for each adapter. mean: the weighted mean. median
@@ -41,15 +43,15 @@ class RobustnessRecipe(Section):
     from the server's own data). similarity_filter: the same, except that clients with more similar
     updates than usual share one vote (after Fung et al. 2020, arXiv 1808.04866)."""
     trim: Minority = 0.2
-    """Fraction of the weight that trimmed_mean removes at each end. Choose more than the fraction
-    of clients that may be malicious."""
+    """Fraction of the weight that trimmed_mean removes at each end. Choose a value above the
+    fraction of clients that may be malicious."""
     malicious: Minority = 0.2
-    """Fraction of an adapter's users that krum and multi_krum assume to be malicious."""
+    """Fraction of the clients using an adapter that krum and multi_krum assume to be malicious."""
     norm_bound: Norm | None = None
     """Clip updates to this L2 norm; null for no bound."""
     norm_multiple: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    """Clip updates to this multiple of their typical L2 norm, which is the median of the last five
-    rounds' median norms. null for no relative bound."""
+    """Clip updates to this multiple of their typical L2 norm, the median of the median norms of the
+    last five rounds; null for no relative bound."""
 
     @property
     def defends(self) -> bool:

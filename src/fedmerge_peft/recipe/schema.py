@@ -65,11 +65,11 @@ class BackboneRecipe(Section):
     """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. It is dequantized once, to
     `dtype`, and kept in the cache folder. Requires the extra `gguf`."""
     tokenizer: Source | None = None
-    """Id or folder of the tokenizer or image processor. Default: that of the model."""
+    """Id or folder of the tokenizer or image processor. Default: the model's id or folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights. Adapters are always float32."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention implementation. Default: the choice of transformers."""
+    """Attention implementation. Default: chosen by transformers."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Quantize the frozen weights to 8 bits, or to 4 bits as QLoRA (NF4, computed in bfloat16).
     Requires a CUDA GPU and the extra `quantization` (bitsandbytes)."""
@@ -77,7 +77,7 @@ class BackboneRecipe(Section):
     """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
     per weight."""
     gradient_checkpointing: Boolean = False
-    """Recompute activations in the backward pass, with less memory and about a third more time."""
+    """Recompute activations in the backward pass, to save memory for about a third more time."""
     trust_remote_code: Boolean = False
     """Run Python code that comes with the model. Enable it only for code that you have read."""
 
@@ -99,19 +99,19 @@ class TrainingRecipe(Section):
         "adamw"
     )
     """Local optimizer. Its state is new for each client and round. 8bit: AdamW with a state of 8
-    bits instead of 32. paged: the state may move to the CPU's memory. These need a CUDA GPU and the
-    extra `quantization` (bitsandbytes), and were not run on a GPU yet. With an 8-bit state, clients
-    train one at a time."""
+    bits instead of 32. paged: the state may move to the CPU's memory. These optimizers require a
+    CUDA GPU and the extra `quantization` (bitsandbytes), and have not been run on a GPU yet. With
+    an 8-bit state, clients train one at a time."""
     learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest
-    validation loss, or a higher one if the training loss falls well beyond it: a client alone
-    overfits at a lower rate than a federation. If no rate reduces the validation loss by more than
-    its noise, or if there are no validation examples, the training loss decides. The baselines of
-    the run use the same rate. With `privacy`, there is no test, because its replies would not be
-    private: the rate is 5e-3 for adamw and 0.1 for sgd."""
+    validation loss, or a higher rate if the training loss keeps falling well above this rate: a
+    single client overfits at lower rates than a federation. If no rate reduces the validation loss
+    by more than its noise, or if there are no validation examples, the training loss decides. The
+    baselines of the run use the same rate. With `privacy`, there is no test, because its replies
+    would not be private; the rate is then 5e-3 for adamw and 0.1 for sgd."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Decoupled for adamw, an L2 gradient for sgd."""
+    """Weight decay, decoupled for adamw; for sgd, the gradient of an L2 penalty."""
     momentum: Fraction = 0.0
     """Momentum of sgd."""
     batch_size: BatchSize = 8
@@ -120,39 +120,40 @@ class TrainingRecipe(Section):
     gradient_accumulation: BatchSize = 1
     """Micro-batches per optimizer step. Their mean is exact, even if their label counts differ."""
     epochs: Count | Literal["auto"] = "auto"
-    """Passes over a client's examples per round. auto: 1 to 4 passes, so that a client of median
-    size takes about 200 optimizer steps in the run, and at least 10 per round."""
+    """Passes over a client's examples per round. auto: as many passes, at most 4, as a client of
+    median size needs for about 200 optimizer steps in the run, and at least 10 per round."""
     steps: Count | None = None
     """Optimizer steps per round, instead of epochs."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate within a round."""
     warmup: Fraction = 0.0
-    """Part of a round's steps in which the learning rate rises from zero."""
+    """Fraction of a round's steps in which the learning rate rises from zero."""
     max_grad_norm: Norm | None = 1.0
     """Clip gradients to this L2 norm; null for no clipping."""
     proximal: Coefficient = 0.0
     """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's code (FedProx has mu / 2)."""
     logits: Logits = "plain"
-    """Logits of the training loss of a classifier. plain: the model's. restricted: those of the
-    labels that the client has training examples of, so that it does not change its scores of other
-    labels (after FedRS, KDD 2021). adjusted: also plus the logarithm of the label's frequency at
-    the client, so that the model itself learns no label frequencies (balanced softmax, arXiv
-    2007.10740). Clients count their own labels, and send no counts for this. Evaluation uses the
-    model's logits."""
+    """Logits in the training loss of a classifier. plain: the model's logits. restricted: only the
+    logits of labels in the client's training examples, so that training does not lower the scores
+    of other labels (after FedRS, KDD 2021). adjusted: as restricted, plus the logarithm of each
+    label's frequency at the client, so that the model itself learns no label frequencies (balanced
+    softmax, arXiv 2007.10740). Clients do not send their label counts for this. Evaluation uses
+    the model's logits."""
     prefix_cache: Annotated[float, Field(ge=0, le=1e6)] = 2.0
     """GB of device memory for the inputs of the first layer with an adapter
-    (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
+    (`lora.layers_to_transform`), so that the frozen layers below it run once per example. If the
     memory does not suffice, or if the value is 0, these layers run in each pass. The results are
     the same."""
     prefix_disk: Annotated[float, Field(ge=0, le=1e6)] = 10.0
-    """GB of disk for these inputs in the cache folder (models.md), for later runs with the same
-    model and examples; 0 for none. Texts can be reconstructed from them (privacy.md). The variable
-    `FEDMERGE_PREFIX_DISK` replaces the value. The results are the same, bit for bit."""
+    """GB of disk for the inputs that `prefix_cache` stores, in the cache folder (models.md), for
+    later runs with the same model and examples; 0 to store none. Texts can be reconstructed from
+    these files (privacy.md). The environment variable `FEDMERGE_PREFIX_DISK` takes precedence over
+    this key. The results are the same, bit for bit."""
     packing: Boolean = False
-    """Let short examples of a batch share a row, instead of padding each to the longest. Attention
-    stays within an example, and the results are the same up to rounding, except for dropout masks.
-    Before training, the model's logits are compared with those of padded batches; models for which
-    they differ are refused."""
+    """Let short examples of a batch share a row, instead of padding each to the longest one.
+    Attention stays within an example, and the results are the same up to rounding, except for
+    dropout masks. Before training, the model's logits are compared with those of padded batches; a
+    model whose logits differ is refused."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
@@ -173,10 +174,10 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random choices, together with the round and the client."""
     rounds: Count = 20
-    """Number of rounds. A run of more than 10 million optimizer steps of all clients together is
-    warned about, and one of more than 10 billion is refused."""
+    """Number of rounds. More than 10 million optimizer steps of all clients together in a run cause
+    a warning, and more than 10 billion are refused."""
     task: AnyTask
-    """Kind of examples, their columns, and metrics."""
+    """Task: the kind of examples, their columns, and the metrics."""
     backbone: BackboneRecipe
     """The frozen pretrained model."""
     lora: LoraRecipe = LoraRecipe()
@@ -187,11 +188,11 @@ class Recipe(Section):
     """Federated method of the server."""
     baselines: list[AnyStrategy] = []
     """Strategies to run as well, with the same clients and seed. Each has a subdirectory of the run
-    directory. The run's own strategy is skipped."""
+    directory. A baseline with the name of `strategy` is skipped."""
     baselines_from: str | None = None
-    """Directory of an earlier run whose finished baselines this run takes over instead of running
-    them again. Refused if data, model, seed, rounds or any other setting of them differs. The run
-    also uses the learning rate and epochs that they have chosen."""
+    """Directory of an earlier run whose finished baselines this run reuses instead of running them
+    again. It is refused if data, model, seed, rounds or any other setting of the baselines differs.
+    The run also uses the learning rate and the epochs that were chosen automatically for them."""
     clients: ClientsRecipe = ClientsRecipe()
     """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
@@ -208,20 +209,20 @@ class Recipe(Section):
     """Adapters that clients are served with."""
     tracking: list[Tracker] = []
     """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
-    installed. Their files are written to the folder `tracking` of the run directory."""
+    installed. They write files to the folder `tracking` of the run directory."""
     callbacks: list[AnyCallback] = []
-    """Callbacks of the run, such as [my_callback] or [{name: my_callback, every: 5}]. Plugins
-    register them."""
+    """Callbacks of the run, such as [my_callback] or [{name: my_callback, every: 5}]. Only plugins
+    register callbacks."""
     plugins: list[str] = []
     """Python modules to import before the recipe is validated, such as [my_plugin]. They register
-    strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. A module must be
-    installed, or in a folder on PYTHONPATH."""
+    strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. Each module must
+    be installed, or be in a folder on PYTHONPATH."""
 
     def __init__(self, values: Any = None, /, **keys: Any) -> None:
-        """Check the values of a dictionary and of keywords; both may have dotted keys.
+        """Create a recipe from a dictionary, keywords or both; both may have dotted keys.
 
-        ``Recipe(values, rounds=3)`` and ``Recipe(**values, **{"training.epochs": 2})``. Raises
-        ``RecipeError`` with all faults.
+        Examples are ``Recipe(values, rounds=3)`` and ``Recipe(values, **{"stop.patience": 2})``.
+        Raises ``RecipeError`` with all faults.
         """
         if values is None:
             values = {}
@@ -234,7 +235,7 @@ class Recipe(Section):
             raise RecipeError(*(f"Recipe: {key}: is given twice" for key in repeated))
         super().__init__(**nested({**values, **keys}, "Recipe"))
 
-    # Files are checked without this constructor, with their lines.
+    # Recipes from files bypass this constructor, so that errors have line numbers.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="before")
@@ -356,7 +357,7 @@ class Recipe(Section):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Recipe:
-        """Check the values of keys, as ``Recipe(values)``. Raises ``RecipeError``."""
+        """Create a recipe from values by key, as ``Recipe(values)``. Raises ``RecipeError``."""
         obj = nested(obj, cls.__name__) if isinstance(obj, Mapping) else obj
         try:
             return super().model_validate(obj, **options)
@@ -374,7 +375,7 @@ class Recipe(Section):
         """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
         Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
-        ``plugins`` is the treatment of the modules that the recipe lists. Raises ``RecipeError``
+        ``plugins`` is the treatment of the modules listed in the recipe. Raises ``RecipeError``
         with all faults.
         """
         from fedmerge_peft.recipe.loading import load
@@ -388,7 +389,7 @@ class Recipe(Section):
         return override(self, overrides)
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML with all defaults, which ``Recipe.load`` reads back equal."""
+        """Return YAML with all defaults, from which ``Recipe.load`` reads an equal recipe."""
         from fedmerge_peft.recipe.loading import dump
 
         return dump(self)

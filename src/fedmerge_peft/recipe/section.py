@@ -1,4 +1,4 @@
-"""The base of all sections of a recipe, and types that several of them use."""
+"""Base class of all sections of a recipe, and types of fields in several sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedmerge_peft.recipe.error_messages import refuse_values
 
 
 def _yaml_boolean(value: object) -> object:
-    """Convert YAML 1.1's words for booleans, such as ``yes``; in other fields they remain text."""
+    """Convert YAML 1.1's words for booleans, such as ``yes``, which other fields read as text."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -49,7 +49,7 @@ Scalar = str | int | float | bool
 
 
 def _source(value: str) -> str:
-    """Refuse names that a command would take for an option, or that are more than one line."""
+    """Refuse names that a command could take for an option, and unprintable characters."""
     if value.startswith("-") or not value.isprintable():
         raise ValueError(
             "a name of a model, file or revision has only printable characters and does not begin "
@@ -59,13 +59,13 @@ def _source(value: str) -> str:
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
-"""Name of a model, its file or its revision, which exports put into code, cards and commands."""
+"""Name of a model, its file or its revision. Exports write it to code, cards and commands."""
 FOREIGN = "foreign"
-"""Key of the validation's context: true if the recipe comes from somebody else."""
+"""Key in pydantic's validation context: true if the recipe comes from an untrusted source."""
 
 
 class Section(BaseModel):
-    """Base class of all sections: unknown keys are rejected and values are never coerced."""
+    """Base class of all sections. Unknown keys are rejected, and values are not coerced."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -76,11 +76,11 @@ class Section(BaseModel):
     )
 
     def __init__(self, **values: Any) -> None:
-        """Check the values of keys. Raises ``RecipeError`` with all faults."""
+        """Create a section from values by key. Raises ``RecipeError`` with all faults."""
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise refuse_values(type(self), values, error) from error
 
-    # Sections within sections are checked with the outermost one, which reports their faults.
+    # Pydantic validates inner sections without this constructor; the outermost one reports faults.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

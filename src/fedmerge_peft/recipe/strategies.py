@@ -36,33 +36,33 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     preset: Literal["paper"] | None = None
     """paper: the values of the authors' CIFAR-100 program, for all keys that the recipe does not
     set: 500 rounds; adapters 5, rule paper, start independent; SGD with learning rate 0.01, batches
-    of 32, 2 epochs, proximal 0.01 and no clipping; the round of the lowest validation loss
-    (evaluation.serve)."""
+    of 32, 2 epochs, proximal 0.01 and no clipping; evaluation.serve best, which serves the round
+    with the lowest validation loss."""
     adapters: Adapters | Literal["auto"] = "auto"
-    """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups that
-    the clients' updates show, which may be one; with other starts 5, at most the number of
-    clients."""
+    """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups found
+    in the clients' updates, which may be one; with other starts 5, or the number of clients if that
+    is smaller."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
     """Update rule of the weights: normalized (each client's gradient divided by its largest
     absolute entry), adam, gradient (plain), or paper."""
     weights_lr: Coefficient | None = None
     """Step size of the merging logits. Default: 0.3; 1.0 for gradient; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
-    """Parameters in the inner product of the weights' gradient: the whole adapter, or the head
-    only. Default: all; for the rule paper the head, if there is one, as in the authors' code."""
+    """Parameters in the inner product of the weights' gradient: the whole adapter (all), or only
+    the head. Default: all; for the rule paper, head if there is one, as in the authors' code."""
     weights_memory: Fraction = 0.0
     """Decay of the exponential average of the weights' gradient over a client's rounds. 0 uses only
     the current round."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
     balance_rounds: CountOrZero = 0
-    """Number of rounds in which the use of the adapters is balanced (Sinkhorn), with decreasing
-    strength, so that no adapter is unused in the first rounds."""
+    """Number of rounds at the start in which the use of the adapters is balanced (Sinkhorn) with
+    decreasing strength, so that no adapter is unused in these rounds."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
     """Initialization of the adapters. warm: a few rounds of FedAvg, then clients are grouped by the
     direction of their updates, and each group gets an adapter. independent: random and different,
     as in the paper; required for central privacy. noise: equal, plus noise on all parameters.
-    identical: equal. Equal adapters never specialize, so this value is for tests only."""
+    identical: equal, for tests only, because equal adapters never specialize."""
     start_noise: Annotated[float, Field(gt=0, le=10)] = 0.02
     """Standard deviation of the noise of `start: noise`."""
     warm_rounds: WarmRounds = 3
@@ -72,22 +72,23 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Mean merging weight of the groups that clients resemble most, after the grouping. A client
-    that resembles several groups starts between them. With more adapters than groups, each client
-    has this weight for its group, and the other adapters share the rest evenly."""
+    """Mean merging weight, after the grouping, of the group that a client resembles most. A client
+    that resembles several groups starts with weights between them. With more adapters than groups,
+    each client has this weight for its group's adapter, and the other adapters share the rest
+    evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
-    from the soup has the rest. auto: what the label distributions of a group's clients do not have
-    in common, which is 0 if they are alike. It needs the clients' label counts, and is 0 with
-    differential privacy."""
+    from the soup has the rest. auto: the estimated share of a client's label distribution that
+    differs from its group's, which is 0 if the clients of a group have the same distribution. auto
+    requires the clients' label counts, and gives 0 with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Merging weights for each block of an adapter's parameters, instead of one row per client.
     head: the head, and the rest. layers: each layer of the backbone, and the head. modules: each
-    adapted module, and the head. classes: the head's parameters of each class, and the rest. Own
-    heads are then left out."""
+    adapted module, and the head. classes: the head's parameters of each class, and the rest. With
+    blocks, there are no own heads."""
     reseed_after: Count | None = None
-    """Rounds without use after which an adapter is reassigned to part of the clients of the most
-    used adapter. Default: never."""
+    """Number of consecutive rounds without use after which an adapter is reassigned to some clients
+    of the most used adapter. Default: never."""
 
     @property
     def rounds_with_one_adapter(self) -> int:
@@ -161,14 +162,14 @@ class FedAvgRecipe(HeadRecipe, ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
-    """FedAvg; each client predicts with the global adapter after its last local training, or after
-    rounds of finetuning at the end.
+    """FedAvg with finetuning: each client predicts with the global adapter after its last local
+    training, or after rounds of finetuning at the end.
     """
 
     fedavg_rounds: Count | None = None
-    """Rounds of FedAvg, after which each client finetunes the global adapter for the remaining
-    rounds. Default: all rounds are FedAvg, and a client predicts with its adapter of its last one,
-    as it was before the aggregation."""
+    """Number of rounds of FedAvg; in all further rounds, each client finetunes the global adapter.
+    Default: all rounds are FedAvg, and a client predicts with the adapter that it trained in its
+    last round, before the aggregation."""
     passes: Passes = 1
     """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
 
@@ -196,7 +197,7 @@ class LocalRecipe(StrategyRecipe):
 
 
 class DittoRecipe(ServerRecipe):
-    """Private adapters, regularized toward FedAvg's global one (Li et al. 2021, arXiv
+    """Private adapters, regularized toward FedAvg's global adapter (Li et al. 2021, arXiv
     2012.04221).
     """
 
@@ -213,7 +214,9 @@ class FedPerRecipe(ServerRecipe):
 
 
 class FedRepRecipe(ServerRecipe):
-    """A shared body and private heads, trained in turn (Collins et al. 2021, arXiv 2102.07078)."""
+    """A shared body and private heads, trained alternately (Collins et al. 2021, arXiv
+    2102.07078).
+    """
 
 
 class FedRoDRecipe(ServerRecipe):
@@ -225,14 +228,14 @@ class FedRoDRecipe(ServerRecipe):
 
 
 class FedDPARecipe(ServerRecipe):
-    """Dual-personalizing adapters: half of the rank is global, half private, and both are active
-    (Yang et al. 2024, arXiv 2403.19211).
+    """Dual-personalizing adapters: half of the rank is global, half is private, and both halves are
+    active (Yang et al. 2024, arXiv 2403.19211).
     """
 
 
 class FedALTRecipe(ServerRecipe):
-    """Half of the rank is the client's own, the other half is the frozen mean of the other clients'
-    own halves (Bian et al. 2026, arXiv 2503.11880).
+    """Private adapters in half of the rank; the other half is the frozen mean of the other clients'
+    private adapters (Bian et al. 2026, arXiv 2503.11880).
     """
 
 
@@ -250,8 +253,8 @@ class IFCARecipe(HeadRecipe, StrategyRecipe):
 
 
 class FeSEMRecipe(HeadRecipe, StrategyRecipe):
-    """Clusters: each client belongs to the center that is nearest to its trained adapter (Long et
-    al. 2023, arXiv 2108.08647).
+    """Clusters: each client belongs to the cluster whose center is nearest to its trained adapter
+    (Long et al. 2023, arXiv 2108.08647).
     """
 
     shared_soup = True
@@ -283,13 +286,13 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
 
 
 class FedLEASERecipe(HeadRecipe, ServerRecipe):
-    """Clusters by the LoRA factors B after local training, whose number follows from the silhouette
-    (Wang et al. 2025, arXiv 2509.15087).
+    """Clusters of clients by their LoRA factors B after local training; the silhouette determines
+    the number of clusters (Wang et al. 2025, arXiv 2509.15087).
     """
 
     shared_soup = True
     adapters: Adapters = 5
-    """Largest number of clusters."""
+    """Maximum number of clusters."""
     warm_passes: Passes = 1
     """Passes of local training before the clustering. A pass has training.epochs."""
 
@@ -308,7 +311,9 @@ class FedEMRecipe(StrategyRecipe):
 # Other ways to aggregate LoRA
 # --------------------------------------------------------------------------------------------------
 class FFALoraRecipe(HeadRecipe, ServerRecipe):
-    """A is random and frozen; only B is trained and sent (Sun et al. 2024, arXiv 2403.12313)."""
+    """A is random and frozen; only B and the head are trained and sent (Sun et al. 2024, arXiv
+    2403.12313).
+    """
 
     dp_modes = frozenset({"local", "central"})
 
@@ -318,16 +323,16 @@ class FedSALoraRecipe(ServerRecipe):
 
 
 class RoLoraRecipe(HeadRecipe, ServerRecipe):
-    """Rounds that train and average B alternate with rounds for A (Chen et al. 2025, arXiv
-    2502.01755).
+    """Alternation of rounds that train and average B with rounds that train and average A (Chen et
+    al. 2025, arXiv 2502.01755).
     """
 
     dp_modes = frozenset({"local", "central"})
 
 
 class FlexLoraRecipe(HeadRecipe, StrategyRecipe):
-    """The mean of the updates B A, reduced to each client's rank by SVD (Bai et al. 2024, arXiv
-    2402.11505).
+    """The mean of the clients' products B A, reduced to each client's rank by SVD (Bai et al. 2024,
+    arXiv 2402.11505).
     """
 
     ranks: Ranks | None = None
@@ -335,8 +340,8 @@ class FlexLoraRecipe(HeadRecipe, StrategyRecipe):
 
 
 class FLoraRecipe(HeadRecipe, StrategyRecipe):
-    """Stacked factors are added to the backbone, and each round starts with new factors (Wang et
-    al. 2024, arXiv 2409.05976).
+    """The clients' stacked factors are added to the backbone, and each round starts with new
+    factors (Wang et al. 2024, arXiv 2409.05976).
     """
 
     adds_to_backbone = True
@@ -351,7 +356,7 @@ class FedExLoraRecipe(HeadRecipe, StrategyRecipe):
 
     adds_to_backbone = True
     ranks: ClassVar[Ranks | None] = None
-    """All clients train at lora.r."""
+    """None: all clients train factors of rank lora.r."""
 
 
 _BUILT_IN = (

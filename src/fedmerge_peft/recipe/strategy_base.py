@@ -1,4 +1,4 @@
-"""Bases of the strategies' sections: settings that several strategies share, and facts that are
+"""Base classes of the strategies' sections: settings of several strategies, and facts that can be
 read without importing torch.
 """
 
@@ -22,12 +22,12 @@ class StrategyRecipe(Section):
     single_adapter: ClassVar[bool] = True
     """True if each client is served one adapter; False if the predictions of several are mixed."""
     adds_to_backbone: ClassVar[bool] = False
-    """True if the server also changes the backbone's weights, so that the rank of an adapter's
-    update differs by layer."""
+    """True if the server also changes the backbone's weights. The ranks of exported adapters then
+    differ by layer."""
     measures_features: ClassVar[bool] = False
-    """True if clients also return statistics of their features, which sites do not."""
+    """True if clients also return statistics of their features, which sites do not return."""
     needs_labels: ClassVar[bool] = False
-    """True if each example must have one label, whose classes the method treats differently."""
+    """True if each example must have one label, because the method depends on the classes."""
     shared_soup: ClassVar[bool] = False
     """True if every adapter of the soup may be merged for any client, including newcomers."""
     learned_merging: ClassVar[bool] = False
@@ -38,26 +38,27 @@ class StrategyRecipe(Section):
 
     @property
     def rounds_with_one_adapter(self) -> int:
-        """Number of rounds before clients are grouped; 0 for methods that do not group them."""
+        """Number of rounds before clients are grouped; 0 if the method has no such rounds."""
         return 0
 
     @property
     def private_head(self) -> bool:
-        """True if the method shares all of the adapter but its head."""
+        """True if the method shares the whole adapter except its head."""
         return bool(getattr(self, "head", "shared") == "private")
 
     def privacy_refusal(self, mode: str) -> str | None:
-        """Return the reason why these settings rule out a mode in ``dp_modes``; None if they do
-        not.
-        """
+        """Return the reason why these settings rule out a mode of ``dp_modes``, or None."""
         return None
 
 
 class ServerRecipe(StrategyRecipe):
-    """Server optimizer on the mean update (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+    """Server optimizer, which applies the mean update (FedOpt: Reddi et al. 2021, arXiv
+    2003.00295).
+    """
 
     server_optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: step along the mean update. adam: scale it elementwise by its moments (FedAdam)."""
+    """sgd: step along the mean update. adam: scale the mean update elementwise by its moments
+    (FedAdam)."""
     server_lr: Rate | None = None
     """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
     server_momentum: Fraction | None = None
@@ -86,6 +87,6 @@ class HeadRecipe(Section):
     """Choice between a shared head and private heads."""
 
     head: Literal["shared", "private"] = "shared"
-    """shared: the head is averaged like the rest of the adapter. private: each client trains a head
-    of its own, which stays at the client, as in FedPer (Arivazhagan et al. 2019, arXiv
-    1912.00818). The method shares the rest of the adapter."""
+    """shared: the head is averaged like the rest of the adapter. private: each client trains a
+    separate head, which stays at the client, as in FedPer (Arivazhagan et al. 2019, arXiv
+    1912.00818); only the rest of the adapter is shared."""

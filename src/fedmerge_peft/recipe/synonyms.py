@@ -1,7 +1,7 @@
-"""Words of other programs for keys and values of recipes, to suggest the right ones in errors.
+"""Words of other programs for keys and values of recipes, from which errors suggest the right ones.
 
-The words are those of transformers, PEFT, TRL and other programs of federated learning, without
-case and punctuation (``util.text.folded``).
+The words come from transformers, PEFT, TRL and programs of federated learning. They are compared
+without case and punctuation (``util.text.folded``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _KEYS = {
     "privacy.clip": "clipping_norm clip_norm max_update_norm",
     "robustness.aggregation": "defense defence aggregation_rule",
 }
-"""Words by the dotted key that they stand for."""
+"""Words of other programs, separated by spaces, by the dotted key that they stand for."""
 
 _VALUES = {
     "fedavg": "fedit average",
@@ -130,7 +130,10 @@ _VALUES = {
     "f1": "f1_score f1_macro macro_f1",
     "mean": "average fedavg",
 }
-"""Words by the value that they stand for; tasks have their own (``TaskRecipe.other_names``)."""
+"""Words of other programs, separated by spaces, by the value that they stand for.
+
+Those of tasks are in ``TaskRecipe.other_names``.
+"""
 
 
 _KEYS_BY_WORD: dict[str, list[str]] = {}
@@ -145,7 +148,7 @@ def keys_for(word: str) -> list[str]:
 
 
 def closest_value(word: str, words: Iterable[str]) -> str | None:
-    """Return the one of several words that a wrong one stands for; None if none is close."""
+    """Return the valid word that a wrong word probably means; None if none is close."""
     known, meant = list(words), folded(word)
     exact = next((choice for choice in known if folded(choice) == meant), None)
     synonym = next((choice for choice in known if meant in map(folded, _synonyms(choice))), None)

@@ -1,4 +1,4 @@
-"""Sections of the task: columns, lengths and metrics."""
+"""Sections of the main tasks, and their base class: columns, lengths and metrics."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, TEXT, UsualColumns
 ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes", "class_scores"}))]
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-"""A small model of texts (``TaskRecipe.small_model``)."""
+"""Hub id of a small text encoder (``TaskRecipe.small_model``)."""
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
-    """Return the text of a chat template, which may be in a file, or the name of a template.
+    """Return the text of a chat template, read from a file if necessary, or a template's name.
 
-    A recipe holds the text itself, so that a run does not depend on the file. A recipe of somebody
-    else may not name a file, because its content would get into exports and messages.
+    The recipe contains the text itself, so that a run does not depend on the file. A recipe from an
+    untrusted source may not name a file, because exports and messages would contain its content.
+    Raises ``ValueError``.
     """
     if "{" in value or _TEMPLATE_NAME.fullmatch(value):
         return value
@@ -59,55 +60,55 @@ class TaskRecipe(Section):
     name: str = ""
     """Name of the task."""
     sequences: ClassVar[int] = 1
-    """Sequences of tokens in an example."""
+    """Number of token sequences in an example."""
     other_names: ClassVar[str] = ""
-    """Names of the task in other programs, for suggestions: words with spaces between them."""
+    """Names of the task in other programs, separated by spaces, for suggestions in errors."""
     small_model: ClassVar[str | None] = None
     """Hub id of a small model, which ``fedmerge init`` suggests."""
     usual_columns: ClassVar[UsualColumns] = {}
-    """Columns that ``fedmerge init`` looks and asks for, by key of the section."""
+    """Columns that ``fedmerge init`` searches in a table and asks for, by key of the section."""
     known_columns: ClassVar[Sequence[str]] = ()
-    """Columns that the task reads without keys of the recipe, with spaces between them; or others,
-    for other formats of rows."""
+    """Sets of columns, one for each format of rows, that the task reads without keys in the recipe.
+    The names in a set are separated by spaces."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
-        """Names of the metrics. Tables show the first. Each task declares its own field."""
+        """Names of the metrics. Tables show the first. Each task declares this field itself."""
 
     @property
     def label_column(self) -> str | None:
-        """Column with one label per example; None for tasks whose examples have none or several."""
+        """Column with one label per example; None if examples have no label or several labels."""
         return getattr(self, "label", None)
 
     @property
     def counts_labels(self) -> bool:
-        """True if a client's distribution of labels is known from the labels of its examples."""
+        """True if the labels of a client's examples can be counted."""
         return self.label_column is not None
 
     @property
     def has_labels(self) -> bool:
-        """True if labels have names, on which sites must agree."""
+        """True if the labels have names. Sites must agree on these names."""
         return self.label_column is not None
 
     @property
     def has_formats(self) -> bool:
-        """True if texts may have several formats, on one of which sites must agree."""
+        """True if texts may have several formats. Sites must agree on one format."""
         return "format" in type(self).model_fields
 
     @property
     def media_column(self) -> str | None:
-        """Column with images or audio, which may be paths of files; None for tasks without them."""
+        """Column with images or audio, or with paths of such files; None for other tasks."""
         return getattr(self, "image", None) or getattr(self, "audio", None)
 
     def with_format(self, format: str | None) -> Self:
-        """Return a copy with the text format set, if the task has several."""
+        """Return a copy with this text format, or the section itself if the task has no formats."""
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def of_one_sequence(self) -> TaskRecipe:
-        """Return the section of a task that reads a single one of ``sequences``."""
+        """Return the section of a task whose examples are single ``sequences`` of this task's."""
         return self
 
     def to_predict(self, format: str | None) -> TaskRecipe:
-        """Return a section for predictions of single inputs, after a run with this text format."""
+        """Return the section for predictions from single inputs, after a run with ``format``."""
         return self
 
 
@@ -136,22 +137,23 @@ class SequenceClassificationRecipe(ImbalanceSettings, TaskRecipe):
 
 
 class CompletionRecipe(GenerationSettings, TaskRecipe):
-    """Base of tasks whose models complete prompts, as texts or as chats."""
+    """Base of tasks whose models complete prompts, which are texts or chats."""
 
     small_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
     system_prompt: str | None = None
-    """System prompt of chats that have none."""
+    """System prompt of chats that do not contain one."""
     chat_template: ChatTemplate | None = None
-    """Chat template: Jinja text, a file with it (a name with a dot or a slash), or the name of one
-    of the tokenizer's templates. Default: the tokenizer's."""
+    """Chat template: Jinja text, a file with Jinja text (a name with a dot or a slash), or the name
+    of one of the tokenizer's templates. Default: the tokenizer's template."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
     the model's limit, at most 1024."""
     special_tokens: Literal["text", "tokens"] | None = None
-    """Reading of special tokens that are written in texts, prompts and completions, such as </s>:
-    as characters, or as tokens, for texts that were rendered with a chat template before. Default:
-    such rows are refused. In messages they are characters."""
+    """Treatment of special tokens, such as </s>, that occur in texts, prompts and completions.
+    text: they are read as characters. tokens: they are read as tokens, for texts that were already
+    rendered with a chat template. Default: rows with special tokens are refused. In messages,
+    special tokens are always read as characters."""
 
 
 class CausalLMRecipe(CompletionRecipe):
@@ -170,17 +172,17 @@ class CausalLMRecipe(CompletionRecipe):
     """Format of a row. Default: the first of messages, prompt-completion, instruction and text
     whose columns exist."""
     loss: Literal["assistant", "completion", "all"] | None = None
-    """Tokens with a loss: those of the assistant in chats, those of the completion (in chats of one
-    column, the last message), or all but the first. Default: assistant for chats, completion for
-    rows with a prompt and a completion, all for text."""
+    """Tokens with a loss. assistant: the assistant's messages in chats. completion: the completion,
+    or in chats of one column the last message. all: all tokens but the first. Default: assistant
+    for chats, completion for rows with a prompt and a completion, all for text."""
     text: str = "text"
     """Column with plain text."""
     messages: str = "messages"
-    """Column with a list of {role, content}, formatted by the chat template. If there is none, the
-    column conversations of ShareGPT is read, with {from, value}."""
+    """Column with a list of {role, content}, formatted by the chat template. If a table lacks it,
+    ShareGPT's column conversations is read, with a list of {from, value}."""
     tools: str = "tools"
-    """Column with the tools of a chat, for chat templates that take them: a list of JSON schemas,
-    or its JSON. It may be missing or empty."""
+    """Column with the tools of a chat, for chat templates with tools: a list of JSON schemas, or
+    this list as JSON text. The column may be missing or empty."""
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of messages."""
     completion: str = "completion"
@@ -188,18 +190,18 @@ class CausalLMRecipe(CompletionRecipe):
     instruction: str = "instruction"
     """Column with the instruction, for the template."""
     input: str = "input"
-    """Column with the instruction's input, for the template. It may be missing or empty."""
+    """Column with the instruction's input, for the template. The column may be missing or empty."""
     output: str = "output"
-    """Column with the answer to an instruction, its completion."""
+    """Column with the answer to an instruction, which is the completion."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Template of the prompt, with instruction and input as fields in Python's format syntax. A
-    paragraph whose only field is empty is omitted."""
+    """Template of the prompt, with the fields {instruction} and {input} in Python's format syntax.
+    A paragraph whose only field is empty is omitted."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics. Tables and log lines show the first. Those of texts, such as rougeL, generate them
-    (slower)."""
+    """Metrics. Tables and log lines show the first. Metrics of generated text, such as rougeL, take
+    longer."""
 
     def to_predict(self, format: str | None) -> Self:
-        """Return a copy that completes prompts."""
+        """Return a copy for the completion of prompts."""
         completing = {"format": "prompt-completion", "metrics": ["exact_match"], "loss": None}
         if format == "messages":  # prompts are rendered with the template
             completing["special_tokens"] = "tokens"
@@ -207,7 +209,7 @@ class CausalLMRecipe(CompletionRecipe):
 
 
 class ImageSettings(Section):
-    """Columns of tasks on images."""
+    """Settings of tasks on images."""
 
     small_model: ClassVar[str | None] = "google/vit-base-patch16-224-in21k"
 
@@ -215,7 +217,8 @@ class ImageSettings(Section):
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     white: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
-    for fractions. Default: 65535 in 16-bit images with values above 4095; others are refused."""
+    for fractions. Default: 65535 for 16-bit images with values above 4095; other images with more
+    than 8 bits are refused."""
 
 
 class ImageClassificationRecipe(ImageSettings, ImbalanceSettings, TaskRecipe):

@@ -37,9 +37,9 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     prefix: str = ""
     """Text before each source, such as "summarize: "."""
     source_language: str | None = None
-    """Language code of the sources, for tokenizers of many languages, such as en_XX."""
+    """Language code of the sources, such as en_XX, for multilingual tokenizers."""
     target_language: str | None = None
-    """Language code of the targets, with which generated texts begin."""
+    """Language code of the targets. Its token begins each generated text."""
     max_source_length: Count | None = None
     """Maximum length of a source in tokens. Longer sources are truncated, and a warning counts
     them. Default: the model's limit, at most 1024."""
@@ -47,8 +47,8 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     """Maximum length of a target in tokens. Longer targets are truncated, and a warning counts
     them."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics. Tables and log lines show the first. exact_match, rougeL, chrf and bleu generate
-    text (slower)."""
+    """Metrics. Tables and log lines show the first. exact_match, rougeL, chrf and bleu
+    require generated text, and take longer."""
 
 
 class QuestionAnsweringRecipe(TaskRecipe):
@@ -65,18 +65,19 @@ class QuestionAnsweringRecipe(TaskRecipe):
     question: str = "question"
     """Column with the question."""
     context: str = "context"
-    """Column with the text that has the answer."""
+    """Column with the text that contains the answer."""
     answers: Annotated[str, Field(min_length=1)] = "answers"
-    """Column with the answers, {text, answer_start}: texts, and the places of their first
-    characters in the context. The first is learned; metrics take the best."""
+    """Column with the answers, {text, answer_start}: texts, and the positions of their first
+    characters in the context. The model learns the first answer; metrics compare with the answer
+    that fits best."""
     no_answer: Boolean = False
-    """Questions may have no answer in their context, as in SQuAD 2."""
+    """True if the context may contain no answer to a question, as in SQuAD 2."""
     max_length: Count | None = None
     """Maximum length of question and context in tokens. Longer contexts become several windows.
     Default: the model's limit, at most 384."""
     stride: CountOrZero | None = None
-    """Tokens that consecutive windows of a context have in common. Default: 128, at most a third of
-    a window."""
+    """Number of tokens that consecutive windows of a context share. Default: 128, at most a third
+    of a window."""
     max_answer_length: Count = 30
     """Maximum length of a predicted answer in tokens."""
     metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = ["squad_f1", "squad_exact_match"]
@@ -84,7 +85,7 @@ class QuestionAnsweringRecipe(TaskRecipe):
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Columns of question and context."""
+        """Columns with the question and the context."""
         return self.question, self.context
 
     def to_predict(self, format: str | None) -> Self:
@@ -93,7 +94,9 @@ class QuestionAnsweringRecipe(TaskRecipe):
 
 
 class SentenceEmbeddingRecipe(TaskRecipe):
-    """Vectors of texts for search: near for pairs that belong together, far for others."""
+    """Vectors of texts for search, which are similar for matching texts and dissimilar for
+    others.
+    """
 
     other_names: ClassVar[str] = "sentence-similarity embedding feature-extraction retrieval"
     small_model: ClassVar[str | None] = ENCODER
@@ -105,11 +108,12 @@ class SentenceEmbeddingRecipe(TaskRecipe):
     anchor: str = "anchor"
     """Column with the text to search with."""
     positive: Annotated[str, Field(min_length=1)] = "positive"
-    """Column with a text that belongs to it. The others of a client's batch are negatives."""
+    """Column with a text that matches the anchor. The positives of the other rows in a client's
+    batch are negatives."""
     negative: str | None = None
-    """Column with a text that does not belong to it, such as a similar one (triplets)."""
+    """Column with a text that does not match the anchor, often a similar text (triplets)."""
     scale: Annotated[float, Field(gt=0, le=1_000)] = 20.0
-    """Factor of cosine similarities in the loss: the inverse temperature."""
+    """Factor of the cosine similarities in the loss, which is the inverse temperature."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer texts are truncated, and a warning counts them. Default:
     the model's limit."""
@@ -118,7 +122,7 @@ class SentenceEmbeddingRecipe(TaskRecipe):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns of the texts by key."""
+        """Columns of the texts by key, without keys that are not set."""
         named = {"anchor": self.anchor, "positive": self.positive, "negative": self.negative}
         return {key: column for key, column in named.items() if column}
 
@@ -128,9 +132,9 @@ class SentenceEmbeddingRecipe(TaskRecipe):
 
 
 class MultipleChoiceRecipe(TaskRecipe):
-    """Choice of the right one of several texts that may follow a context."""
+    """Choice of the correct text among several texts that may follow a context."""
 
-    sequences: ClassVar[int] = 4  # as in most data; rows may have any number
+    sequences: ClassVar[int] = 4  # as in most data sets; rows may have any number of choices
     other_names: ClassVar[str] = "mc swag multichoice multiple-choice-qa"
     small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {
@@ -144,10 +148,10 @@ class MultipleChoiceRecipe(TaskRecipe):
     """Column with the text that the choices may follow, such as a question."""
     choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
     """Column with lists of texts, or with records {text: [...], label: [...]} of texts and their
-    names; or the names of columns, one for each choice. Rows may have different numbers of choices;
-    the last columns are empty in rows with fewer."""
+    names; or a list of columns, one for each choice. Rows may differ in their number of choices; in
+    rows with fewer choices, the last columns are empty."""
     start: str | None = None
-    """Column with a text with which each choice of a row begins, such as SWAG's sent2. It may be
+    """Column with a text that precedes each choice of a row, such as SWAG's sent2. The text may be
     empty."""
     label: str = "label"
     """Column with the right choice: its number from 0, its letter from A, its name or its text."""
@@ -159,11 +163,11 @@ class MultipleChoiceRecipe(TaskRecipe):
 
     @property
     def label_column(self) -> None:
-        """None: the number of a choice means nothing in another row."""
+        """None, because the number of a choice has a different meaning in each row."""
         return None
 
     def to_predict(self, format: str | None) -> Self:
-        """Return a copy for rows of inputs, whose columns have the names of the keys."""
+        """Return a copy for rows of inputs, in which the columns are named after the keys."""
         own = {key: key for key in ("context", "choices", "label")}
         return self.model_copy(update={**own, "start": self.start and "start"})
 

@@ -1,4 +1,4 @@
-"""Usual columns of tasks, by which ``fedmerge init`` recognizes a table and suggests columns."""
+"""Usual columns of tasks, from which ``fedmerge init`` suggests a table's task and columns."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 KINDS = ("image", "choices", "named", "number", "list", "label", "text")
-"""Kinds of columns, the most specific first. A table is for the task with the most specific ones.
+"""Kinds of columns, the most specific first. ``init`` suggests the task with the most specific
+columns.
 
-choices: one of lists with a usual name, or several such as ending0 and ending1; named: any column
-with a usual name; number: one of fractions; list: one of lists; label: one with few values.
+choices: a column of lists with a usual name, or several columns such as ending0 and ending1; named:
+any column with a usual name; number: a column of fractions with a usual name; list: a column of
+lists with a usual name; label: a column with few values.
 """
 
 
 @dataclass(frozen=True)
 class UsualColumn:
-    """A column that a task reads, as it usually is."""
+    """Usual kind and names of a column that a task reads."""
 
     kind: str
     """One of ``KINDS``."""
     names: str = ""
-    """Usual names in lower case, the best first, with spaces between them."""
+    """Usual names in lower case, separated by spaces, the best first."""
     optional: bool = False
-    """True if a table may be for the task although no such column is recognized."""
+    """True if ``init`` may suggest the task although no such column is recognized."""
     of: str = ""
-    """Kind of the values of a named column: list; or varied for other values than few labels if the
-    name is a usual one of labels. Any if empty."""
+    """Values of a column of the kind ``named``. list: only lists. varied: many different values if
+    the column has a usual name of labels. Empty: any values."""
 
 
 UsualColumns = Mapping[str, UsualColumn]
-"""Columns by key of a section."""
+"""Usual columns by key of a task's section."""
 _LABELS = "label labels category class target intent topic sentiment queue tag y"
 _TEXTS = "text body sentence message content review question comment description title"
 IMAGE = UsualColumn("image")
@@ -40,5 +42,5 @@ NUMBER = UsualColumn("number", f"score similarity rating {_LABELS}")
 
 
 def named(names: str, of: str = "", *, optional: bool = False) -> UsualColumn:
-    """Return a column that is recognized by its name, and perhaps by the kind of its values."""
+    """Return a column that is recognized by its name and, with ``of``, by its values."""
     return UsualColumn("named", names, optional, of)

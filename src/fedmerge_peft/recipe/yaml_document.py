@@ -1,8 +1,8 @@
-"""YAML text to plain values and back, with the line of each value.
+"""Conversion of YAML text to plain values, with the line of each value, and back.
 
-The reader follows YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Duplicate keys,
-anchors, unknown tags and deep nesting are rejected, so the time to read a file is linear in its
-length.
+The reader follows YAML 1.2's core schema: ``1e-4`` is a number, and ``no`` is text. Duplicate keys,
+anchors, unknown tags and deep nesting are rejected. Without anchors, the time to read a file is
+linear in its length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ DEEPEST = 32
 """Maximum depth of nesting."""
 
 LONGEST = 2**20
-"""Maximum number of characters. The file of a recipe is shorter; that of a run has all defaults."""
+"""Maximum number of characters in a text. A run's recipe contains all defaults, so this limit is
+above that of a recipe file (``loading.LARGEST``)."""
 
 MOST = 50
 """Maximum number of faults that one error lists."""
@@ -46,7 +47,7 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
 
 
 def dotted(where: Where) -> str:
-    """Format a place in a document: ``baselines[0].adapters``."""
+    """Return a place in a document as text, such as ``baselines[0].adapters``."""
     return "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in where
     ).removeprefix(".")
@@ -69,7 +70,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Fault:
-    """One error in a recipe, in one line."""
+    """One error in a recipe, which is printed on one line."""
 
     mark: Mark
     where: Where
@@ -82,7 +83,7 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """Return an error that lists the faults by line; those of the command line come last."""
+    """Return an error that lists the faults by line, those without a line number last."""
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]
@@ -92,7 +93,7 @@ def refuse(faults: list[Fault]) -> RecipeError:
 
 @dataclass
 class Document:
-    """Plain values, their marks, and the faults found so far."""
+    """Plain values of a YAML document, their marks by place, and the faults found so far."""
 
     value: Any
     marks: dict[Where, Mark]
@@ -142,8 +143,8 @@ for _tag, (_, _first) in _CORE.items():
 def parse(text: str, mark: Mark) -> Document:
     """Parse one YAML document; ``mark`` is the origin of its first line.
 
-    Raises ``RecipeError`` for text that is not one YAML document. Other faults (duplicate keys,
-    numbers that are too large) are added to the document's ``faults``.
+    Raises ``RecipeError`` if the text is too long or is not one YAML document. Other faults, such
+    as duplicate keys and numbers that are too large, are added to the document's ``faults``.
     """
     if len(text) > LONGEST:
         raise refuse([Fault(Mark(mark.source), (), f"exceeds the limit of {LONGEST} characters")])
@@ -277,7 +278,7 @@ for _type, _dump in _DUMPS.items():
 
 
 def write(value: dict[str, Any]) -> str:
-    """Return YAML that ``parse`` reads back equal, with printable characters only."""
+    """Return YAML of printable characters, from which ``parse`` reads equal values."""
     text: str = yaml.dump(
         value,
         Dumper=_Dumper,
@@ -290,7 +291,7 @@ def write(value: dict[str, Any]) -> str:
 
 
 def _escape(c: str) -> str:
-    """Return YAML's escape of a character; only double-quoted text contains one (``_text``)."""
+    """Return YAML's escape of a character. Only text in double quotes contains such characters."""
     return (
         f"\\x{ord(c):02x}"
         if ord(c) < 0x100

@@ -17,12 +17,12 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 _MIN_TEST_EXAMPLES = 30
-"""With fewer, one example changes a client's score by more than three points."""
+"""Number of test examples below which one example changes a score by over three points."""
 _MIN_GAIN = 0.05
 """Gain of finetuning above which the served adapters have not converged; relative to the score for
 metrics that are better when lower."""
 _MAX_LISTED = 5
-"""Clients that a finding names."""
+"""Limit on the clients that a finding names."""
 _CHANCE = 0.9
 """Share of the loss of guessing above which a training loss is near chance."""
 _SOLVED = 0.1
@@ -61,7 +61,7 @@ def _unfinished(run: RunDirectory) -> Iterator[Advice]:
 def _warnings(run: RunDirectory) -> Iterator[Advice]:
     for warning in run.records[-1]["warnings"] if run.records else []:
         finding, _, remedy = warning.partition(". ")
-        if finding.startswith("until "):  # ends by itself, unless the run ends first
+        if finding.startswith("until "):  # this condition ends by itself, unless the run ends first
             if not only_warm_rounds(run) and run.ended_for is not None:
                 yield Advice(
                     finding,
@@ -95,7 +95,7 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
-    """Compare the training losses with each other, and with that of guessing evenly."""
+    """Yield advice if the training loss is flat, or near that of guessing evenly."""
     curves = losses(run)
     loss = curves.training[-1][1] if curves.training else math.nan
     if curves.chance is not None and loss >= _CHANCE * curves.chance:

@@ -14,19 +14,21 @@ from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Method, Setting, readable
 
 _MAX_METHODS = 4
-"""Methods of a dumbbell chart."""
+"""Limit on the methods of a dumbbell chart."""
 _MAX_ROWS = 30
-"""Limit on the clients of a single chart; more clients are in two charts."""
+"""Limit on the clients of a single chart; more clients are split into two charts."""
 _MAX_INTERVALS = 160
 """Limit on clients for charts with intervals."""
 _CERTAIN = 100
-"""Test examples above which scores have no interval."""
+"""Number of test examples above which a client's score has no interval."""
 
 
 def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figure]:
-    """Yield the clients' scores by method, and each client's scores side by side.
+    """Yield a chart of all clients' scores by method, and charts of each client's scores.
 
-    The latter are in one or two parts, by default two if there are many clients.
+    Args:
+        setting: The setting.
+        parts: Number of charts of each client's scores. Default: one, or two for many clients.
     """
     metric = setting.metric
     if metric is None:
@@ -83,7 +85,7 @@ def _enumerated(parts: list[str]) -> str:
 def _dumbbells(
     setting: Setting, metric: str, reference: Method, count: int | None
 ) -> Iterator[Figure]:
-    """Yield the clients in the order of their gain over the reference, in one or two charts."""
+    """Yield charts of the clients, in the order of their gain over the reference."""
     first, clients = setting.methods[0], setting.clients
     chosen = [first, *setting.rivals][:_MAX_METHODS]
     values = {method.name: np.array(method.values(metric, clients)) for method in chosen}
@@ -136,7 +138,7 @@ def _dumbbells(
 
 
 def _intervals(method: Method, metric: str) -> dict[str, tuple[float, float]]:
-    """Return the intervals of clients with few examples."""
+    """Return the intervals of clients with at most ``_CERTAIN`` examples."""
     if method.scores is None or method.scores["metric"] != metric:
         return {}
     sizes = method.run.clients[metric.partition("_")[0]]

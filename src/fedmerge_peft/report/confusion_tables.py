@@ -15,12 +15,12 @@ from fedmerge_peft.runs.directory import RunDirectory
 
 Counts = Counter[tuple[int, int]]
 _MAX_LABELS = 20
-"""Labels of a matrix; with more, the most confused pairs are listed."""
+"""Limit on the labels of a matrix. With more, the most confused pairs are listed."""
 _MAX_PAIRS = 15
 _MAX_CLIENTS = 50
-"""Clients with a matrix each, those with the lowest accuracy."""
+"""Limit on clients that have a matrix each; the chosen ones have the lowest accuracy."""
 _NAMED = 3
-"""Pairs that the sentence above the matrices names."""
+"""Limit on the pairs that the sentence above the matrices names."""
 
 _PAIR_COLUMNS = [
     Column("true label", "text"),
@@ -32,20 +32,23 @@ _PAIR_COLUMNS = [
 
 @dataclass(frozen=True)
 class ConfusionTable:
-    """Counts of one or all clients: a matrix, or the most confused pairs of many labels."""
+    """Counts of one client or of all: a matrix, or the most confused pairs of many labels."""
 
     title: str
     labels: Sequence[str]
-    """Labels of rows and columns; empty for pairs."""
+    """Labels of rows and columns; empty if ``pairs`` are listed."""
     rows: Sequence[tuple[str, Sequence[tuple[int, float]]]]
-    """True label; count and share in the row of each predicted label."""
+    """True label, and for each predicted label the count and its share of the row."""
     columns: Sequence[Column]
     pairs: Sequence[Sequence[Cell]]
-    """Rows of a table with the columns; empty for a matrix."""
+    """Rows of a table with these ``columns``; empty for a matrix."""
 
 
 def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the sentence, the matrix of all clients and those of single ones; None for none."""
+    """Return the template's variables: a sentence, and matrices of all and of single clients.
+
+    Return None if the run has no confusion matrices.
+    """
     matrices = read_confusion(run)
     if matrices is None:
         return None
@@ -81,7 +84,7 @@ def _answer(counts: Counts, labels: Sequence[str], things: str) -> str:
 
 
 def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> ConfusionTable:
-    """Return a matrix of the labels that occur, or the most confused pairs of many labels."""
+    """Return a matrix of the labels that occur; if they are many, the most confused pairs."""
     used = used_labels(counts)
     if len(used) > _MAX_LABELS:
         sums: Counts = Counter()

@@ -10,7 +10,7 @@ from fedmerge_peft.report.methods import Method, Setting
 
 
 def cost_figures(setting: Setting) -> Iterator[Figure]:
-    """Yield the traffic of a client in each direction, and the time of all rounds."""
+    """Yield charts of a client's traffic in each direction, and of the time of all rounds."""
     methods = [method for method in setting.methods if method.run.records]
     if not methods:
         return
@@ -51,11 +51,16 @@ def answer(setting: Setting) -> str:
 
 
 def traffic(method: Method, key: str) -> float:
-    """Return a client's mean traffic in the whole run, MB."""
+    """Return the traffic in the whole run, MB, mean over clients.
+
+    Args:
+        method: The method.
+        key: ``bytes_down`` or ``bytes_up``.
+    """
     clients = max(len(method.run.client_names), 1)
     return float(sum(record[key] for record in method.run.records) / clients / 1e6)
 
 
 def seconds(method: Method) -> float:
-    """Return the wall time of all rounds."""
+    """Return the wall time of all rounds, in seconds."""
     return float(sum(record["seconds"] for record in method.run.records))

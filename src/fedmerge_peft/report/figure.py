@@ -16,7 +16,7 @@ class Figure:
     """A figure with title and caption."""
 
     name: str
-    """Name of its files, without suffix."""
+    """Name of the figure's files, without suffix."""
     title: str
     drawing: Drawing
     caption: str

@@ -21,7 +21,7 @@ def figures(run: RunDirectory) -> list[Figure]:
 
 
 def shared_figures(setting: Setting) -> list[Figure]:
-    """Return the figures that have all methods."""
+    """Return the figures that show all methods together."""
     return drawn([*client_figures(setting), *learning_figures(setting), *cost_figures(setting)])
 
 

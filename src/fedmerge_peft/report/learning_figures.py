@@ -1,4 +1,4 @@
-"""Learning of the methods: losses and scores by round, against chance."""
+"""Learning curves of the methods: losses and scores by round, compared with chance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import is_fraction
 
 _FLAT = 0.02
-"""Relative fall of the training loss below which it counts as flat."""
+"""Relative decrease of the training loss below which it counts as flat."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Losses:
     """Losses of a run by round, nats, and the loss of guessing."""
 
     training: list[tuple[int, float]]
-    """Pairs of round and mean loss of local training in it."""
+    """Pairs of a round and the mean loss of its local training."""
     validation: list[tuple[int, float]]
-    """Pairs of completed rounds and mean validation loss of the served models."""
+    """Pairs of completed rounds and the mean validation loss of the models served then."""
     chance: float | None
-    """log L, the loss of guessing evenly among L labels; None without one label per example."""
+    """log L, the loss of guessing evenly among L labels; None if examples lack a label each."""
 
     @property
     def flat(self) -> bool:
@@ -40,7 +40,7 @@ class Losses:
 
     @property
     def turning(self) -> tuple[int, float] | None:
-        """The completed rounds and loss of the lowest validation loss, if it has risen since."""
+        """Completed rounds and value of the lowest validation loss; None if it is the last one."""
         if len(self.validation) < 2:
             return None
         best = min(self.validation, key=lambda point: point[1])
@@ -66,7 +66,7 @@ def losses(run: RunDirectory) -> Losses:
 
 
 def served(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
-    """Return pairs of rounds completed and the scores served at that time."""
+    """Return pairs of completed rounds and the scores of the models served then."""
     points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
     if (run.path / "summary.json").is_file() and (scores := run.last_scores):
         points.append((len(run.records), scores))
@@ -213,14 +213,14 @@ def _constant(name: str, value: float, series: list[Line]) -> Line:
 
 
 def _counts_classes(score: str) -> bool:
-    """Return True for the fraction of examples whose class is right."""
+    """Return True if a score is the fraction of examples with the correct class."""
     name = score.partition("_")[2]
     facts = METRICS[name].facts if name in METRICS else {}
     return bool(facts.get("per_example")) and "classes" in facts["of"]
 
 
 def _most_frequent(run: RunDirectory) -> float | None:
-    """Return the mean share of the clients' most frequent label in their training examples."""
+    """Return the share of a client's most frequent training label, mean over clients, or None."""
     counts = run.label_counts
     if counts is None or not len(counts) or run.recipe.task.label_column is None:
         return None

@@ -20,7 +20,7 @@ from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 @dataclass(frozen=True)
 class Method:
-    """A run under the name and in the style that it has in all figures of the page."""
+    """A run, with its name and style in all figures of the page."""
 
     name: str
     run: RunDirectory
@@ -28,18 +28,18 @@ class Method:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """Final scores of all clients, or those of the last evaluated round; None without any."""
+        """Scores of ``final_scores``."""
         return final_scores(self.run)
 
     def values(self, metric: str, clients: Sequence[str]) -> list[float]:
-        """Return the clients' scores, nan for those that have none."""
+        """Return the clients' scores; nan for clients without this score."""
         scores = self.scores
         if scores is None:
             return [math.nan] * len(clients)
         return [scores["clients"].get(client, {}).get(metric, math.nan) for client in clients]
 
     def mean(self, metric: str) -> float:
-        """Return the mean over the clients that have this score; nan without any."""
+        """Return the mean over the clients that have this score; nan if no client has it."""
         clients = self.scores["clients"].values() if self.scores else ()
         values = [scores[metric] for scores in clients if metric in scores]
         return fmean(values) if values else math.nan
@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def metric(self) -> str | None:
-        """Score of the first method that has any, such as ``test_accuracy``."""
+        """Main score of the first method that has scores, such as ``test_accuracy``, or None."""
         return next((method.scores["metric"] for method in self.methods if method.scores), None)
 
     @property
@@ -72,7 +72,7 @@ class Setting:
 
     @property
     def rivals(self) -> list[Method]:
-        """The methods to compare the first one with: those of its seed, if there are any.
+        """Methods with scores to compare the first one with: those of its seed, if there are any.
 
         local and fedavg come before others.
         """
@@ -86,12 +86,12 @@ class Setting:
 
     @property
     def reference(self) -> Method | None:
-        """The first of the rivals; None without any."""
+        """The first of the rivals; None if there are none."""
         return next(iter(self.rivals), None)
 
 
 def _order(strategy: str) -> int:
-    """Return the place of a strategy among the references; others come after them."""
+    """Return the position of a strategy among the references, or the next one for others."""
     return REFERENCES.index(strategy) if strategy in REFERENCES else len(REFERENCES)
 
 
@@ -140,7 +140,7 @@ def _setting(
 
 
 def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
-    """Add the seed, the name of the folder, or its path, to names that several runs have."""
+    """Append the seed, then the folder's name, then its path, to names while runs share them."""
     for suffixes in (
         [f", seed {run.recipe.seed}" for run in runs],
         [f" ({run.path.name})" for run in runs],
@@ -157,7 +157,7 @@ def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
 def final_scores(run: RunDirectory) -> dict[str, Any] | None:
     """Return the final scores of all clients.
 
-    Before the run ends, these are the scores of the last evaluated round; None without any.
+    Before the run ends, return the scores of the last evaluated round, or None if there are none.
     """
     if (run.path / "summary.json").is_file():
         return run.summary["final"]["served"]  # type: ignore[no-any-return]
@@ -165,5 +165,5 @@ def final_scores(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def readable(metric: str) -> str:
-    """Return a score's name without underscores: ``test accuracy``."""
+    """Return a score's name with spaces for underscores, such as ``test accuracy``."""
     return metric.replace("_", " ")

@@ -1,4 +1,4 @@
-"""A run as notebooks show it."""
+"""HTML of a run for notebooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_CLIENTS = 200
 
 
 def run_html(run: RunDirectory) -> str:
-    """Return the methods' scores and costs, the answer for the clients, and a table of these."""
+    """Return tables of the methods and of the clients, with a sentence on clients that gain."""
     done, rounds = len(run.records), run.recipe.rounds
     clients = len(run.client_names) if (run.path / "clients.json").is_file() else 0
     title = f"{run.recipe.name}: {done} of {rounds} rounds, {clients} clients"

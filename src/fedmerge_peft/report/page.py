@@ -1,6 +1,7 @@
 """HTML page about runs, without network access, for any screen size and color scheme.
 
-Its only script sorts tables. The page's policy admits no other, whatever names contain.
+Its only script sorts tables. The page's content security policy admits no other script, even if a
+name contains one.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.text import printable
 
 _MAX_CLIENTS = 1000
-"""Limit on rows of the table of clients, the worst ones."""
+"""Limit on rows of the table of clients; the clients with the worst scores are kept."""
 _MAX_NAMES = 5
-"""Methods that the subtitle names."""
+"""Limit on the methods that the subtitle names."""
 _LINE_WIDTH = 2.2
 """Width of lines in figures, CSS pixels."""
 
@@ -47,7 +48,8 @@ def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) ->
         The path.
 
     Raises:
-        RunError: A run does not exist, or the file cannot be written.
+        RunError: There is no run, a run does not exist, the suffix is not that of HTML, or the file
+            cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -64,8 +66,9 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
 
     Args:
         runs: As for ``write_report``.
-        folder: Folder of the files, created if needed. With several runs, it has the figures that
-            they share, and each run's own ones are in a subfolder, ``1-quickstart`` and so on.
+        folder: Folder of the files, created if needed. With several runs, it contains the figures
+            that they share (in one subfolder per setting, if there are several settings), and one
+            subfolder, such as ``1-quickstart``, for the other figures of each run.
 
     Returns:
         The files.
@@ -101,7 +104,7 @@ def _save(chosen: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def render(runs: Iterable[RunDirectory | Path | str]) -> str:
-    """Return the page as text. Raises ``RunError`` if there is no run."""
+    """Return the page as text. Raise ``RunError`` if there is no run, or one does not exist."""
     from jinja2 import Environment, StrictUndefined
 
     opened = _open(runs)
@@ -132,7 +135,7 @@ def _part(name: str) -> str:
 
 
 def _colors() -> str:
-    """Return the style sheet's part with the palette."""
+    """Return the rules of the style sheet that use the palette."""
 
     def variables(colors: Sequence[str]) -> str:
         return " ".join(f"--c{number}: {color};" for number, color in enumerate(colors))
@@ -160,7 +163,7 @@ def _colors() -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Escape control and direction characters of text that is not markup yet."""
+    """Escape control and direction characters of text; return markup unchanged."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -216,7 +219,7 @@ def _subtitle(setting: Setting) -> str:
 
 
 def _tiles(setting: Setting) -> list[tuple[str, str]]:
-    """Return names and values of a run's main results."""
+    """Return the names and values of a run's main results."""
     method = setting.runs[0]
     run, scores = method.run, method.scores
     tiles = [

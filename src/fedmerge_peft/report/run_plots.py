@@ -19,8 +19,8 @@ from fedmerge_peft.runs.directory import RunDirectory
 class RunPlots:
     """Figures of a run and its baselines.
 
-    Each method returns a ``Picture``, which notebooks show and which ``save`` writes to a file.
-    All of them raise ``RunError`` if the run has no such data yet.
+    Each method returns a ``Picture``. Notebooks show it, and its ``save`` writes it to a file. A
+    method raises ``RunError`` if the run has no data for its figure yet.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -28,7 +28,7 @@ class RunPlots:
         (self._setting,) = settings([run])
 
     def accuracy(self) -> Picture:
-        """Return the main score by round, of all methods; for texts, perplexity or another one."""
+        """Return the main score by round, of all methods; it may be another one than accuracy."""
         return _picture(learning_figures(self._setting), "scores")
 
     def loss(self) -> Picture:
@@ -42,7 +42,7 @@ class RunPlots:
     def clients(self) -> Picture:
         """Return each client's score under the strategy, local training and other baselines.
 
-        Without baselines, it is each client's score alone.
+        Without baselines, the figure shows the clients' scores under the strategy alone.
         """
         figures = list(client_figures(self._setting, parts=1))
         return _picture(figures[::-1], "gains", "clients")

@@ -19,13 +19,13 @@ from fedmerge_peft.runs.directory import RunDirectory
 _MAX_PAIRED = 1500
 """Limit on clients for the figure of pairwise similarities."""
 _MAX_CELLS = 60
-"""Limit on rows and columns of that figure."""
+"""Limit on rows and columns of the figure of pairwise similarities."""
 _MAX_ROUNDS = 6
 """Limit on rounds in the figure of π over the rounds."""
 
 
 def sharing_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield the figures of a run with several adapters."""
+    """Yield the figures of π; none if the run has one adapter."""
     if not run.records or run.weights.shape[1] < 2:
         return
     weights = run.weights.to_numpy()
@@ -126,7 +126,7 @@ def _by_round(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     by_round = [
         (number, weights)
         for number, weights in run.weights_by_round()
-        if weights.shape[1] == adapters  # not those of before the grouping
+        if weights.shape[1] == adapters  # omit rounds before the grouping
     ]
     chosen = np.unique(np.linspace(0, len(by_round) - 1, _MAX_ROUNDS).round().astype(int))
     if run.recipe.strategy.learned_merging and len(chosen) > 1:
@@ -195,7 +195,7 @@ def _similarities(
 
 
 def _pairs(rows: NDArray[Any], names: list[str], groups: list[str]) -> Heat:
-    """Return the similarities, averaged to at most 60 rows and columns."""
+    """Return a heat map of the similarities of ``rows``, averaged to at most 60 × 60 cells."""
     coarse, kept = binned(similarity(rows), names, _MAX_CELLS)
     coarse = binned(coarse.T, names, _MAX_CELLS)[0].T
     return Heat(
@@ -214,7 +214,7 @@ def _shares(counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def adapter_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield the use of each adapter, and the entropy of π, by round."""
+    """Yield figures of the use of each adapter, and of the entropy of π, by round."""
     records = [record for record in run.records if record["adapter_mass"]]
     widths = [len(record["adapter_mass"]) for record in records]
     records = [record for record, width in zip(records, widths, strict=True) if width == widths[-1]]

@@ -14,21 +14,21 @@ from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 _MAX_METHODS = 4
-"""Methods in the table of clients."""
+"""Limit on the methods in the table of clients."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table that can be sorted."""
+    """A column by which a table can be sorted."""
 
     name: str
     kind: str = "number"
-    """number or text."""
+    """Kind of values: ``number`` or ``text``."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, and the value that it is sorted by."""
+    """A cell: the text that it shows, and the value by which rows are sorted."""
 
     text: str
     value: str
@@ -44,9 +44,9 @@ class Cell:
 
 
 def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
-    """Return columns and one row per client, the worst of the first method first.
+    """Return columns and one row per client, from the worst score of the first method on.
 
-    A row has the client's scores under all methods, and its gain over the reference.
+    A row has the client's scores under a few methods, and its gain over the reference.
     """
     metric = setting.metric
     if metric is None:
@@ -120,7 +120,7 @@ def run_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
 
 
 def worst_percentile(metric: str) -> int:
-    """Return 10, or 90 for metrics that are better when lower."""
+    """Return the percentile of poor scores: 10, or 90 for metrics that are better when lower."""
     return 10 if greater_score_is_better(metric) else 90
 
 
@@ -129,7 +129,7 @@ def _count(value: Any) -> Cell:
 
 
 def number(value: float) -> str:
-    """Format a number with three significant digits; nan as a dash."""
+    """Format a number with up to three decimals, fewer for larger numbers; nan as a dash."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     return (

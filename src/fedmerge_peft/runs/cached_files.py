@@ -11,7 +11,7 @@ Version = tuple[int, int, int]
 
 
 class CachedFiles:
-    """Values by file. Callers must not change them."""
+    """Cache of one value per file. Callers must not change the values."""
 
     def __init__(self) -> None:
         self._values: dict[Path, tuple[Version, Any]] = {}

@@ -1,9 +1,9 @@
-"""Checkpoints: the state that a run resumes from, saved after each round; the last two are kept.
+"""Checkpoints: the state from which a run resumes. Each round writes one; two are kept.
 
 checkpoint/round-00007.soup.safetensors   the soup; soup.safetensors is a hard link to the latest
 checkpoint/round-00007.safetensors        the strategy's state and a manifest: counters, the length
                                           of metrics.jsonl, the recipe, the SHA-256 sums of the soup
-                                          and of metrics.jsonl
+                                          and of the last line of metrics.jsonl
 
 The second file is written last, after all other files of the round including the metrics. A round
 is complete if this file exists. Reading verifies both files; if one is damaged, the previous
@@ -46,9 +46,9 @@ RESUME_OVERRIDES = (
     "callbacks",
     "plugins",
 )
-"""Recipe keys that may change on resume: they do not affect what clients compute."""
+"""Recipe keys that may change on resume, as they do not affect the clients' computations."""
 KEEP_LAST = 2
-"""Number of checkpoints that are kept."""
+"""Number of the latest checkpoints that are kept."""
 _NAME = re.compile(r"round-(\d{5,})(\.soup)?\.safetensors")
 
 
@@ -78,7 +78,7 @@ class Checkpoint:
 
     manifest: Manifest
     path: Path
-    """The soup's file."""
+    """File of the soup."""
     soup: AdapterSoup
     tensors: dict[str, Tensor]
 
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
-    """Write the first file of a checkpoint and return its path. Raises ``RunError``."""
+    """Write the soup, the first file of a checkpoint; return its path. Raises ``RunError``."""
     with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
@@ -109,7 +109,7 @@ def commit(
         round: Number of completed rounds.
         strategy: The strategy after that round.
         recipe: The run's recipe.
-        metrics: Length of ``metrics.jsonl`` with that round's line in bytes, and the line's sum.
+        metrics: Length of ``metrics.jsonl`` up to that round, bytes, and the sum of its last line.
 
     Raises:
         RunError: A file cannot be written.
@@ -168,7 +168,7 @@ def read(folder: Path, round: int) -> Checkpoint:
 
 
 def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
-    """Read the latest valid checkpoint; invalid ones are logged.
+    """Read the latest valid checkpoint, and log a warning for each later one that is invalid.
 
     Args:
         folder: The folder of the checkpoints.
@@ -176,16 +176,16 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
         metrics: The content of ``metrics.jsonl``.
 
     Returns:
-        The checkpoint, or None if the run stopped before its first one and restarts.
+        The checkpoint, or None if the run must restart from the first round.
 
     Raises:
-        ResumeError: No checkpoint is valid and more than one round would be lost, or the recipe has
-            changed.
+        ResumeError: There is no valid checkpoint and more than one round would be lost, or the
+            recipe has changed.
     """
     faults = []
     for number in rounds_in(folder):
         if not _path(folder, number).exists():
-            continue  # interrupted before this round was done
+            continue  # the run was interrupted before the end of this round
         try:
             checkpoint = read(folder, number)
             _check_metrics(folder, checkpoint.manifest, metrics)
@@ -208,7 +208,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
 
 
 def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
-    """Raise ``RunError`` unless the metrics are those of the checkpoint's run, undamaged."""
+    """Raise ``RunError`` unless the metrics are undamaged and belong to the checkpoint's run."""
     path = folder.parent / "metrics.jsonl"
     if len(metrics) < manifest.metrics_bytes:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Recognize the files of a run directory, refuse links, remove what an interrupted run left."""
+"""Recognize the files of a run directory, refuse links, and remove interrupted runs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _RUN_FILE = re.compile(
     r"|(best/)?(soup|weights)\.safetensors|best/scores\.json"
     r"|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )
-"""Every file of a run directory, as a path relative to it."""
+"""Pattern of all files of a run directory, as paths relative to it."""
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
-"""The temporary name of a file while it is written; the group is its final name."""
+"""Pattern of the temporary name of a file that is being written; the group is its final name."""
 _TRACKING = re.compile(r"((?:baselines/[^/]+/)*tracking)/.+")
-"""A file of a tracker, as a path relative to the run directory; the group is the folder."""
+"""Pattern of a tracker's files, relative to the run directory; the group is the folder."""
 _DEEPEST = 64
-"""Deepest nesting of folders in a run directory."""
+"""Maximum depth of nested folders in a run directory."""
 _MAX_LISTED = 5
-"""Files that a message names."""
+"""Maximum number of files that a message names."""
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Return all files; links count as files and are not followed.
+    """Return all files below a directory; links count as files and are not followed.
 
-    Raises ``RunError`` for folders that are nested deeper than any run or tracker does.
+    Raises ``RunError`` if folders are nested more than 64 deep, as in no run and no tracker.
     """
     files, top = [], len(directory.parts)
     for folder, folders, names in os.walk(directory):
@@ -70,28 +70,28 @@ def refuse_links(directory: Path) -> None:
 
 
 def _is_link_of_tracker(path: Path, directory: Path) -> bool:
-    """Return True for a link below ``tracking`` that leads to a place below the same folder."""
+    """Return True for a link below ``tracking`` whose target is below the same folder."""
     name = _TRACKING.fullmatch(path.relative_to(directory).as_posix())
     if name is None or not path.is_symlink():
         return False
     try:
         return path.resolve().is_relative_to((directory / name[1]).resolve())
-    except (OSError, RuntimeError):  # a loop
+    except (OSError, RuntimeError):  # the links form a loop
         return False
 
 
 def is_temporary(name: str) -> bool:
-    """Return True for the relative path of a partially written file of a run directory."""
+    """Return True if a relative path is the temporary name of a file of a run."""
     return bool(_TEMPORARY.search(name)) and bool(_RUN_FILE.fullmatch(_final_name(name)))
 
 
 def is_run_file(name: str) -> bool:
-    """Return True for the relative path of a file that belongs to a run."""
+    """Return True if a relative path is that of a file of a run."""
     return bool(_RUN_FILE.fullmatch(name))
 
 
 def is_tracked(name: str) -> bool:
-    """Return True for the relative path of a file of an experiment tracker."""
+    """Return True if a relative path is that of a file of an experiment tracker."""
     return bool(_TRACKING.fullmatch(name))
 
 
@@ -107,13 +107,13 @@ def check_only_run_files(directory: Path) -> None:
 
 
 def remove_run(directory: Path) -> None:
-    """Remove all files of an interrupted run and empty folders, but not the directory itself.
+    """Remove all files and folders of an interrupted run, but not the directory itself.
 
     The recipe is removed last, so that an interrupted removal can be repeated.
 
     Raises:
-        RunError: The directory has other files too, and nothing was removed; or a file cannot be
-            removed.
+        RunError: The directory also has files that do not belong to a run, and nothing was removed;
+            or a file cannot be removed.
     """
     check_only_run_files(directory)
     recipe = directory / "recipe.yaml"

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fedmerge_peft.runs.directory import RunDirectory
 
 _MOST = 1000
-"""Limit on labels for tables of a client that have all of them."""
+"""Maximum number of labels for which a client's table includes labels that do not occur."""
 Pairs = Sequence[Sequence[int]]
-"""True class, predicted class, and number of examples."""
+"""Triples of true class, predicted class, and number of examples."""
 
 
 def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] | None:
-    """Return the labels and the pairs of each client, at the state that a run serves.
+    """Return the labels, and the pairs of each client in the state that a run serves.
 
-    None if the run has none: it has not ended, its task has no classes, it is private or across
-    sites, or it serves an earlier round than its last.
+    Return None if the run has no confusion matrices: it has not ended, its task has no classes, it
+    is private or across sites, or it serves an earlier round than its last.
 
     Raises:
         RunError: The file is damaged.
@@ -43,13 +43,13 @@ def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] |
 
 
 def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame:
-    """Return a client's test examples, true × predicted class.
+    """Return a client's numbers of test examples, true × predicted class.
 
-    With more than 1,000 labels, those that occur have rows and columns.
+    With more than 1,000 labels, only labels that occur have a row and a column.
 
     Args:
-        run: Run.
-        client: Name.
+        run: The run directory.
+        client: Name of the client.
         round: Number of rounds after which the client's adapter was saved.
 
     Raises:
@@ -83,7 +83,7 @@ def counted(clients: Iterable[Pairs]) -> Counter[tuple[int, int]]:
 
 
 def used_labels(counts: Counter[tuple[int, int]]) -> list[int]:
-    """Return the classes that occur, true or predicted, in ascending order."""
+    """Return the classes that occur as true or predicted class, in ascending order."""
     return sorted({label for pair in counts for label in pair})
 
 

@@ -1,8 +1,8 @@
 """The run directory: all output of a run, and the only input of reports and notebooks.
 
 recipe.yaml             the recipe with all defaults
-environment.json        format version, start, versions, git commit, device and precision; one more
-                        entry under "resumed" for each time the run was resumed
+environment.json        format version, start time, versions, git commit, device, precision; each
+                        time the run is resumed, one more entry under "resumed"
 decisions.json          values that the run has chosen for training.learning_rate and
                         training.epochs, with their reasons and the losses of the range test
 clients.json            name, group and number of examples of each client
@@ -18,8 +18,8 @@ soup.safetensors        the adapters after the last finished round, and the upda
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
 privacy.json            releases of the clients, if the recipe has differential privacy
-summary.json            scores after the last and the best round, written when the run ends; final
-                        is the one of them that is served (``evaluation.serve``)
+summary.json            scores after the last and the best round, written when the run ends; "final"
+                        contains those of the round that is served (``evaluation.serve``)
 tracking/               files of experiment trackers (tracking.py)
 checkpoint/             the state to resume from (checkpoint.py)
 baselines/<strategy>/   a run directory for each baseline
@@ -106,7 +106,7 @@ class RunDirectory:
 
     @property
     def ended(self) -> bool:
-        """True if the run and its baselines have ended, after all rounds or stopped before."""
+        """True if the run and its baselines have ended, after all rounds or early."""
         return all(
             RunDirectory(path).ended_for == recipe.rounds
             for recipe, path in with_baselines(self.recipe, self.path)
@@ -114,7 +114,7 @@ class RunDirectory:
 
     @property
     def ended_for(self) -> int | None:
-        """Planned rounds of a run that has ended, also if it stopped earlier; None before the end.
+        """Planned rounds of a run that has ended, even if it stopped early; None before the end.
 
         A damaged summary counts as missing, because resuming writes it again.
         """
@@ -148,8 +148,8 @@ class RunDirectory:
             trust_remote_code: Consent to run code that its recipe names.
 
         Raises:
-            RunError: There is no run, it contains links, or another version of the package wrote
-                it in another format.
+            RunError: There is no run, it contains links, or it has the format of another version
+                of the package.
         """
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
@@ -178,10 +178,10 @@ class RunDirectory:
 
     @property
     def trusted_recipe(self) -> Recipe:
-        """The run's recipe, to load its model.
+        """The run's recipe, after a check that its model may be loaded.
 
         Raises:
-            RecipeError: As ``recipe``.
+            RecipeError: As for ``recipe``.
             BackboneError: The model would run code that comes with it, without consent.
         """
         recipe = self.recipe
@@ -204,13 +204,13 @@ class RunDirectory:
 
     @property
     def rounds_on_disk(self) -> int:
-        """Number of lines of ``metrics.jsonl``, also if the file is damaged."""
+        """Number of lines of ``metrics.jsonl``, even if the file is damaged."""
         path = self.path / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The content of ``environment.json``: format, start, versions, commit, device."""
+        """The content of ``environment.json``; empty if the file does not exist."""
         path = self.path / "environment.json"
         return documents.read(path) if path.is_file() else {}
 
@@ -240,7 +240,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Final and best scores. Raises ``RunError`` if the run has not ended."""
+        """The content of ``summary.json``. Raises ``RunError`` if the run has not ended."""
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(
@@ -259,7 +259,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row per round: losses, means and worst tenths, entropy, bytes, seconds."""
+        """One row per round: losses, means and worst tenths, entropy, gap, bytes, seconds."""
         return metrics_frame(self.records)
 
     @property
@@ -275,13 +275,13 @@ class RunDirectory:
 
     @property
     def label_counts(self) -> pd.DataFrame | None:
-        """Training examples with each label, clients × labels; None if examples have no labels."""
+        """Numbers of training examples, clients × labels; None if examples have no labels."""
         document = documents.read_labels(self.path / "labels.json", len(self._clients))
         return label_counts_frame(document, self.client_names) if document else None
 
     @property
     def weights(self) -> pd.DataFrame:
-        """π after the last finished round: clients × adapters; with blocks, their mean."""
+        """π that the run serves: clients × adapters; the mean over blocks if there are blocks."""
         import pandas as pd
 
         weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))
@@ -294,14 +294,14 @@ class RunDirectory:
 
     @property
     def soup(self) -> AdapterSoup:
-        """The adapters after the last finished round."""
+        """The adapters that the run serves; before the end, those after the last round."""
         return AdapterSoup.load(self.path / "soup.safetensors")
 
     def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
-        """Return the soup and π ``(clients, adapters)`` after the last or the best round.
+        """Return the soup and π ``(clients, adapters)`` of the served or the best state.
 
         Raises:
-            RunError: There is no such round.
+            RunError: There is no such state, or its files are damaged.
         """
         folder = self.path / "best" if best else self.path
         if best and not folder.is_dir():
@@ -319,16 +319,16 @@ class RunDirectory:
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:
-        """Return the number of rounds after which the served or the best state was saved."""
+        """Return the number of completed rounds of the served or the best state."""
         if best and self._best:
             return int(self._best["after_round"])
         ended = (self.path / "summary.json").is_file()
         return int(self.summary["final"]["after_round"]) if ended else len(self.records)
 
     def scores(self, *, best: bool = False) -> dict[str, dict[str, float]]:
-        """Return each client's scores at the last or the best state, such as ``test_accuracy``.
+        """Return each client's scores in the served or the best state, such as ``test_accuracy``.
 
-        The result is empty if that state was not evaluated.
+        The result is empty if that state was not evaluated, or before the end of the run.
         """
         if best:
             served = self._best["served"] if self._best else None
@@ -386,7 +386,7 @@ def round_of(path: Path) -> int:
 
 
 def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
-    """Return a recipe and its baselines, as separate recipes, each with its run directory."""
+    """Return a recipe and its baselines as separate recipes, each with its run directory."""
     run = RunDirectory(path)
     alone: dict[str, Any] = {"baselines": [], "baselines_from": None}
     return [

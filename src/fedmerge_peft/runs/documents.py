@@ -1,8 +1,8 @@
-"""JSON documents of a run directory: their fields with types and ranges, and their reading.
+"""Schemas of the JSON documents of a run directory, and functions that read them.
 
 A SHA-256 sum shows that a file is as it was written. It does not show who wrote it: a document may
 have been edited by hand, or come from another version or a stranger. Every document is therefore
-checked when it is read, and a fault is one error that names the file and the field.
+checked when it is read. The first fault raises an error that names the file and the field.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedmerge_peft.util.ranges import Flag, Number, Text, Whole, first_fault
 
 @dataclass(frozen=True)
 class State:
-    """``best/scores.json``, and the rounds in ``summary.json``."""
+    """Scores after a round: ``best/scores.json``; final, last and best in ``summary.json``."""
 
     after_round: Whole
     served: Scores | None
@@ -32,7 +32,7 @@ class State:
 
 @dataclass(frozen=True)
 class StoppedDocument:
-    """Early end of a run."""
+    """Early end of a run, in ``summary.json``."""
 
     reason: Text
     planned: Annotated[Whole, Field(ge=1)]
@@ -49,7 +49,7 @@ class PrivacyDocument:
 
 @dataclass(frozen=True)
 class Releases(PrivacyDocument):
-    """``privacy.json``: counts of releases in each round, by method."""
+    """``privacy.json``: numbers of releases in each round, by method."""
 
     releases: dict[str, list[Whole]]
 
@@ -151,7 +151,7 @@ class LabelCounts:
 
     labels: list[Text]
     counts: list[list[Whole]]
-    """Clients × labels."""
+    """Numbers of training examples, clients × labels."""
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.labels) for row in self.counts):
@@ -165,7 +165,7 @@ class ConfusionDocument:
     after_round: Whole
     labels: list[Text]
     clients: dict[str, list[Annotated[list[Whole], Field(min_length=3, max_length=3)]]]
-    """True class, predicted class and number of test examples or words."""
+    """Triples of true class, predicted class, and number of test examples or words, by client."""
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -197,9 +197,9 @@ SCHEMAS: Mapping[str, Any] = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a document, whose file name determines its schema.
+    """Read a document. Its file name determines its schema.
 
-    Infinite scores and scores without value are numbers again (``restore_scores``).
+    Scores that JSON cannot represent become floats again (``restore_scores``).
 
     Raises:
         RunError: The file is missing or damaged, or a field is missing or has an invalid value.
@@ -213,10 +213,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_labels(path: Path, clients: int) -> dict[str, Any] | None:
-    """Read ``labels.json`` of a run with this number of clients; None if there is none.
+    """Read ``labels.json`` of a run; return None if the file does not exist.
 
     Raises:
-        RunError: The file is damaged, or has another number of clients.
+        RunError: The file is damaged, or its number of clients is not ``clients``.
     """
     if not path.is_file():
         return None
@@ -227,7 +227,7 @@ def read_labels(path: Path, clients: int) -> dict[str, Any] | None:
 
 
 def check(path: Path, document: object, schema: Any) -> None:
-    """Raise ``RunError`` unless a document of this file follows a schema."""
+    """Raise ``RunError`` unless the content of a file follows a schema."""
     try:
         _adapter(schema).validate_python(document)
     except ValidationError as invalid:
@@ -238,7 +238,7 @@ def read_rounds(path: Path, content: bytes | None = None) -> list[dict[str, Any]
     """Read ``metrics.jsonl``: one object per finished round.
 
     Raises:
-        RunError: A line is damaged, has an invalid field, or is not that of its round.
+        RunError: A line is damaged, has an invalid field, or is out of order.
     """
     records = [*map(restore_scores, checked.read_records(path, content).records)]
     for number, record in enumerate(records, 1):
@@ -256,16 +256,16 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 # ---- PEFT's configuration ------------------------------------------------------------------------
 _OF_RECIPE = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-"""PEFT's name of a key of the recipe's section ``lora``, where the two differ."""
+"""Keys of the recipe's section ``lora`` that have another name in PEFT, with that name."""
 _FREE = {"peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
 
 
 def _check_adapter_config(path: Path, document: Mapping[str, Any]) -> None:
-    """Raise ``RunError`` unless a configuration is one that a recipe can have.
+    """Raise ``RunError`` unless a recipe can produce this configuration.
 
-    PEFT trusts its configurations: some keys name modules that it imports, and some values are
-    regular expressions that may take forever. Keys that a recipe sets follow the recipe's rules;
-    all others have PEFT's defaults.
+    PEFT does not check its configurations: some keys name modules that it imports, and some values
+    are regular expressions whose evaluation may not end. Keys that a recipe sets must follow the
+    recipe's rules. All others must have PEFT's defaults.
     """
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""The environment of a run: format version, start time, versions, device and git commit."""
+"""Record the environment of a run: format, start time, versions, device and git commit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = (
     "numpy",
 )
 _GIT_TIMEOUT = 10
-"""Seconds."""
+"""Time limit for a git command, seconds."""
 
 
 def environment_of(engine: Engine) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def environment_of(engine: Engine) -> dict[str, Any]:
 def source(folder: Path) -> dict[str, Any]:
     """Return the git ``commit`` of a folder, and ``dirty`` if its files differ from that commit.
 
-    The result is empty if git does not track the folder. It is cached, because the code of a
-    running process does not change.
+    The result is empty if git does not track the folder. It is cached, because a running process
+    does not reload its code.
     """
     # An installed package may lie below an unrelated repository: its files are not tracked there.
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:

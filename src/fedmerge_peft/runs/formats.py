@@ -1,4 +1,4 @@
-"""The version of the run directory's format."""
+"""Check the format version of a run directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMAT = 3
 
 
 def check_format(directory: Path) -> None:
-    """Raise ``RunError`` for another format; accept a run without environment.json."""
+    """Raise ``RunError`` if the run has another format; accept runs without environment.json."""
     path = directory / "environment.json"
     if not path.is_file():
         return
@@ -30,7 +30,7 @@ def check_format(directory: Path) -> None:
 
 
 def _unchecked_format(path: Path) -> int | None:
-    """Return the format of a run whose version wrote no sums; None if it is not readable."""
+    """Return the format of a readable document without a SHA-256 sum; None for other files."""
     try:
         document = strict_json.loads(path.read_bytes())
     except (OSError, ValueError):

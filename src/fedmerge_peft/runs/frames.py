@@ -1,4 +1,4 @@
-"""Documents of a run directory as data frames."""
+"""Convert documents of a run directory to data frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def metrics_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row per record of a round: losses, means and worst tenths, bytes, seconds."""
+    """Return one row per round: losses, means and worst tenths, entropy, gap, bytes, seconds."""
     import pandas as pd
 
     rows = []
@@ -36,7 +36,7 @@ def metrics_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def clients_frame(
     clients: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str, float]] | None
 ) -> pd.DataFrame:
-    """Return one row per client: group, numbers of examples and, if given, scores by client."""
+    """Return one row per client: group, numbers of examples and, if passed, scores."""
     import pandas as pd
 
     frame = pd.DataFrame(clients).set_index("name")
@@ -46,7 +46,7 @@ def clients_frame(
 
 
 def label_counts_frame(document: Mapping[str, Any], clients: Sequence[str]) -> pd.DataFrame:
-    """Return training examples, clients × labels."""
+    """Return the numbers of training examples, clients × labels."""
     import pandas as pd
 
     return pd.DataFrame(document["counts"], index=clients, columns=document["labels"])

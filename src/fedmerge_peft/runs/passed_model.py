@@ -1,4 +1,4 @@
-"""The model of a run whose program has passed it: the same one must be passed again."""
+"""Models that a Python program passes to a run; the run cannot continue with another model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None = None) -> Recipe:
-    """Return the recipe with this model as its backbone; the recipe itself without a model.
+    """Return the recipe with this model as its backbone; without a model, return it unchanged.
 
     Raises:
-        BackboneError: The engine has its own model.
+        BackboneError: Both a model and an engine are passed.
     """
     if model is None:
         return recipe
@@ -35,12 +35,12 @@ def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None 
 
 
 def check_model(run: RunDirectory, given: Recipe, *, needed: bool = True) -> None:
-    """Raise ``ResumeError`` unless the recipe has the run's model, in memory if it is needed.
+    """Raise ``ResumeError`` unless the recipe has the run's model and it can be loaded.
 
     Args:
         run: The run.
-        given: The run's recipe, with the model that a program has passed now.
-        needed: True if the model is about to be loaded.
+        given: The run's recipe, with the model that the program passes in this call.
+        needed: True if the model will be loaded. A passed model must then be in memory.
     """
     expected, now = run.recipe.backbone.model, given.backbone.model
     if expected != now and not is_passed(expected):

@@ -13,7 +13,7 @@ from fedmerge_peft.util.ranges import Number, Text, Whole
 
 
 def worst_tenth(metric: str, scores: Iterable[float]) -> float:
-    """Return the mean of the worst tenth of some scores, at least one; nan without scores.
+    """Return the mean of the worst tenth of the scores, rounded up; nan without scores.
 
     Args:
         metric: A task's metric, without ``test_`` or ``validation_``. It determines which scores
@@ -36,10 +36,10 @@ class Scores:
     worst: Number
     """Mean over the worst tenth of the clients, rounded up; see ``worst_tenth``."""
     worst_client: Text
-    """The single client with the worst score, the first of equal ones."""
+    """The client with the worst score; the first one if several have it."""
     worst_client_score: Number
     validation_loss: Number | None
-    """Mean over clients, nats; it selects the best round. None without validation examples."""
+    """Mean over clients, nats. It determines the best round. None without validation examples."""
     clients: dict[Text, dict[Text, Number]]
     """All scores by client: ``validation_loss``, ``test_loss``, ``test_accuracy`` and so on."""
 
@@ -77,10 +77,10 @@ _NUMBERS = ("seconds", "train_loss", "gap", "weights_entropy", "update_norm", "e
 
 
 def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn all scores of a document back into numbers, in place; return the document.
+    """Convert all scores of a document to floats, in place, and return the document.
 
-    Files contain null for nan and a text for infinity (``strict_json``), such as the perplexity of
-    a diverged model. Values of other types are left as they are.
+    Files contain null in place of nan, and a text in place of an infinite score, such as the
+    perplexity of a diverged model (``strict_json``). Other values are not changed.
     """
     for key in _NUMBERS:
         if document.get(key) in _INFINITE:
@@ -115,7 +115,7 @@ class RoundRecord:
     """Number of rounds in the recipe."""
     seconds: Number
     """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
-    take almost none."""
+    take almost no time."""
     train_loss: Number | None
     """Mean loss of local training, nats, weighted by the clients' number of examples. None if no
     client reports it, as in a federation of private sites."""
@@ -134,28 +134,28 @@ class RoundRecord:
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
     client. None if the strategy learns no weights, or has a single adapter."""
     adapter_mass: list[Number] | None
-    """Each adapter's share of the clients' weight after the round; sums to 1. None as for
-    ``weights_entropy``."""
+    """Mean over clients of the weight of each adapter after the round; sums to 1. None under the
+    same conditions as ``weights_entropy``."""
     update_norm: Number | None
-    """Median over clients of ‖δ_i‖₂ of the shared part of their updates. None for methods that
-    share no mean."""
+    """Median over clients of ‖δ_i‖₂, the norm of the shared part of their updates. None for
+    methods without a shared mean."""
     bytes_down: Whole
-    """Bytes of adapters sent by the server to all clients."""
+    """Bytes of the adapters that the server sent to all clients."""
     bytes_up: Whole
-    """Bytes of adapters received in accepted replies."""
+    """Bytes of the adapters in accepted replies."""
     epsilon: Number | None
     """Largest ε spent by any client so far, at ``privacy.delta``, by all methods of the run. None
     without differential privacy."""
     noise: Text | None
-    """Source of the privacy's noise: "simulation" if it follows from the recipe's seed and protects
-    nobody, else "operating system". None without differential privacy."""
+    """Source of the noise for differential privacy: "simulation" if it derives from the recipe's
+    seed and protects nobody, else "operating system". None without differential privacy."""
     clients: list[Text]
     """Clients whose replies were accepted."""
     failures: dict[Text, Text] = field(default_factory=dict)
     """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
     warnings: list[Text] = field(default_factory=list)
     decisions: list[Text] = field(default_factory=list)
-    """Decisions of the strategy in this round, a sentence each, such as the number of groups."""
+    """Decisions of the strategy in this round, one sentence each, such as the number of groups."""
 
     def __str__(self) -> str:
         width = len(str(self.rounds))

@@ -1,4 +1,4 @@
-"""Soup and weights of a run directory, checked against each other and against its clients."""
+"""Read the soup and the weights of a run directory, and check that their shapes agree."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmerge_peft.util.checked import damaged
 
 
 def read_client_weights(path: Path, clients: int) -> Tensor:
-    """Return π ``(clients, adapters)`` of a file.
+    """Read π ``(clients, adapters)`` from a file.
 
     Raises:
-        RunError: The file is missing or damaged, or has weights of another number of clients.
+        RunError: The file is missing or damaged, or its number of clients is not ``clients``.
     """
     weights = read_weights(path)
     if len(weights) != clients:
@@ -24,10 +24,10 @@ def read_client_weights(path: Path, clients: int) -> Tensor:
 
 
 def read_state(folder: Path, clients: int) -> tuple[AdapterSoup, Tensor]:
-    """Return the soup of a folder, and π ``(clients, adapters)``.
+    """Read the soup and π ``(clients, adapters)`` from a folder.
 
     Raises:
-        RunError: A file is missing or damaged, or their numbers of adapters or clients differ.
+        RunError: A file is missing or damaged, or the numbers of adapters or clients differ.
     """
     weights = read_client_weights(folder / "weights.safetensors", clients)
     path = folder / "soup.safetensors"

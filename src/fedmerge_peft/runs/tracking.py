@@ -1,6 +1,6 @@
-"""Experiment trackers through Accelerate: scalars of each round and π as an image.
+"""Experiment trackers through Accelerate, for scalars of each round and π as an image.
 
-The step is the round.
+The step of each value is the number of the round.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRACKERS = {
     "dvclive": "dvclive",
     "swanlab": "swanlab",
 }
-"""Trackers that a recipe may name, with the module that each needs."""
+"""Trackers that a recipe may name, and the module that each of them requires."""
 FOLDER = "tracking"
 """Folder in the run directory for trackers that write files."""
 
@@ -132,7 +132,7 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
     Args:
         recipe: Names the trackers (``tracking``); its values become the tracked configuration.
         path: The run directory; trackers write files to its folder ``tracking``.
-        accelerator: The engine's accelerator, for process, device and precision.
+        accelerator: The engine's accelerator; the trackers use its device type and precision.
 
     Raises:
         RunError: A tracker cannot be started.
@@ -197,7 +197,7 @@ def _log_figure(tracker: Any, name: str, figure: Any, step: int) -> None:
             tracker.log_images({name: [pixels]}, step=step)
         case "aim" | "clearml":
             tracker.log_images({name: pixels}, step=step)
-        case "mlflow":  # its files have no step
+        case "mlflow":  # artifacts have no step
             tracker.log_figure(figure, f"{name}/round-{step:05}.png")
         # Accelerate forwards only scalars to these; ``tracker.tracker`` is the native object.
         case "trackio":

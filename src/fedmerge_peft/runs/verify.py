@@ -13,13 +13,13 @@ from fedmerge_peft.util import checked
 from fedmerge_peft.util.folders import SUMS, faults
 
 _ALWAYS = ("environment.json", "clients.json", "task.json", "adapter_config.json")
-"""Files that every run with a finished round has, besides the recipe."""
+"""Files, besides the recipe, that every run with a finished round must have."""
 
 
 def verify(path: Path) -> int:
     """Verify a run directory with its baselines and exports, or an export.
 
-    Files of experiment trackers and remains of interrupted writes are not covered.
+    Files of experiment trackers and temporary files of interrupted writes are not verified.
 
     Args:
         path: A run directory, or a folder that ``fedmerge export`` has written.
@@ -28,8 +28,8 @@ def verify(path: Path) -> int:
         The number of files that agree with their sums.
 
     Raises:
-        RunError: Files are damaged, missing, or not part of the run; one line for each. Or there is
-            neither a run nor an export.
+        RunError: Files are damaged, missing, or not part of the run (the message has one line for
+            each), or the folder contains neither a run nor an export.
     """
     if not (path / "recipe.yaml").is_file():
         if not (path / SUMS).is_file():
@@ -44,7 +44,7 @@ def verify(path: Path) -> int:
 
 
 def _verify_run(path: Path) -> tuple[list[str], int]:
-    """Return a sentence for each fault of a run directory, and the number of its files."""
+    """Return a sentence for each fault of a run directory, and the number of checked files."""
     problems: list[str] = []
     exports = {file.parent for file in path.rglob(SUMS)}
     exports -= {folder for folder in exports if exports & set(folder.parents)}
@@ -92,7 +92,7 @@ def _verify_file(file: Path) -> None:
 
 
 def _inconsistent(run: Path) -> list[str]:
-    """Return the fault of a run's files whose numbers of clients or adapters differ, if any."""
+    """Return the fault, if any, of files that differ in their numbers of clients or adapters."""
     directory = RunDirectory(run)
     if not directory.rounds_on_disk:
         return []
@@ -107,7 +107,7 @@ def _inconsistent(run: Path) -> list[str]:
 
 
 def _missing(run: Path) -> list[str]:
-    """Return a sentence for each file that a run with finished rounds must have and lacks."""
+    """Return a sentence for each missing file of a run with finished rounds."""
     rounds = RunDirectory(run).rounds_on_disk
     if not rounds:
         return []

@@ -36,13 +36,13 @@ class RunWriter(RunDirectory):
         super().__init__(path)
         self._given = recipe
         self.completed = 0
-        """Rounds on disk."""
+        """Number of completed rounds, on disk."""
         self._metrics_sum = ""
-        """Sum of the last line of ``metrics.jsonl``."""
+        """SHA-256 sum of the last line of ``metrics.jsonl``."""
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the writer was given; its file may not be there yet."""
+        """The recipe passed to the writer; ``recipe.yaml`` may not exist yet."""
         return self._given
 
     @rank_zero
@@ -54,7 +54,7 @@ class RunWriter(RunDirectory):
 
         Args:
             engine: The engine loaded for the recipe.
-            strategy: A new strategy, restored in place.
+            strategy: A new strategy. The checkpoint is restored into it.
 
         Raises:
             RunExistsError: The directory contains other files; nothing was changed.
@@ -107,8 +107,8 @@ class RunWriter(RunDirectory):
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write a finished round. Raises ``RunError``.
 
-        Soup and weights are written first, so that every line of metrics has its files. The
-        checkpoint is written last.
+        Soup and weights are written first, so that they exist for every line of
+        ``metrics.jsonl``. The checkpoint is written last.
         """
         with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
@@ -131,8 +131,8 @@ class RunWriter(RunDirectory):
         """Save soup and weights to ``best/`` if their mean validation loss is the lowest so far.
 
         Args:
-            completed: Number of completed rounds of this state.
-            scores: Its scores over all clients.
+            completed: Number of completed rounds in this state.
+            scores: Scores of this state over all clients.
             strategy: The strategy in this state.
         """
         loss = scores.validation_loss
@@ -176,12 +176,12 @@ class RunWriter(RunDirectory):
         privacy: Mapping[str, Any] | None = None,
         stopped: str | None = None,
     ) -> Scores | None:
-        """Write ``summary.json``, and serve the best round if the recipe asks for it.
+        """Write ``summary.json``, and serve the best round if ``evaluation.serve`` is ``best``.
 
         Args:
-            last_scores: Scores after the last round; None if no client has any.
+            last_scores: Scores after the last round; None if no client has scores.
             privacy: ε, δ and source of the noise; None without differential privacy.
-            stopped: Reason to end before the last round; None after all rounds.
+            stopped: Reason for an end before the planned rounds; None after all rounds.
 
         Returns:
             Scores of the round that is served.
@@ -223,11 +223,10 @@ class RunWriter(RunDirectory):
         checked.write_document(path, {**documents.read(path), "privacy": privacy})
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
-        """Write the files known before the first round. The recipe is first; it marks a run
-        directory.
+        """Write the documents that are known before the first round.
 
-        On resume the recipe is replaced, the environment gets a ``resumed`` entry, and all other
-        files are kept.
+        The recipe is first, because it marks a run directory. On resume, it is replaced and the
+        environment gets a ``resumed`` entry. Other documents are kept if they are readable.
         """
         checked.write_text(self.path / "recipe.yaml", recipe.to_yaml())
         first, current = self.environment, environment_of(engine)
@@ -239,7 +238,7 @@ class RunWriter(RunDirectory):
                 checked.write_document(self.path / name, document)
 
     def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """Remove what was written after this checkpoint. An interrupted rollback is repeatable."""
+        """Remove the output after a checkpoint, or of all rounds if it is None. Repeatable."""
         self.completed = checkpoint.manifest.round if checkpoint is not None else 0
         stale = [
             path
@@ -251,7 +250,7 @@ class RunWriter(RunDirectory):
         with translated_write_errors(self.path):
             for path in [self.path / "summary.json", self.path / "confusion.json", *stale]:
                 path.unlink(missing_ok=True)
-        # The checkpoints first: until then, metrics.jsonl contains all of their rounds.
+        # Checkpoints go first, so that metrics.jsonl always contains the rounds of all that exist.
         checkpoints.prune(self.path / "checkpoint", self.completed)
         self._truncate_metrics(checkpoint.manifest if checkpoint is not None else None)
         if checkpoint is not None:
@@ -260,7 +259,7 @@ class RunWriter(RunDirectory):
     def _truncate_metrics(self, manifest: checkpoints.Manifest | None) -> None:
         """Keep the lines of ``metrics.jsonl`` up to a checkpoint.
 
-        The file is replaced, so that another name of it (a hard link) keeps its content.
+        The file is replaced, so that hard links to the old file keep its content.
         """
         path = self.path / "metrics.jsonl"
         kept = manifest.metrics_bytes if manifest is not None else 0
@@ -271,7 +270,7 @@ class RunWriter(RunDirectory):
 
 
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
-    """Return the descriptions of clients, task and adapter by file name."""
+    """Return the documents of clients, task, adapter, examples and labels, by file name."""
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in engine.backbone.config.to_dict().items()
@@ -299,7 +298,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
             "inference_mode": True,
         },
     }
-    digest = getattr(engine, "examples_digest", None)  # engines across sites have no examples
+    digest = getattr(engine, "examples_digest", None)  # across sites, there is none
     if engine.recipe.baselines and digest is not None:
         documents["examples.json"] = {"digest": digest}
     if (counts := engine.label_counts()) is not None:

@@ -12,7 +12,7 @@ from fedmerge_peft.tasks.chat_messages import Message
 
 
 class Conversation:
-    """Messages of a user, and a client's answers, generated with the recipe's settings.
+    """Chat between a user and a client's adapter, which answers with the recipe's settings.
 
     Args:
         run: A run with chats and at least one finished round.
@@ -68,10 +68,10 @@ class Conversation:
         return answer
 
     def restart(self) -> None:
-        """Forget all messages but the system prompt."""
+        """Delete all messages except the system prompt."""
         self.messages = [*self._begin]
 
 
 def message(role: str, content: str) -> Message:
-    """Return a message."""
+    """Return a chat message from its role and content."""
     return {"role": role, "content": content}

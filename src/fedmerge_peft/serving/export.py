@@ -1,7 +1,7 @@
 """Export adapters as plain PEFT folders with model cards, to disk or to the Hugging Face hub.
 
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
-         (the client's row of π) and, if the model generates text, ``generation_files``
+         (the client's row of π) and, if the model generates text, those of ``generation_files``
 all      one such folder per client, and clients.json (the folder of each client)
 soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
 
@@ -60,6 +60,7 @@ def export_client(
         RunExistsError: The folder is not empty.
         RunError: The client or the round does not exist, the client has no single adapter
             (``fedem``), or the folder cannot be written.
+        BackboneError: The tokenizer to export with the adapter cannot be loaded.
     """
     folder = Path(folder)
     merged = client_adapter(run, client, best=best)
@@ -82,8 +83,8 @@ def export_all(
 ) -> Path:
     """Write the adapters of all clients, each to a subfolder named by ``folder_name``.
 
-    ``clients.json`` has the subfolder of each client. With ``vllm``, ``serve.sh`` starts vLLM's
-    server with all of them.
+    ``clients.json`` maps each client to its subfolder. With ``vllm``, the script ``serve.sh``
+    starts a vLLM server with all adapters.
 
     Other arguments, result and errors are those of ``export_client``.
 
@@ -125,11 +126,11 @@ def export_soup(
     """Write the soup: d adapters, and ``weights.json`` to merge them on load.
 
     Arguments, result and errors are those of ``export_client``. The own parts of the clients are
-    not part of the soup.
+    not exported.
 
     Raises:
         RunError: As ``export_client``; or parts of the adapters are private to the clients, so that
-            the soup has no whole adapters.
+            the soup has no whole adapters; or the merging weights differ between blocks.
     """
     folder = Path(folder)
     soup, weights = run.state(best=best)
@@ -216,7 +217,8 @@ def check_repo(repo: str) -> None:
 def folder_name(client: str) -> str:
     """Return a client's name as a folder name, percent-encoding unsafe characters.
 
-    Names of more than ``_LONGEST`` bytes are cut and end in a digest.
+    An encoded name of more than ``_LONGEST`` bytes is cut, and a digest of the client's name is
+    appended.
     """
     encoded = "".join(
         character

@@ -1,6 +1,6 @@
-"""Files with which other programs generate text as a run does, next to an exported adapter.
+"""Files beside an exported adapter, with which other programs generate text as the run does.
 
-generation_config.json   settings of generated text, which GenerationConfig.from_pretrained loads
+generation_config.json   generation settings, which GenerationConfig.from_pretrained loads
 tokenizer files          only if the recipe sets a chat template or a system prompt: the tokenizer
                          of the base model with this template, which AutoTokenizer loads
 """
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def carries_tokenizer(run: RunDirectory) -> bool:
-    """Return True if exports of a run need a tokenizer of their own.
+    """Return True if exports of a run include a tokenizer.
 
-    That of a model that a Python program passed is not written, because the model is not either.
+    If a Python program passed the model, the export has neither the model nor its tokenizer.
     """
     task = run.recipe.task
     return (
@@ -39,7 +39,7 @@ def carries_tokenizer(run: RunDirectory) -> bool:
 
 
 def usage_code(run: RunDirectory) -> str:
-    """Return Python code for model cards that generates text; empty for other tasks."""
+    """Return Python code that generates text, for model cards; empty for other tasks."""
     task = run.recipe.task
     if not isinstance(task, CompletionRecipe):
         return ""
@@ -70,7 +70,9 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
-    """Return a function that writes the files to an existing folder.
+    """Return a function that writes the files of this module to an existing folder.
+
+    The function writes nothing if the task does not generate text.
 
     Raises:
         BackboneError: The tokenizer cannot be loaded.

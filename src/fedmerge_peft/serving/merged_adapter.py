@@ -70,7 +70,7 @@ class MergedAdapter:
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""
     clients: Tensor | None = None
-    """Weights of the clients' own parts, ``(m,)``; None for none."""
+    """Weights of the clients' own parts, ``(m,)``; None to leave these parts out."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:
@@ -87,7 +87,7 @@ class MergedAdapter:
         return self.soup.merge(self.weights, self.clients)
 
     def confusion(self) -> pd.DataFrame:
-        """Return the client's test examples (or words), true × predicted label.
+        """Count the client's test examples (or words), true × predicted label.
 
         Raises ``RunError`` if the run has no such counts (``client_confusion``).
         """
@@ -121,6 +121,7 @@ class MergedAdapter:
         Raises:
             RunExistsError: The folder is not empty.
             RunError: The folder cannot be written.
+            BackboneError: The tokenizer to write with the adapter cannot be loaded.
             ValueError: As ``peft_state``.
         """
         folder, (state, config) = Path(folder), self.peft_state(exact=exact)
@@ -169,17 +170,17 @@ class MergedAdapter:
     def pipeline(self, device: str = "auto", **options: Any) -> Any:
         """Return a transformers pipeline with this adapter.
 
-        It is the pipeline of the run's task, such as text-classification. Texts are truncated to
+        Its kind is that of the run's task, such as text-classification. Texts are truncated to
         the run's ``task.max_length``. Text is generated with the settings of the recipe, and chats
         are formatted with its chat template and system prompt.
 
         Args:
             device: As in ``model``.
-            options: Arguments for ``transformers.pipeline``; they override those above.
+            options: Arguments for ``transformers.pipeline``; they override these defaults.
 
         Raises:
-            RunError: The model is not one of transformers, or transformers has no pipeline for the
-                task.
+            RunError: The model is not a transformers model, or transformers has no pipeline for
+                the task.
             FedMergeError: As ``model``.
         """
         import transformers
@@ -235,7 +236,7 @@ class MergedAdapter:
 
 
 def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> MergedAdapter:
-    """Return the adapter that a client is served with, after the last or the best round.
+    """Return the adapter that serves a client, after the last or the best round.
 
     Raises:
         RunError: The run has no such client, no such round, or no single adapter per client.
@@ -251,7 +252,17 @@ def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> Merge
 def mixed_adapter(
     run: RunDirectory, shares: Mapping[str | int, float], *, best: bool = False
 ) -> MergedAdapter:
-    """Return a mixture of adapters, by number, and clients, by name; see ``api.Run.merge``."""
+    """Merge adapters and clients in proportion to ``shares``; see ``api.Run.merge``.
+
+    Args:
+        run: A run with at least one finished round.
+        shares: Share of each adapter (by number) or client (by name); normalized to sum to 1.
+        best: Use the round with the lowest validation loss instead of the last.
+
+    Raises:
+        RunError: The shares are invalid, an adapter or client does not exist, or adapters without
+            the clients' private parts are not whole.
+    """
     soup, known = run.state(best=best)
     adapters = len(soup)
     parts = torch.tensor([float(share) for share in shares.values()])

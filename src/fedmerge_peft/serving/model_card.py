@@ -55,7 +55,7 @@ _CARD = """---
 
 </details>
 """
-"""Card with an introduction and further rows of the table."""
+"""Card with two gaps: for an introduction, and for further rows of the table."""
 
 _CLIENT = _CARD % (
     """A LoRA adapter of {{ base }} for **{{ name }}**, {{ role }}
@@ -133,7 +133,7 @@ def adapter_card(
         name: The client's name, or a description of the mixture.
         place: Arguments, in Python syntax, from which the example loads the adapter.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
-        role: The client's relation to the run; ``{clients}`` becomes their number.
+        role: The client's relation to the run; ``{clients}`` becomes their number, as in 3 clients.
         weights: π, ``(d,)``.
         scores: Scores on the client's own examples, such as ``test_accuracy``.
         examples: Number of examples by kind: ``training``, ``validation``, ``test``.
@@ -228,7 +228,7 @@ def plain(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return Markdown that shows a text as code, also if it has backticks of its own."""
+    """Return Markdown that shows a text as code, even if the text contains backticks."""
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     inner = f" {text} " if "`" in text else text
     return f"{ticks}{printable(inner)}{ticks}"
@@ -283,13 +283,13 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
 
 
 def _example(run: RunDirectory, base: str, load: str, place: str, imports: str) -> str:
-    """Return Python code that loads an adapter, and generates text if the model does.
+    """Return Python code that loads an adapter, and generates text if the task does.
 
     Args:
         run: The run.
         base: Public name of the base model.
         load: Code that loads the adapter.
-        place: Arguments, in Python syntax, with the place of the folder with the adapter.
+        place: Arguments, in Python syntax, that locate the folder with the adapter.
         imports: Further imports.
     """
     recipe, labels = run.recipe, run.task["labels"]

@@ -38,7 +38,7 @@ def read_newcomer(
     max_train: int | None,
     seed: int,
 ) -> tuple[Dataset, Client]:
-    """Return the newcomer's table, its labels numbered as in the run, and the newcomer as a client.
+    """Return the newcomer's table, with labels numbered as in the run, and its ``Client``.
 
     Arguments and errors are those of ``personalize``.
     """
@@ -121,12 +121,14 @@ def _indices_by_split(
 def newcomer_prior(
     run: RunDirectory, layout: AdapterLayout, counts: list[list[int]] | None
 ) -> Tensor:
-    """Return the newcomer's label prior, to add to an adapter, ``(P,)``; 0 if the run has none.
+    """Return the newcomer's label prior, to add to an adapter, ``(P,)``.
+
+    The prior is zero if the run has no ``serving.label_prior``, or if there are no counts.
 
     Args:
-        run: The run, whose clients have the other label distributions.
+        run: The run. The label counts of its clients serve to estimate the prior.
         layout: Layout of the adapters.
-        counts: The newcomer's training examples by label, ``1 × classes``.
+        counts: The newcomer's training examples by label, ``1 × classes``; None if unknown.
 
     Raises:
         RunError: The clients' label counts are missing.

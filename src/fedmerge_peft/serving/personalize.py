@@ -55,7 +55,7 @@ _PATIENCE = 5
 _MIN_IMPROVEMENT = 1e-3
 """Least decrease of the loss that counts as improvement, nats."""
 _UNIFORM_SHARE = 0.1
-"""Share of the start's weight that is spread over all adapters."""
+"""Share of the initial weights that is spread evenly over all adapters."""
 _MIN_DISTANCE = 0.1
 """Total variation distance below which two rows of π count as the same choice."""
 _MAX_LOCAL_STEPS = 500
@@ -81,34 +81,36 @@ def personalize(
     processor: Any = None,
     metrics: ComputeMetrics | None = None,
 ) -> Personalized:
-    """Learn a newcomer's merging weights on its own examples, and compare with alternatives.
+    """Learn a newcomer's merging weights on its own examples, and compare them with alternatives.
 
     The run's soup is not changed.
 
     Args:
-        run: A run of a strategy with a ``shared_soup``. With a single adapter, there are no weights
-            to learn; it is only compared with the alternatives.
-        data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a
-            recipe's ``data.path``; or a ``datasets.Dataset``, a pandas frame, a ``DatasetDict`` or
-            a pair (train, test). The columns are those of the run's task; the recipe's filter is
-            not applied.
-        name: The newcomer's name. Default: the file's name without its suffix.
+        run: A run of a strategy with a ``shared_soup``. If the soup has a single adapter, there are
+            no weights to learn, and the adapter is only compared with the alternatives.
+        data: The newcomer's examples: the path of a csv, tsv, json, jsonl, parquet or arrow file,
+            or of a folder as in a recipe's ``data.path``; or a ``datasets.Dataset``, a pandas
+            frame, a ``DatasetDict`` or a pair (train, test). The columns are those of the run's
+            task; the recipe's filter is not applied.
+        name: The newcomer's name. Default: the file's name without its suffix, or ``newcomer`` for
+            data in memory.
         best: Use the soup of the best round instead of the last.
-        test_fraction: Fraction of the examples held out for testing; 0 for none. It is ignored if
-            the data have the recipe's split column or several splits. The test split is then used
-            for testing, and the other splits for training.
+        test_fraction: Fraction of the examples held out for testing; 0 holds out none. If the data
+            have the recipe's split column or several splits, the fraction is ignored, the test
+            split is used for testing, and the training and validation splits for training.
         max_train: Limit on training examples, drawn at random. Default: no limit.
-        local: Also train an adapter from scratch, over the recipe's rounds.
+        local: Also train an adapter from scratch, for at most the recipe's rounds.
         seed: Seed of the held-out examples and of local training. Default: the recipe's.
-        model: The model that the run was given in memory (``federate``), unless ``run`` has it.
+        model: The model that a Python program passed to the run (``federate``), if it is not in
+            memory.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
         metrics: As in ``federate``, for the scores of all methods.
 
     Raises:
-        RunError: The run has no adapters that a newcomer can merge, or they do not fit the model
-            that is loaded now, or the model would run its own code without consent (``load_run``),
-            or another model is passed.
+        RunError: The run has no adapters that a newcomer can merge, they do not fit the model that
+            is loaded now, the model would run its own code without consent (``load_run``), or
+            another model than the run's is passed.
         DataError: The data cannot be read, do not fit the task, or contain an unknown label.
         FedMergeError: The model or the device is not available.
     """
@@ -151,13 +153,13 @@ def learn_logits(
 ) -> tuple[Tensor, float]:
     """Minimize ℓ(softmax(w) Θ) over w in full batches by Rprop (Riedmiller & Braun 1993).
 
-    The gradient has no noise, so signs and one step size per logit need fewer evaluations than
-    Adam, at any scale of the loss.
+    The gradient has no noise. Rprop, which uses its signs and one step size per logit, therefore
+    needs fewer evaluations than Adam, at any scale of the loss.
 
     Args:
         rows: Θ, ``(d, P)``.
         start: Initial π, ``(d,)``. A small share of every adapter is mixed in, because the gradient
-            of a softmax vanishes at 0.
+            of a softmax vanishes where a weight is 0.
         objective: ℓ and its gradient at an adapter.
         steps: Limit on evaluations of the objective, at least 1; learning stops earlier after
             several evaluations without improvement.
@@ -202,14 +204,14 @@ def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
 
 
 class _Comparison:
-    """The methods evaluated so far on the newcomer's examples."""
+    """Methods that were evaluated on the newcomer's examples, with their results."""
 
     def __init__(self, engine: LocalEngine, soup: AdapterSoup, prior: Tensor) -> None:
         self.engine = engine
         self.newcomer = engine.clients[0]
         self.rows = soup.rows
         self.prior = prior
-        """Label prior, ``(P,)``, which adapters have in tests."""
+        """Label prior, ``(P,)``; added to adapters for testing, but not for training."""
         self.objective = engine.runtime.objective(
             engine.recipe.training.logits, self.newcomer.train
         )
@@ -249,7 +251,10 @@ class _Comparison:
         return logits
 
     def train_locally(self, seed: int) -> None:
-        """Train a new adapter on the newcomer's examples alone, over the recipe's rounds."""
+        """Train a new adapter on the newcomer's examples alone.
+
+        Training takes the recipe's rounds, or fewer to stay within ``_MAX_LOCAL_STEPS``.
+        """
         begin = time.perf_counter()
         engine, training = self.engine, self.engine.recipe.training
         rounds = min(
@@ -266,7 +271,7 @@ class _Comparison:
         )
 
     def _best_of(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
-        """Add the best of several weights ``(k, d)`` as one method; return it and its loss."""
+        """Add the best of several weights ``(k, d)`` as one method; return these and the loss."""
         begin = time.perf_counter()
         losses = [self._loss(row.to(self.rows) @ self.rows) for row in weights]
         best = int(np.argmin(losses))
@@ -280,7 +285,7 @@ class _Comparison:
         self.methods.append(Alternative(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
-        # The batches of _objective, so that the losses are exactly comparable.
+        # The same batches as in _objective, so that the losses are exactly comparable.
         size = self.engine.recipe.training.batch_size
         losses = example_losses(self.engine.runtime, row, self.newcomer.train, size, self.objective)
         return float(losses.double().sum()) / self._count

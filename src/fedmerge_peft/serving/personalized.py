@@ -49,7 +49,7 @@ class Personalized:
     logits: Tensor
     """w, ``(d,)`` float32."""
     methods: tuple[Alternative, ...]
-    """Alternatives on the same examples; ``LEARNED`` is the one of this adapter."""
+    """Alternatives on the same examples, including this adapter under the name ``LEARNED``."""
     nearest: str
     """The federation's client with the most similar weights, by ½ ‖π − π'‖₁."""
     examples: Mapping[str, int]
@@ -57,7 +57,7 @@ class Personalized:
     config: Mapping[str, Any]
     """PEFT's configuration of the adapter."""
     prior: Tensor
-    """The newcomer's label prior, to add to merged adapters, ``(P,)``; 0 without one."""
+    """The newcomer's label prior, to add to merged adapters, ``(P,)``; zero if there is none."""
 
     @property
     def weights(self) -> Tensor:
@@ -83,11 +83,12 @@ class Personalized:
     def save(self, folder: Path | str) -> Path:
         """Write a new folder, with a model card, that ``PeftModel.from_pretrained`` loads.
 
-        Its ``weights.json`` holds the logits, π and the methods' scores.
+        The folder's ``weights.json`` contains the logits, π and the methods' scores.
 
         Raises:
             RunExistsError: The folder is not empty.
-            RunError: It cannot be written.
+            RunError: The folder cannot be written.
+            BackboneError: The tokenizer to write with the adapter cannot be loaded.
         """
         folder = Path(folder)
         RunDirectory.check_free(folder)

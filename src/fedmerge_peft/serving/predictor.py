@@ -41,11 +41,11 @@ Prediction = dict[str, Any] | str
 """Result of ``Task.answers``, such as ``{"label": name, "score": number}``, or a completion."""
 
 _MAX_CLIENTS = 16
-"""Clients per forward pass; beyond it, the adapters' memory outweighs the time saved."""
+"""Limit on clients per forward pass. With more, the memory use outweighs the time saved."""
 
 
 class _Chunk(NamedTuple):
-    """Some inputs of one client."""
+    """A part of one client's inputs."""
 
     row: Tensor
     """The client's adapter, ``(P,)``."""
@@ -111,7 +111,7 @@ class Predictor:
         Args:
             inputs: Inputs by client: texts, or pairs of texts if the task has pairs; PIL images or
                 paths of image files; for a language model, prompts formatted as in training, or
-                chats: lists of messages, which the chat template formats.
+                chats, which are lists of messages that the chat template formats.
             batch_size: Inputs per forward pass. Default: the recipe's ``evaluation.batch_size``.
 
         Returns:
@@ -146,7 +146,7 @@ class Predictor:
         }
 
     def stream(self, client: str, prompt: Any, on_text: Callable[[str], None]) -> str:
-        """Complete one prompt with a client's adapter, and pass on its text while it is generated.
+        """Complete one prompt with a client's adapter, and pass on the text as it is generated.
 
         Args:
             client: The client's name.
@@ -154,7 +154,7 @@ class Predictor:
             on_text: Called with each further part of the completion.
 
         Returns:
-            The completion, which is all parts joined. Sampling uses torch's random state.
+            The completion: all parts joined. Sampling uses torch's random state.
 
         Raises:
             RunError: The run has no such client, or its task does not generate text.
@@ -172,7 +172,7 @@ class Predictor:
 
     @cached_property
     def sequential_reason(self) -> str | None:
-        """Reason for predicting for one client at a time; None if several share a forward pass.
+        """Reason to predict for one client at a time; None if clients can share a forward pass.
 
         Shared passes give the same predictions up to rounding.
         """
@@ -211,7 +211,7 @@ class Predictor:
             indices = indices_of[client]
             indices = indices[np.argsort(-examples.lengths[indices], kind="stable")]
             parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-            if not self._kind.completes:  # prompts have their own padding
+            if not self._kind.completes:  # prompts are padded by prompt_padding
                 padding = self._task.padding
                 parts = [own for part in parts for own in split_batch(padding, examples, part)]
             chunks += [_Chunk(self._adapters[client], part) for part in parts]
@@ -250,14 +250,18 @@ class Predictor:
         }
 
     def _applied(self, rows: Tensor) -> Any:
-        """Return a context in which part i of K equal parts of a batch uses row i ``(K, P)``."""
+        """Return a context in which the i-th of K equal parts of a batch uses adapter i.
+
+        Args:
+            rows: Adapters, ``(K, P)``.
+        """
         if len(rows) > 1:
             return AdapterStack(self._backbone, rows.to(self._backbone.device)).applied()
         self._backbone.load_row(rows[0])
         return nullcontext()
 
     def _logits(self, examples: Examples, indices: Indices) -> Tensor:
-        """Return the task's logits, or next-token logits ``(batch, vocabulary)``."""
+        """Return the task's logits; for completions, next-token logits ``(batch, vocabulary)``."""
         collate = self._task.collate_prompts if self._kind.completes else self._task.collate
         batch = collate(examples, indices)
         inputs = {
@@ -270,7 +274,7 @@ class Predictor:
 
     @torch.no_grad()
     def _stacking_error(self) -> str | None:
-        """Compare two very different adapters on two inputs, in one pass and one at a time.
+        """Compare a shared pass of two inputs and two very different adapters with separate passes.
 
         Returns:
             The reason why passes cannot be shared, or None if the logits agree.
@@ -306,8 +310,8 @@ def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """Return the inputs of each client as a list.
 
     Raises:
-        DataError: It is not a mapping, or has one input instead of several. Otherwise, a text would
-            be read as its letters, and a table as the names of its columns.
+        DataError: ``inputs`` is not a mapping, or a client has one input instead of a list. As a
+            list, a text would be its letters, and a table the names of its columns.
     """
     if not isinstance(inputs, Mapping):
         raise DataError(

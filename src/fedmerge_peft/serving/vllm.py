@@ -2,7 +2,7 @@
 
 The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py. The names of adapted
 modules cannot be checked here: vLLM compares them with those of its own model when it loads an
-adapter (``check_unexpected_modules`` in vllm/lora/lora_model.py), and names any that it rejects.
+adapter (``check_unexpected_modules`` in vllm/lora/lora_model.py), and reports any mismatch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedmerge_peft.tasks.in_memory import is_passed
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
 _GPU_ADAPTERS = 16
-"""Largest number of adapters in one batch of the server, each of which reserves GPU memory."""
+"""Limit on adapters in one batch of the server; each adapter reserves GPU memory."""
 
 _SCRIPT = """#!/bin/sh
 # Serves the adapter of each client under the client's name, as `model` of requests.
@@ -35,7 +35,7 @@ exec vllm serve {base} \\
 
 
 def vllm_support(run: RunDirectory) -> str:
-    """Return one line with the vLLM options for the run's adapters, or the reasons against vLLM."""
+    """Return one line: the vLLM options for the run's adapters, or the reasons against vLLM."""
     if unsupported := _reasons(run):
         return f"vLLM cannot serve this adapter: {'; '.join(unsupported)}"
     return (
@@ -49,8 +49,8 @@ def serve_script(
 ) -> str:
     """Return a shell script that serves all clients' adapters with vLLM.
 
-    It runs in the folder of the export. Requests state the largest number of tokens and stop
-    strings themselves; vLLM takes the other settings of generated text from the script.
+    The script changes to its own folder, that of the export. It sets the generation settings of
+    the recipe except stop strings and the maximum number of tokens, which each request contains.
 
     Args:
         run: A run of a language model.
@@ -58,7 +58,7 @@ def serve_script(
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
 
     Raises:
-        RunError: vLLM does not support the adapters, or the base model has no name for it.
+        RunError: vLLM does not support the adapters, or the base model has no name that vLLM loads.
     """
     base, task = base_model_id or run.recipe.backbone.model, run.recipe.task
     unsupported = _reasons(run)
@@ -101,7 +101,7 @@ def serve_script(
 
 
 def _reasons(run: RunDirectory) -> list[str]:
-    """Return the reasons for which vLLM does not load the run's adapters."""
+    """Return the reasons why vLLM cannot load the run's adapters; empty if it can."""
     config = run.adapter_config
     reasons = {
         "it trains whole modules (modules_to_save), such as a classification head": config.get(
@@ -130,5 +130,5 @@ def _rank(run: RunDirectory) -> int:
 
 
 def _slots(run: RunDirectory) -> int | None:
-    """Return the smallest valid ``--max-lora-rank``, or None."""
+    """Return the smallest valid ``--max-lora-rank``; None if the rank exceeds all of them."""
     return next((rank for rank in VLLM_RANKS if rank >= _rank(run)), None)

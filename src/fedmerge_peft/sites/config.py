@@ -67,8 +67,8 @@ _SERVER_KEYS = (
     "serving",
     "data",
 )
-"""Parts of the recipe that the server may change: the recipes of sites and server may differ
-here."""
+"""Parts of the recipe that the server may change: here, its recipe may differ from the one in a
+site's kit."""
 
 
 class FederationFile(Section):
@@ -79,18 +79,18 @@ class FederationFile(Section):
     host: str
     """Host name or address at which sites and operator reach the server."""
     port: Annotated[int, Field(gt=0, lt=65536)]
-    """TCP port of the server, the only one."""
+    """TCP port of the server, which listens on no other."""
     sites: dict[str, list[str]]
-    """Clients of each site, by name, in the order of the run's clients."""
+    """Names of each site's clients, by site, in the order of the run's clients."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of adapters and updates in messages."""
     segment: PositiveInt = 10
-    """Rounds in a job. A disconnected site can join the next job."""
+    """Rounds per job. A disconnected site can join the next job."""
     deadline: PositiveInt = 3600
-    """Maximum time of a site for a round, in seconds."""
+    """Maximum time that a site may take for a round, in seconds."""
     start_deadline: PositiveInt = 1800
-    """Maximum time of a site to read its data and load the model at the start of a job, in
-    seconds."""
+    """Maximum time that a site may take to read its data and load the model at the start of a job,
+    in seconds."""
 
     @classmethod
     def read(cls, kit: Path) -> FederationFile:
@@ -111,11 +111,11 @@ class FederationFile(Section):
 
     @property
     def clients(self) -> list[str]:
-        """All clients, site after site."""
+        """Names of all clients, site by site."""
         return [client for clients in self.sites.values() for client in clients]
 
     def site_of(self, client: str) -> str:
-        """Return the site that holds a client."""
+        """Return the name of a client's site."""
         return next(site for site, clients in self.sites.items() if client in clients)
 
 
@@ -139,7 +139,7 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
 
 
 class SiteData(Section):
-    """Location of a site's examples; everything else about the data is in the recipe."""
+    """Location, format and splits of a site's examples; the recipe sets the rest of ``data``."""
 
     path: str
     """A csv, tsv, json, jsonl, parquet or arrow file, a folder, or a hub id, with the columns of
@@ -150,8 +150,8 @@ class SiteData(Section):
     quoting: Quoting = "auto"
     """Quotation marks in csv and tsv files: auto, double (they enclose fields) or none (text)."""
     encoding: Encoding | None = None
-    """Encoding of csv, tsv and json files. Default: utf-8, or the one that a byte order mark
-    names."""
+    """Encoding of csv, tsv and json files. Default: utf-8, unless a byte order mark specifies
+    another."""
     client_column: str | None = None
     """Column with the client of each row, for a site with several clients. Default: all rows
     belong to one client."""
@@ -172,14 +172,14 @@ class SitePrivacy(Section):
     """Clipping and noise that a site applies to every update before sending it."""
 
     clip: PositiveFloat | None = None
-    """Largest L2 norm of an update. Default: only the recipe's bound."""
+    """Largest L2 norm of an update. Default: the recipe's bound, if it has one."""
     noise: NonNegativeFloat = 0.0
-    """Standard deviation of the Gaussian noise on each number, from the operating system's
-    generator. A site with noise sends no losses and no scores."""
+    """Standard deviation of the Gaussian noise on each number of an update, from the operating
+    system's generator. A site with noise sends no losses and no scores."""
     epsilon: PositiveFloat | None = None
-    """Largest ε of a client, over all updates that it ever sends; further requests are refused. It
-    is counted in ``privacy.json`` at the δ of the recipe. Default: with ``privacy.mode: local``,
-    the ε of the kit's recipe with its baselines; otherwise no bound."""
+    """Largest ε of a client, over all updates that it ever sends, at the δ of the recipe. The site
+    counts updates in ``privacy.json`` and refuses further requests. Default: with ``privacy.mode:
+    local``, the ε of the kit's recipe with its baselines; otherwise no bound."""
 
 
 class SiteChecks(Section):
@@ -196,14 +196,14 @@ class SiteLimits(Section):
     """Limits on the recipes that a site accepts."""
 
     remote_code: Boolean = False
-    """Run Python code that comes with a model."""
+    """Allow Python code that comes with a model to run."""
     plugins: list[str] = []
     """Installed modules that the kit's recipe may import (its ``plugins``). Default: none."""
     models: list[str] | None = None
     """Backbones that a recipe may use. Default: the one in the kit's recipe."""
     modules: list[str] | None = None
-    """Last names of the modules that may train, with LoRA or whole, such as [q_proj, v_proj].
-    Default: those that the kit's recipe trains."""
+    """Modules that may be trained, with LoRA or in full, by the last part of their names, such as
+    [q_proj, v_proj]. Default: those that the kit's recipe trains."""
     max_parameters: NonNegativeInt | None = None
     """Largest number of values in an update. Default: no bound."""
 
@@ -216,7 +216,7 @@ class SiteSettings(Section):
     device: str | None = None
     """auto, cpu, mps, cuda or cuda:1. Default: the recipe's."""
     batch_size: PositiveInt | None = None
-    """Examples in one pass through the model. It must divide the recipe's
+    """Examples in one pass through the model. The number must divide the recipe's
     batch_size × gradient_accumulation, so that a step covers the same examples in more or fewer
     passes."""
     process: Literal["attached", "job"] = "attached"
@@ -256,7 +256,7 @@ class SiteSettings(Section):
         return settings
 
     def with_data(self, path: Path | None) -> SiteSettings:
-        """Return the settings with the path from the command line, if one was given."""
+        """Return the settings with the data path from the command line; unchanged if it is None."""
         if path is None:
             return self
         data = (
@@ -269,8 +269,8 @@ class SiteSettings(Section):
     def apply_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe with this site's device and batch size.
 
-        States of examples are not kept on the site's disk, unless its environment allows it
-        (``FEDMERGE_PREFIX_DISK``): the recipe is not the site's own.
+        ``training.prefix_disk`` is 0, because the recipe comes from the organizers: hidden states
+        of examples are cached on disk only if the site sets ``FEDMERGE_PREFIX_DISK``.
 
         Raises:
             FederateError: The batch size does not divide the examples of a step.
@@ -295,9 +295,9 @@ class SiteSettings(Section):
 
 
 def load_kit_recipe(kit: Path, limits: SiteLimits) -> Recipe:
-    """Return the recipe of a site's kit, after the import of the plugins that the site allows.
+    """Import the plugins that a site allows, and return the recipe of its kit.
 
-    Raises ``RecipeError`` if it is invalid or lists other plugins.
+    Raises ``RecipeError`` if the recipe is invalid or lists other plugins.
     """
     remedy = f"if you trust it, add it to allow.plugins in {SITE_FILE}"
     consent = Consent(limits.plugins, remedy)
@@ -356,7 +356,7 @@ def modules_refusal(keys: list[str], limits: SiteLimits) -> str | None:
 
 
 def _module(key: str) -> str:
-    """Return the module's last name.
+    """Return the last part of the module's name in a tensor's key.
 
     ``base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight`` gives ``query``;
     a tensor of a head gives ``classifier``.
@@ -383,7 +383,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document; None if the file does not exist. Raises ``FederateError``."""
+    """Read a JSON document; return None if there is no such file. Raises ``FederateError``."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Fields of every message between server and sites, with the ranges of their values.
 
-``read_fields`` is the only reader. Each end checks the whole message with it before it uses a
-value. ``messages`` checks the tensors.
+Each end calls ``read_fields``, which checks all fields of a message, before it uses one of them.
+``messages`` checks the tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedmerge_peft.util.ranges import (
 )
 
 MAX_LABELS = 1000
-"""Most labels of a federation whose recipe has no ``task.num_labels``."""
+"""Largest number of labels of a federation whose recipe has no ``task.num_labels``."""
 MAX_DOCUMENT = 2**20
 _MAX_CLIENTS = 100_000
 
@@ -39,7 +39,7 @@ TextFormat = Literal["text", "messages", "prompt-completion", "instruction"]
 Labels = Annotated[list[Name], Field(max_length=2**16)]
 Document = Annotated[str, Field(max_length=MAX_DOCUMENT)]
 Index = Annotated[int, Field(ge=0, le=9_999)]
-"""Number of an adapter."""
+"""Index of an adapter."""
 
 
 class Fields(Section):
@@ -50,14 +50,14 @@ class Fields(Section):
 
 
 class Enroll(Fields):
-    """``enroll``, from the server."""
+    """Message ``enroll``, from the server: recipe and number format of the federation."""
 
     recipe: Annotated[str, Field(max_length=2**20)]
     dtype: WireDtype
 
 
 class EnrolledClient(Fields):
-    """A client in ``enrolled``."""
+    """A client in a message ``enrolled``."""
 
     name: Name
     group: Name
@@ -67,7 +67,7 @@ class EnrolledClient(Fields):
 
 
 class Enrolled(Fields):
-    """``enrolled``, from a site: the ``SiteSummary``."""
+    """Message ``enrolled``, from a site: its ``SiteSummary``."""
 
     clients: Annotated[list[EnrolledClient], Field(min_length=1, max_length=_MAX_CLIENTS)]
     labels: Labels | None
@@ -76,7 +76,7 @@ class Enrolled(Fields):
 
 
 class Open(Fields):
-    """``open``, from the server."""
+    """Message ``open``, from the server: labels, text format and layout of the federation."""
 
     labels: Labels | None
     format: TextFormat | None
@@ -84,7 +84,7 @@ class Open(Fields):
 
 
 class Opened(Fields):
-    """``opened``, from a site."""
+    """Message ``opened``, from a site: layout and size of its adapters, and its label counts."""
 
     layout: Digest
     size: Count
@@ -118,35 +118,35 @@ class TrainJob(Fields):
 
 
 class TrainPlan(TrainJob):
-    """Plan ``train``."""
+    """Plan ``train``: ``training.plan.Train``."""
 
     name: Literal["train"]
     compared: TensorName | None
 
 
 class InTurnPlan(Fields):
-    """Plan ``in_turn``."""
+    """Plan ``in_turn``: ``training.plan.InTurn``."""
 
     name: Literal["in_turn"]
     jobs: Annotated[list[TrainJob], Field(min_length=1, max_length=8)]
 
 
 class ChoosePlan(Fields):
-    """Plan ``choose``."""
+    """Plan ``choose``: ``training.plan.Choose``."""
 
     name: Literal["choose"]
     rows: TensorName
 
 
 class ServedMixture(Fields):
-    """Mixture that a client predicts with."""
+    """Mixture of adapters that a client predicts with."""
 
     rows: TensorName
     weights: TensorName
 
 
 class MixturePlan(ServedMixture):
-    """Plan ``mixture``."""
+    """Plan ``mixture``: ``training.plan.Mixture``."""
 
     name: Literal["mixture"]
 
@@ -161,7 +161,7 @@ PlanFields = TrainPlan | InTurnPlan | ChoosePlan | MixturePlan
 
 
 class AssignmentFields(Fields):
-    """``train`` and ``evaluate``, from the server."""
+    """Messages ``train`` and ``evaluate``, from the server: a client's assignment."""
 
     round: Count
     client: Name
@@ -182,11 +182,11 @@ Scores = Annotated[
     dict[Annotated[Name, Field(max_length=64)], Annotated[float, real(-MAX_SCORE, MAX_SCORE)]],
     Field(max_length=64),
 ]
-"""Scores by name. The server also compares them with its task (``score_fault``)."""
+"""Scores by name. The server also checks them against its task (``score_fault``)."""
 
 
 class TrainedFields(Fields):
-    """``trained``, from a site."""
+    """Message ``trained``, from a site: a client's reply to a training plan."""
 
     round: Count
     client: Name
@@ -202,14 +202,14 @@ class TrainedFields(Fields):
 
 
 class Evaluated(Fields):
-    """``evaluated``, from a site."""
+    """Message ``evaluated``, from a site: a client's scores; None from a private site."""
 
     client: Name
     scores: Scores | None
 
 
 class Failure(Fields):
-    """``error``, from a site."""
+    """Message ``error``, from a site: the reason for a failure or a refusal."""
 
     error: Annotated[str, Field(max_length=MAX_REASON)]
     refused: bool
@@ -219,7 +219,7 @@ class Failure(Fields):
 
 
 class StoreAdapter(Fields):
-    """``adapter``, from the server."""
+    """Message ``adapter``, from the server: a client, and the texts stored with its adapter."""
 
     client: Name
     readme: Annotated[Document, Field(alias="README.md")]
@@ -227,7 +227,7 @@ class StoreAdapter(Fields):
 
 
 class AdapterStored(Fields):
-    """``adapter_stored``, with which a site confirms that it stored an adapter: no fields."""
+    """Message ``adapter_stored``, from a site that has stored an adapter. It has no fields."""
 
 
 F = TypeVar("F", bound=Fields)

@@ -1,9 +1,9 @@
 """Contents of the messages between server and sites: assignments and replies.
 
-Nothing is pickled. The reader states the layout, number format and client that it expects, and
-refuses anything else. Adapters and updates are sent as float32 or bfloat16, as the federation
-agreed. Merging weights, example weights and additions to the backbone are always float32, and
-masks are booleans.
+Nothing is pickled. A reader refuses a message whose layout or number format differs from the
+expected one; ``read_reply`` also checks the client. Adapters and updates are sent as float32 or
+bfloat16, as the federation agreed. Merging weights and additions to the backbone are always
+float32, and masks are booleans.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 digest of the adapter layout, which both ends must have in common.
+    """Return the SHA-256 digest of the adapter layout, which must be equal at both ends.
 
-    It covers names, shapes and order of an adapter's tensors, and names and shapes of the tensors
-    that all adapters share.
+    The digest covers names, shapes and order of an adapter's tensors, and names and shapes of the
+    tensors that all adapters share.
     """
     fixed = sorted((name, tuple(tensor.shape)) for name, tensor in shared.items())
     return sha256(f"{layout.to_json()}{fixed}".encode()).hexdigest()
@@ -59,14 +59,14 @@ def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
 
 
 class TensorTable:
-    """Tensors of a message. Equal tensors are stored once; the methods return the entry names."""
+    """Tensors of a message. Equal tensors are stored once; each method returns a tensor's name."""
 
     def __init__(self, dtype: WireDtype) -> None:
         self.dtype = _DTYPES[dtype]
         self.tensors: dict[str, Tensor] = {}
 
     def add_adapters(self, tensor: Tensor) -> str:
-        """Add rows in the number format of the federation."""
+        """Add adapters, ``(P,)`` or ``(k, P)``, in the number format of the federation."""
         return self._add(tensor.to(self.dtype))
 
     def add_float32(self, tensor: Tensor) -> str:
@@ -101,18 +101,21 @@ def assignment_message(
     hyperparameters: Hyperparameters | None = None,
     validated: bool = False,
 ) -> Message:
-    """Write a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
+    """Create a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
 
     Args:
         round: The round, from 1; without a plan, the number of completed rounds.
         client: Name of the client.
         plan: The training plan, if any.
-        served: The adapter to evaluate before any training; None to evaluate nothing.
+        served: The adapter or mixture to evaluate before training; None to evaluate nothing.
         base: Additions of the strategy to the backbone, ΔW ``(out, in)`` by module name.
         layout: The ``layout_digest``.
         dtype: Number format of the adapters.
         hyperparameters: Values for the keys of ``training`` that are auto. Default: none.
-        validated: True to ask for the validation losses before and after training.
+        validated: True to request the validation losses before and after training.
+
+    Raises:
+        FederateError: Sites cannot run the plan.
     """
     table = TensorTable(dtype)
     fields = {
@@ -174,7 +177,7 @@ def _served(served: Served, table: TensorTable) -> dict[str, Any]:
 
 
 def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> Message:
-    """Write a client's reply to a training plan: kind ``trained``."""
+    """Create the message of a client's reply to a training plan: kind ``trained``."""
     fields = {
         "round": reply.round,
         "client": client,
@@ -195,14 +198,14 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 
 def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | None:
-    """Return the scores that a message may hold: without NaN (no examples) and overflow."""
+    """Return the scores without NaN (no examples) and without values beyond ``MAX_SCORE``."""
     if scores is None:
         return None
     return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
 
 
 def losses_in_range(losses: tuple[float, ...] | None) -> list[float] | None:
-    """Return the losses, or None if one of them is not in the range of a message."""
+    """Return the losses, or None if one of them is NaN or beyond ``MAX_SCORE``."""
     if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
         return None
     return list(losses)
@@ -231,8 +234,8 @@ def read_assignment(
 
     Args:
         message: A message of kind ``train`` or ``evaluate``.
-        layout: The ``layout_digest`` of this end.
-        columns: P of this end.
+        layout: The ``layout_digest`` at this end.
+        columns: P, the number of values of an adapter at this end.
         dtype: The agreed number format.
 
     Raises:
@@ -254,14 +257,14 @@ def read_assignment(
 def read_reply(
     message: Message, index: int, client: str, layout: str, columns: int, dtype: WireDtype
 ) -> Reply:
-    """Parse a client's reply. The round loop compares it with its plan (``reply_checks``).
+    """Parse a client's reply. The round loop compares the reply with its plan (``reply_checks``).
 
     Args:
         message: A message of kind ``trained``.
         index: Index of the client in the federation.
         client: Name of the client that received the assignment.
-        layout: The ``layout_digest`` of this end.
-        columns: P of this end.
+        layout: The ``layout_digest`` at this end.
+        columns: P, the number of values of an adapter at this end.
         dtype: The agreed number format.
 
     Raises:
@@ -288,7 +291,7 @@ def read_reply(
 
 
 def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
-    """Raise ``WireError`` unless both ends have the same layout and number format."""
+    """Raise ``WireError`` unless a message has the expected layout and number format."""
     theirs, number_format = message.fields.get("layout"), message.fields.get("dtype")
     if theirs != layout:
         raise WireError(
@@ -302,7 +305,7 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
 
 
 class _Reader:
-    """Checked access to a message's tensors, and plans from checked fields."""
+    """Reader of a message's tensors, which it checks, and of the plans that consist of them."""
 
     def __init__(self, message: Message, columns: int, dtype: WireDtype) -> None:
         self.message = message
@@ -310,7 +313,7 @@ class _Reader:
         self.dtype = dtype
 
     def adapters(self, name: str, dimensions: int) -> Tensor:
-        """Return rows ``(P,)`` or ``(k, P)`` as float32."""
+        """Return adapters, ``(P,)`` or ``(k, P)``, as float32."""
         return self._take(name, _DTYPES[self.dtype], dimensions, self.columns).float()
 
     def float32(self, name: str, dimensions: int) -> Tensor:

@@ -46,16 +46,18 @@ def prepare(
 
     Args:
         recipe: Recipe of the federation.
-        federation: Its sites, and the address of its server.
-        out: The folder.
-        wheel: Put a wheel of this package into each kit, for other machines.
+        federation: Settings of the federation, such as its sites and the server's address.
+        out: A folder that is empty or does not exist.
+        wheel: True to put a wheel of this package into each kit, for other machines.
 
     Returns:
-        The wheel's SHA-256 sum; None without a wheel (``write_wheel``).
+        The wheel's SHA-256 sum; None if no wheel was requested or none can be written
+        (``write_wheel``).
 
     Raises:
         FederateError: A name or the host is invalid, nvflare is not installed, or the wheel cannot
             be built.
+        RecipeError: Sites cannot run a strategy of the recipe.
         RunExistsError: The folder is not empty.
     """
     check_names(federation.sites)
@@ -79,7 +81,7 @@ def prepare(
 
 
 def _copy_wheel(kits: Sequence[Path]) -> str | None:
-    """Put a wheel of this package and its sum into each kit; return the sum."""
+    """Put a wheel of this package and its sum into each kit; return the sum, or None."""
     with TemporaryDirectory() as name:
         digest = write_wheel(Path(name))
         if digest is not None:
@@ -162,7 +164,7 @@ After the last round, `adapters/` holds a PEFT folder for each client of the sit
 
 
 def _installation(digest: str | None) -> str:
-    """Return sentences on the wheel of the package."""
+    """Return the README's text on the installation of the package."""
     if digest is None:
         return """Install the package from the wheel that the organizers of the federation give you,
 after a comparison of its SHA-256 sum with theirs."""
@@ -175,7 +177,7 @@ telephone. `sha256sum` then compares the file with it (on macOS: `shasum -a 256`
 
 
 def _plugins(recipe: Recipe) -> str:
-    """Return sentences on the modules that the recipe imports."""
+    """Return the README's text on the modules that the recipe imports; empty if none."""
     if not recipe.plugins:
         return ""
     names = ", ".join(recipe.plugins)
@@ -186,7 +188,7 @@ set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-co
 
 
 def _leaving(recipe: Recipe) -> str:
-    """Return sentences on the data that leave a site under the recipe's privacy."""
+    """Return the README's text on the data that leaves a site, by the recipe's privacy."""
     if recipe.privacy.mode == "local":
         return """Once, at the start: the names of the clients, the columns and the labels. In each
 round: a clipped update of the adapter of each client, with noise. `privacy.json` counts these
@@ -222,7 +224,7 @@ allow:
 
 
 def find_kit(path: Path, part: str) -> Path:
-    """Return the kit at ``path``, or its ``part`` if ``path`` is the folder of ``prepare``.
+    """Return the kit at ``path``, or the kit ``part`` below it if ``prepare`` wrote ``path``.
 
     Raises:
         FederateError: There is no kit.

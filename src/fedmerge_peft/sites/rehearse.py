@@ -20,7 +20,7 @@ from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
 _PROGRAM = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()", "federate"]
 _START_TIMEOUT = 180.0
-"""Seconds that the server may take to listen."""
+"""Maximum time until the server listens, in seconds."""
 
 
 def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> FederationFile:
@@ -34,7 +34,8 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
 
     Raises:
         DataError: There are fewer clients than sites, or the data cannot be read.
-        FederateError: As for ``prepare``.
+        RecipeError: Sites cannot run a strategy of the recipe.
+        FederateError, RunExistsError: See ``prepare``.
     """
     recipe = federated_recipe(recipe)
     data = federate_data(
@@ -51,7 +52,13 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
 
 @contextmanager
 def running_processes(out: Path, federation: FederationFile) -> Iterator[dict[str, ChildProcess]]:
-    """Run server and sites as processes within a block; yield them by name, with ``server``."""
+    """Run server and sites as processes within a block; yield the processes by name.
+
+    The name of the server is ``server``. All processes are stopped at the end of the block.
+
+    Raises:
+        FederateError: The server does not start.
+    """
     processes: dict[str, ChildProcess] = {}
     try:
         processes["server"] = start_server(out)
@@ -77,7 +84,7 @@ def start_server(out: Path) -> ChildProcess:
 def start_site(out: Path, site: str) -> ChildProcess:
     """Start ``fedmerge federate site``, with its output in ``<site>.out``.
 
-    The kit is this user's own, so that its recipe may run code.
+    ``--trust-remote-code`` is set, because this user has written the kit and its recipe.
     """
     return ChildProcess(
         site,
@@ -97,8 +104,10 @@ def run_rehearsal(
 ) -> dict[str, Any]:
     """Run a prepared rehearsal to its end; return the last job's outcome.
 
+    The outcome of a failed run has the state ``failed``.
+
     Raises:
-        FederateError: A process exited, or the run failed.
+        FederateError: A process exited, the server is unreachable, or jobs left no outcome.
     """
     from fedmerge_peft.sites.flare.operator import run
 
@@ -123,7 +132,7 @@ def run_rehearsal(
 
 
 def await_server(federation: FederationFile, server: ChildProcess) -> None:
-    """Wait until the server listens. Raises ``FederateError``."""
+    """Wait until the server listens. Raises ``FederateError`` if it exits or takes too long."""
     start = time.monotonic()
     while time.monotonic() - start < _START_TIMEOUT:
         if server.process.poll() is not None:

@@ -36,14 +36,14 @@ class SiteSummary:
     labels: tuple[str, ...] | None
     """Names of the labels that occur; None if the task has no labels."""
     format: str | None
-    """Text format, if the task supports several."""
+    """Text format; None if the task has no formats."""
     columns: tuple[str, ...]
 
 
 def read_site_data(
     data: SiteData, recipe: Recipe, clients: Sequence[str], folder: Path
 ) -> FederatedData:
-    """Read a site's examples and divide them into its clients.
+    """Read a site's examples and divide them among its clients.
 
     Args:
         data: Location of the examples.
@@ -159,15 +159,15 @@ def site_summary(data: FederatedData, recipe: Recipe) -> SiteSummary:
 def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
     """Return the labels of a federation, in the order of their ids.
 
-    If the longest list contains the names of all others, it keeps its order; otherwise all names
-    are sorted. Placeholders ``LABEL_k`` fill the list up to ``num_labels``.
+    If the longest list contains all names, the labels keep its order; otherwise they are sorted.
+    Placeholders ``LABEL_k`` fill the list up to ``num_labels``.
 
     Args:
         site_labels: Names of the labels that occur at each site.
-        num_labels: Number of labels in the recipe; None if it sets none.
+        num_labels: ``task.num_labels``; None if the recipe does not set it.
 
     Raises:
-        FederateError: There are more labels than ``num_labels``, or only one.
+        FederateError: There are more labels than ``num_labels``, or only one label occurs.
     """
     longest = max((list(labels) for labels in site_labels), key=len)
     union = {label for labels in site_labels for label in labels}
@@ -188,7 +188,7 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
 
 
 def with_label_ids(data: FederatedData, recipe: Recipe, labels: Sequence[str]) -> FederatedData:
-    """Return the data with the federation's label ids. Raises ``DataError`` for other labels."""
+    """Return the data with the federation's label ids. Raises ``DataError`` for unknown labels."""
     table = task_type(recipe.task).relabel(recipe.task, data.table, labels)
     return FederatedData(table, data.clients)
 
@@ -217,12 +217,12 @@ def split_clients(data: FederatedData, sites: int) -> dict[str, list[str]]:
 def write_site_data(
     data: FederatedData, clients: Sequence[str], kit: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Write the examples of some clients into a site's kit, with a ``site.yaml`` that reads them.
+    """Write the examples of some clients into a site's kit, with a matching ``site.yaml``.
 
     Args:
         data: The examples of all clients.
         clients: Names of the site's clients.
-        kit: The site's kit; its ``data.parquet`` keeps clients, splits and groups as columns.
+        kit: The site's kit; ``data.parquet`` in it has columns for client, split and group.
         settings: Further keys of ``site.yaml``.
     """
     site_clients = [client for client in data.clients if client.name in clients]

@@ -28,14 +28,14 @@ from fedmerge_peft.sites.config import (
 )
 
 SHUTDOWN_FILE = "shutdown.fl"
-"""File that FLARE leaves in a kit after the operator has shut the federation down."""
+"""File that FLARE creates in a kit when the operator shuts the federation down."""
 _MB = 2**20
 _FLARE = {
     # seconds until a site that has disconnected is considered dead
     "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",
     # seconds that a finished job at the server waits for the job to end at the sites
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",
-    # bytes sent and not yet acknowledged; more of them queue up before a slow line
+    # largest number of unacknowledged bytes; a larger window delays messages on a slow line
     "NVFLARE_STREAMING_WINDOW_SIZE": str(8 * _MB),
     "NVFLARE_STREAMING_ACK_INTERVAL": str(2 * _MB),
     # seconds until a chunk is sent again; the default of 5 fills a slow line with copies
@@ -46,7 +46,7 @@ _FLARE = {
     "NVFLARE_SUBMIT_TASK_RESULT_TIMEOUT": "60",
     "NVFLARE_TASK_CHECK_TIMEOUT": "30",
     "NVFLARE_RUNNER_SYNC_TIMEOUT": "10",
-    # seconds in all that a site tries to join a job
+    # total seconds during which a site tries to join a job
     "NVFLARE_MAX_RUNNER_SYNC_TIMEOUT": "600",
 }
 """FLARE settings, as environment variables. With FLARE's defaults, a transfer that takes longer
@@ -76,7 +76,7 @@ class StoppedBySignal(Exception):  # noqa: N818 (a normal end, not an error)
 
 
 class ChildProcess:
-    """A child process, with its output in a file or on this process' output."""
+    """A child process that writes its output to a file, or to the output of this process."""
 
     def __init__(
         self, name: str, command: Sequence[str], log: Path | None, environment: Mapping[str, str]
@@ -126,7 +126,7 @@ class ChildProcess:
 
 
 def run_server(kit: Path) -> None:
-    """Run the server's FLARE process until it is stopped.
+    """Run the server's FLARE process until the operator shuts the federation down.
 
     Raises:
         FederateError: The process cannot run, or dies too often.
@@ -148,7 +148,7 @@ def run_server(kit: Path) -> None:
 
 
 def run_site(kit: Path, site: str, settings: SiteSettings) -> None:
-    """Run a site's trainer and FLARE processes until they are stopped.
+    """Run a site's trainer and FLARE processes until the operator shuts the federation down.
 
     Raises:
         FederateError: A process cannot run, or dies too often.
@@ -202,15 +202,19 @@ def _socket_folder() -> Iterator[Path]:
 def child_environment() -> dict[str, str]:
     """Return the environment of child processes.
 
-    It holds the settings of FLARE and glibc above; this process' own variables override them.
-    Python does not search the current folder for modules, because FLARE starts jobs in the kit,
-    which comes from somebody else.
+    The environment contains the settings of FLARE and glibc above, unless variables of this
+    process override them. With ``PYTHONSAFEPATH``, Python does not import modules from the current
+    folder: FLARE starts jobs in the kit, which somebody else has written.
     """
     return {**_FLARE, **_MEMORY, **os.environ, "PYTHONSAFEPATH": "1"}
 
 
 def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
-    """Restart child processes that die, until the operator shuts the federation down."""
+    """Restart child processes that die, until the operator shuts the federation down.
+
+    Raises:
+        FederateError: A process dies too often, or with an error that a restart cannot fix.
+    """
     while True:
         for child in children:
             if child.process.poll() is None:
@@ -226,7 +230,7 @@ def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
 
 @contextmanager
 def _child_processes() -> Iterator[list[ChildProcess]]:
-    """Yield a list of processes; all of them are stopped when the block ends or raises.
+    """Yield an empty list; processes added to it are stopped when the block ends or raises.
 
     SIGINT and SIGTERM end the block with ``StoppedBySignal``.
     """

@@ -1,7 +1,8 @@
 """A wheel of the running package for the kits of a federation.
 
-Nobody owns the package's name on the index, so a site that installs by the name would run code of
-whoever registers it. A wheel in the kit, with its SHA-256 sum, installs the organizers' version.
+The package's name is not registered on the package index, so a site that installs by name would
+run the code of whoever registers it. A wheel in the kit, with its SHA-256 sum, installs the
+organizers' version.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _PACKAGE = Path(__file__).parents[1]
 _OF_THE_INSTALLATION = ("INSTALLER", "RECORD", "REQUESTED", "direct_url.json", "uv_cache.json")
 """Files of a dist-info folder that do not come from the wheel."""
 _DATE = (2020, 2, 2, 0, 0, 0)
-"""Date of all members, so that equal files are equal wheels."""
+"""Date of all members, so that equal files give equal wheels."""
 
 
 def write_wheel(folder: Path) -> str | None:
     """Write the wheel of the running package, and its sum in the format of ``sha256sum``.
 
-    A checkout builds it with hatchling. An installed package is packed again, from the files and
-    the sums that its installation recorded.
+    In a checkout, hatchling builds the wheel. An installed package is packed again from the files
+    that its installation recorded, whose sums must be unchanged.
 
     Returns:
         The SHA-256 sum in hexadecimal; None if this is a checkout without hatchling, or a package
@@ -74,7 +75,11 @@ def _build(checkout: Path, folder: Path) -> bool:
 
 
 def _pack(packages: Path, wheel: Path) -> bool:
-    """Write the wheel of a package that was installed into the folder ``packages``."""
+    """Write the wheel of the package that is installed in the folder ``packages``.
+
+    Returns:
+        False if the installation did not record the package's files.
+    """
     distributions = metadata.distributions(name="fedmerge-peft", path=[str(packages)])
     installed = next(iter(distributions), None)
     files = sorted(installed.files or [], key=str) if installed is not None else []
@@ -115,5 +120,5 @@ def _add(archive: ZipFile, name: str, content: bytes) -> None:
 
 
 def _record_digest(content: bytes) -> str:
-    """Return a SHA-256 sum as records of installed files write it (PEP 376, PEP 427)."""
+    """Return the SHA-256 sum of a file in the encoding of ``RECORD`` (PEP 376, PEP 427)."""
     return urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

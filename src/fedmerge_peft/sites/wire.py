@@ -17,9 +17,9 @@ PROTOCOL = 2
 """Version of the wire format; server and sites must use the same."""
 
 _HEADER = 8
-"""Bytes at the start of a safetensors file that hold the length of its JSON header."""
+"""Number of bytes at the start of a safetensors file that encode the length of its header."""
 MAX_HEADER = 2**24
-"""Largest number of bytes of that header, which holds all fields of the message."""
+"""Largest size of the JSON header in bytes. The header contains all fields of a message."""
 _MAX_KIND = 32
 
 
@@ -55,7 +55,7 @@ class Message:
             protocol, kind, fields = header["protocol"], header["kind"], header["fields"]
         except WireError:
             raise
-        except Exception as error:  # safetensors and the JSON parser have many
+        except Exception as error:  # safetensors and the JSON parser raise many types
             raise WireError(
                 f"{len(data)} bytes are not a message ({type(error).__name__})"
             ) from error

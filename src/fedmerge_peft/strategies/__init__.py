@@ -32,7 +32,8 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
     Raises:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation,
             or its adapters do not fit into memory.
-        PluginError: The strategy has no soup, or weights or state of the wrong kind.
+        PluginError: A plugin's strategy cannot be constructed, is not a ``Strategy``, has no soup,
+            or has weights or state of the wrong kind.
     """
     _check_memory(recipe, context)
     if recipe.private_head:
@@ -41,7 +42,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
 
 
 def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
-    """Return a new strategy with a shared head; see ``make_strategy``."""
+    """Return a new strategy without the wrapper for private heads; see ``make_strategy``."""
     entry = STRATEGIES[recipe.name]
     with entry.named_in_errors("strategy"):
         strategy: Strategy = entry.load()(recipe, context)
@@ -67,10 +68,11 @@ def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
 
 
 def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> None:
-    """Update the strategy of this name from a round's replies.
+    """Update the strategy with this name from a round's replies.
 
     Raises:
-        PluginError: A plugin's strategy failed, or its soup or weights cannot be merged afterwards.
+        PluginError: A plugin's strategy fails, or its soup or weights have the wrong type or shape
+            or are not finite afterwards.
     """
     entry = STRATEGIES[name]
     if entry.origin == "built-in":
@@ -90,7 +92,7 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
 
 
 def _interface_fault(strategy: object, context: StrategyContext) -> str | None:
-    """Return why a new strategy cannot run, or could not resume; None if it can."""
+    """Return the reason why a new strategy cannot run or resume; None if it can do both."""
     if not isinstance(strategy, Strategy):
         return f"{type(strategy).__name__} is not a subclass of Strategy; derive it from that class"
     if not isinstance(getattr(strategy, "soup", None), AdapterSoup):

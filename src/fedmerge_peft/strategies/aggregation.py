@@ -1,7 +1,7 @@
 """Robust aggregation: clip the updates of several clients and combine them into one.
 
 All strategies that average use an ``Aggregator``. Let δ_i be the updates and q_ij ≥ 0 the weight of
-client i for adapter j. With Q_j = Σ_i q_ij, which is 1 in most cases, the combined update is
+client i for adapter j. With Q_j = Σ_i q_ij (1 in most cases), the combined update is
 
     Δ_j = Q_j · A(δ, w),    w = q_j / Q_j,    Σ_i w_i = 1
 
@@ -9,23 +9,23 @@ A is one of these rules:
 
 mean           Σ_i w_i δ_i. A single client can move it arbitrarily far.
 median         Weighted median of each coordinate: at most half of the weight lies on either side.
-               If two values satisfy this, their midpoint.
+               If two values satisfy this, the median is their midpoint.
 trimmed_mean   Weighted mean of each coordinate after the lowest and the highest fraction β of the
                weight have been removed.
 krum           δ_i of the client with the smallest sum of squared distances to its n − f − 2
                nearest neighbors.
-multi_krum     Weighted mean of the n − f clients with the smallest such sums.
-cosine_filter  Weighted mean of the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0. Every
-               client votes for a direction with a vector of length 1. An update that opposes the
-               vote of the other clients is removed.
+multi_krum     Weighted mean of δ_i over the n − f clients with the smallest such sums.
+cosine_filter  Weighted mean of δ_i over the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0.
+               Every client votes for a direction with a vector of length 1. An update that opposes
+               the votes of the other clients is removed.
 similarity_filter  The cosine filter, with one vote for all clients whose updates are more similar
                than usual (``similarity_filter.py``).
 
 Median and trimmed mean are the weighted forms of definitions 1 and 2 of Yin et al. 2018, arXiv
-1803.01498; equal weights give the original definitions. Krum is from Blanchard et al. 2017, arXiv
-1703.02757. It has no weights: n counts the users of an adapter, which are the clients with at least
-half of a uniform share of its weight, and f is a fraction of n. With fewer than three users no
-client can be outvoted, and the result is their mean.
+1803.01498; equal weights yield the original definitions. Krum is from Blanchard et al. 2017, arXiv
+1703.02757. It ignores the weights when it selects clients: n is the number of users of an adapter,
+and f is a fraction of n. A user is a client with at least half of a uniform share of the adapter's
+weight. With fewer than three users no client can be outvoted, and the result is a weighted mean.
 
 The cosine filter follows FLTrust (Cao et al. 2021, arXiv 2012.13995, algorithm 2). FLTrust removes
 updates whose direction opposes an update from the server's own data. If the server has no data, as
@@ -55,9 +55,9 @@ from fedmerge_peft.util.vectors import row_norms, tensor_mismatch
 _NORM_WINDOW = 5
 """Number of rounds in the running median of the norms."""
 _MIN_USER_SHARE = 0.5
-"""Smallest fraction of a uniform share of an adapter's weight with which a client is a user."""
+"""Smallest weight of a user of an adapter, as a fraction of a uniform share of its weight."""
 _SORT_COLUMNS = 1 << 16
-"""Number of columns that are sorted at a time, which bounds memory."""
+"""Number of columns that are sorted at a time, to bound memory."""
 
 
 class Aggregator:
@@ -91,7 +91,7 @@ class Aggregator:
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
     def votes(self, sizes: Tensor) -> Tensor:
-        """Return the clients' votes ``(k,)``: their sizes n, with a defense at most their median.
+        """Return the clients' votes ``(k,)``: their sizes n, which a defense limits to the median.
 
         The server cannot verify the number of examples that a client declares. Without a defense,
         a client can therefore outvote all others. The median of the sizes is at most the largest
@@ -102,15 +102,15 @@ class Aggregator:
     def combine(
         self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
     ) -> Tensor:
-        """Combine updates to Δ ``(d, P)``; zero for an adapter whose weights are all zero.
+        """Combine updates into Δ ``(d, P)``; a row is zero if all weights of its adapter are zero.
 
         Args:
             deltas: δ, ``(k, P)``.
-            weights: π ≥ 0, the weight of each client for each adapter, ``(k, d)``. It is multiplied
+            weights: π ≥ 0, the weight of each client for each adapter, ``(k, d)``, to be multiplied
                 by the client's size.
-            sizes: n, ``(k,)``, in any unit. ``votes`` takes their place.
+            sizes: n, ``(k,)``, in any unit. The result of ``votes`` takes their place.
             normalize: If True, q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1. Otherwise
-                q_ij = π_ij n_i / n.
+                q_ij = π_ij n_i / Σ_i' n_i'.
         """
         votes = self.votes(sizes)
         shares = (votes / votes.sum()).double()
@@ -131,8 +131,8 @@ class Aggregator:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rules, by their names in recipes. Each combines δ (k, P) with weights (k, d), whose columns sum to
-# 1 or are zero, into one update for each adapter, (d, P).
+# Rules, by their names in recipes. Each rule combines δ (k, P) with weights (k, d) into one update
+# for each adapter, (d, P). The columns of the weights sum to 1 or are zero.
 # --------------------------------------------------------------------------------------------------
 def mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
     """Weighted mean."""
@@ -145,7 +145,7 @@ def median(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
 
 
 def trimmed_mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
-    """Coordinate-wise weighted mean without ``recipe.trim`` of the weight at each end."""
+    """Coordinate-wise weighted mean after ``recipe.trim`` of the weight is removed at each end."""
     return trimmed_means(deltas, weights, recipe.trim)
 
 
@@ -194,9 +194,9 @@ def trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
 
     Args:
         deltas: ``(k, P)``.
-        weights: ``(k, d)`` float64. Each column sums to 1, or is zero, which gives zeros.
-        trim: β, the fraction of the weight to remove at each end, from 0 to 0.5. 0.5 gives the
-            weighted median.
+        weights: ``(k, d)`` float64. Each column sums to 1 or is zero. A zero column yields zeros.
+        trim: β, the fraction of the weight to remove at each end, from 0 to 0.5. With 0.5, the
+            result is the weighted median.
     """
     return torch.cat(
         [_trimmed_means(part, weights, trim) for part in torch.split(deltas, _SORT_COLUMNS, dim=1)],
@@ -227,13 +227,13 @@ def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
 
 
 def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bool) -> Tensor:
-    """Compute the weights of (multi-)Krum's mean, ``(k,)``, with the sum of ``weights`` (1 or 0).
+    """Compute the weights of (multi-)Krum's mean, ``(k,)``; their sum is that of ``weights``.
 
     Args:
         deltas: ``(k, P)``.
         weights: ``(k,)`` float64; sums to 1, or is zero.
         malicious: f as a fraction of the users.
-        multiple: Keep the n − f best clients with their weights, instead of the best one.
+        multiple: If True, keep the n − f best clients with their weights. Otherwise keep the best.
     """
     users = adapter_users(weights)
     if (count := len(users)) > 2:
@@ -242,7 +242,7 @@ def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bo
         squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         nearest = squares.sort(dim=1).values[
             :, 1 : 1 + max(1, count - hostile - 2)
-        ]  # column 0 is the distance to itself
+        ]  # column 0 contains each update's distance to itself
         best = nearest.sum(dim=1).argsort(stable=True)
         users = users[best[: count - hostile if multiple else 1]]
     kept = torch.zeros_like(weights)
@@ -251,7 +251,9 @@ def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bo
 
 
 def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weights of the cosine filter's mean, ``(k,)``, with the sum of ``weights``.
+    """Compute the weights of the cosine filter's mean, ``(k,)``; their sum is that of ``weights``.
+
+    The weights are all zero if every update opposes the others.
 
     Args:
         similarities: Cosines of all pairs of updates, ``(k, k)`` float64.
@@ -268,5 +270,5 @@ def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
 
 
 def adapter_users(weights: Tensor) -> Tensor:
-    """Return the indices of an adapter's users, given its weights ``(k,)`` that sum to 1 or 0."""
+    """Return the indices of an adapter's users, given its weights ``(k,)``, which sum to 1 or 0."""
     return torch.nonzero(weights * len(weights) >= _MIN_USER_SHARE).flatten()

@@ -1,4 +1,4 @@
-"""Interface of a server-side method: plans for the clients, and updates from their replies."""
+"""Interface of a server-side method, which plans the clients' work and updates from replies."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class StrategyContext:
     """m, the number of clients in the federation."""
     layout: AdapterLayout
     fresh_row: Callable[[int], Tensor]
-    """``fresh_row(k)`` returns the k-th random adapter ``(P,)``. Equal k give equal numbers."""
+    """``fresh_row(k)`` returns the k-th random adapter ``(P,)``, always the same for the same k."""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that all adapters share, by the name under which PEFT saves them."""
     seed: int = 0
     scaling: Mapping[str, float] = field(default_factory=dict)
-    """Factor of the update B A of each adapted layer, by module name: alpha / r, or alpha / √r with
-    rsLoRA."""
+    """Factor by which each adapted layer scales its update B A, by module name: alpha / r, or
+    alpha / √r with rsLoRA."""
     aggregator: Aggregator = field(default_factory=Aggregator)
     label_counts: Tensor | None = None
     """Training examples of each client by label, ``(m, classes)`` int64. None if examples have no
@@ -48,15 +48,16 @@ class Reply:
     client: int
     """Index of the client in the federation."""
     deltas: Tensor
-    """Sent minus trained, ``(k, P)`` float32 on the CPU: one row for each trained adapter of the
-    plan."""
+    """Adapters as sent minus adapters as trained, ``(k, P)`` float32 on the CPU: one row for each
+    adapter that the plan trains."""
     size: int
     """n_i, the number of training examples."""
     train_loss: float | None
     """Mean loss (nats) over the round's training steps. None from a private site, which sends no
     losses and no scores."""
     seconds: float
-    """Time of the client's work; a cached adapter counts the seconds of its original training."""
+    """Duration of the client's work. If the trained adapter was cached, the duration of its
+    original training."""
     served: dict[str, float] | None = None
     """Scores before training, such as ``test_accuracy``, of the adapter that the client was served.
     None in rounds without evaluation."""
@@ -65,15 +66,15 @@ class Reply:
     choice: int = 0
     """Index of the trained adapter, if the plan offered a choice."""
     weights: Tensor | None = None
-    """New π ``(d,)`` of a mixture, if the plan was one."""
+    """New π ``(d,)``, if the plan was a mixture."""
     round: int | None = None
-    """Round of the plan, from 1. If None, it is not checked."""
+    """Round of the plan, from 1. None skips the check of the round."""
     statistics: Tensor | None = None
     """Class statistics ``(rows, classes, d + 2)``, if the plan measures adapters."""
     validation: tuple[float, ...] | None = None
-    """Mean losses (nats) of a validation example: before local training, after it, and of the
-    adapter that the plan compares, if any. Reported in rounds in which ``Strategy.validates``; None
-    without validation examples, and from a private site."""
+    """Mean losses (nats) on the validation examples: before local training, after it, and with the
+    adapter that the plan compares, if any. Reported in rounds in which ``Strategy.validates`` is
+    True; None without validation examples, and from a private site."""
 
     @property
     def delta(self) -> Tensor:
@@ -90,11 +91,11 @@ class Strategy(Stateful, ABC):
     Adapters that stay private to a client in a real federation are rows of the soup as well;
     ``traffic`` does not count them.
 
-    A client that has not taken part yet (``clients.fraction`` below 1) is served the same as a new
-    client. That is the global adapter if there is one, and the mean of all adapters otherwise (for
-    a mixture, the mean of the predictions). Private parts never leave their client. Until it has
-    private parts, a client therefore uses those of the global adapter, or the initial ones if no
-    such part is global, as in FedRep.
+    A client that has not taken part yet (``clients.fraction`` below 1) is served like a new client:
+    with the global adapter if there is one, and with the mean of all adapters otherwise (for a
+    mixture, with the mean of the predictions). Private parts never leave their client. A client
+    without private parts therefore uses those of the global adapter. If the global adapter has no
+    such parts, as in FedRep, it uses the initial ones.
 
     A strategy resumes after an interruption from its soup and its ``state_fields``.
     """
@@ -115,11 +116,11 @@ class Strategy(Stateful, ABC):
 
     soup: AdapterSoup
     aggregator: Aggregator
-    """Rule that combines updates; set by ``make_strategy``."""
+    """Rule that combines updates. ``make_strategy`` sets it."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """ΔW ``(out, in)``, by module name, added to the backbone's weights for all clients."""
+        """Updates ΔW ``(out, in)`` of the backbone's weights for all clients, by module name."""
         return self.soup.base
 
     @property
@@ -140,22 +141,22 @@ class Strategy(Stateful, ABC):
         return self.adapter(client)
 
     def validates(self) -> bool:
-        """Return True if the replies of the next round are to have validation losses."""
+        """Return True if the replies of the next round must contain validation losses."""
         return False
 
     def traffic(self, client: int) -> tuple[int, int]:
-        """Return the numbers of values that the client receives and returns in a round."""
+        """Return how many values the client receives and returns in the next round."""
         return self.soup.layout.size, self.soup.layout.size
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
-        """Return the shared adapters after the client's training, ``(k, P)``."""
+        """Return the shared adapters as the client trained them, ``(k, P)``."""
         sent = plan.sent[plan.shared_rows(reply.choice)]
         return sent - reply.deltas[: len(sent)]
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
         """Compute the local-global gap ‖θ_i(trained) − θ_i(sent next)‖₂ (arXiv 2504.06768).
 
-        The gap covers the shared adapter; with several, it is the mean over them. Call this after
+        If the client shares several adapters, the gap is the mean over them. Call this after
         ``update``.
 
         Args:
@@ -166,7 +167,7 @@ class Strategy(Stateful, ABC):
         return float((trained - plan.sent[plan.shared_rows(reply.choice)]).norm(dim=1).mean())
 
     def resize(self, adapters: int) -> None:
-        """Change the number of adapters to that of a saved state, before the state is loaded.
+        """Change the number of adapters before a saved state with this number is loaded.
 
         Raises:
             ValueError: The strategy's number of adapters is fixed.
@@ -174,7 +175,10 @@ class Strategy(Stateful, ABC):
         raise ValueError(f"its soup has {adapters} adapters, but {len(self.soup)} were expected")
 
     def decisions(self) -> list[str]:
-        """Return the last update's decisions, a sentence each, such as the number of groups."""
+        """Return the decisions of the last ``update``, such as the number of groups.
+
+        Each decision is one sentence.
+        """
         return []
 
     def warnings(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Merging logits by block: FedMerge's step of W and Θ in each block of the columns."""
+"""Merging logits by block: FedMerge's step of W and Θ in each block of columns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedmerge_peft.util.stateful import Stateful
 
 
 class BlockLogits(Stateful):
-    """Logits W_ib of each client's weights in each block.
+    """Logits W_ib of each client's merging weights in each block.
 
     θ_ib = Σ_j π_ijb Θ_jb,    π_ib = softmax(W_ib / T),    G_ijb = π_ijb ⟨Θ_jb − θ_ib, δ_ib⟩
 
-    A block has the step of FedMerge in its columns. With the rule ``normalized``, the gradient of
-    each client and block is divided by its own largest entry.
+    Each block takes FedMerge's step, computed from its columns only. With the rule ``normalized``,
+    the gradient of each client and block is divided by its largest absolute entry.
     """
 
     state_fields = ("logits", "steps")
@@ -39,7 +39,7 @@ class BlockLogits(Stateful):
         Args:
             recipe: Recipe of the strategy.
             context: Context of the strategy.
-            blocks: B blocks.
+            blocks: Partition of the columns into B blocks.
             logits: W, ``(m, d)``.
         """
         self.blocks = blocks
@@ -49,11 +49,11 @@ class BlockLogits(Stateful):
         self.steps = LogitSteps(recipe, context, logits.shape[1], len(blocks))
 
     def set(self, clients: Tensor, first: Callable[[Tensor], Tensor]) -> None:
-        """Set the logits of these clients ``(k,)``.
+        """Set the logits of some clients in all blocks.
 
         Args:
-            clients: Client indices.
-            first: Returns the logits ``(k, d)`` of a block, given its columns.
+            clients: Client indices, ``(k,)``.
+            first: Function from the columns of a block to its logits ``(k, d)``.
         """
         for block, columns in enumerate(self.blocks.columns):
             self.logits[clients, block] = first(columns)
@@ -67,12 +67,12 @@ class BlockLogits(Stateful):
         return self._mean(self.weights())
 
     def offsets(self) -> BlockWeights:
-        """Return the differences from ``mean``, which the soup adds to merged adapters."""
+        """Return the differences of π from ``mean``, which the soup applies to merged adapters."""
         weights = self.weights()
         return BlockWeights(self.blocks, weights - self._mean(weights)[:, None])
 
     def merge(self, rows: Tensor, client: int) -> Tensor:
-        """Return the adapter ``(P,)`` of a client, merged from Θ ``(d, P)``."""
+        """Merge the adapter ``(P,)`` of a client from Θ ``(d, P)``."""
         weights = self._softmax(self.logits[client])
         merged = torch.empty_like(rows[0])
         for block, columns in enumerate(self.blocks.columns):
@@ -86,7 +86,7 @@ class BlockLogits(Stateful):
         return torch.einsum("b,mbd->md", self.blocks.shares, weights.double()).float()
 
     def step(self, rows: Tensor, clients: Tensor, deltas: Tensor, shares: Tensor) -> None:
-        """Step the logits of these clients along G.
+        """Subtract the steps along G from the logits of some clients, in place.
 
         Args:
             rows: Θ, ``(d, P)``.
@@ -110,12 +110,13 @@ class BlockLogits(Stateful):
     def gradient(
         self, clients: Tensor, deltas: Tensor, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Combine the updates ``(k, P)`` of these clients to the gradient of Θ, ``(d, P)``.
+        """Combine the updates of some clients into the gradient of Θ, ``(d, P)``.
 
         Args:
             clients: Client indices, ``(k,)``.
             deltas: δ, ``(k, P)``.
-            combine: Maps updates ``(k, c)`` and π ``(k, d)`` to one update for each adapter.
+            combine: Function from updates ``(k, c)`` and π ``(k, d)`` to one update for each
+                adapter, ``(d, c)``.
         """
         weights = self.weights()[clients]
         combined = deltas.new_empty(weights.shape[-1], deltas.shape[1])
@@ -125,7 +126,11 @@ class BlockLogits(Stateful):
 
 
 def make_blocks(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Blocks | None:
-    """Return the blocks of the recipe. Raises ``RecipeError``."""
+    """Return the blocks of the recipe; None if the recipe has none.
+
+    Raises:
+        RecipeError: The aggregation is robust, or all columns form one block.
+    """
     if recipe.blocks is None:
         return None
     if context.aggregator.recipe.defends:

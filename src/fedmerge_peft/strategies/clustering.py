@@ -1,4 +1,4 @@
-"""Base classes of clusterings: each client belongs to one adapter, which its members train."""
+"""Base classes of clusterings: each client trains the adapter of the cluster it belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmerge_peft.strategies.similarity import nearest_row
 
 
 class Clustering(Strategy):
-    """Strategy with one-hot π_i at the client's cluster.
+    """Strategy with one adapter for each cluster, and one-hot π_i that selects client i's cluster.
 
     A client without a cluster is served the mean of all adapters.
     """
@@ -26,7 +26,7 @@ class Clustering(Strategy):
     def __init__(self, rows: Tensor, context: StrategyContext) -> None:
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self.clusters = torch.full((context.clients,), -1 if len(rows) > 1 else 0)
-        """Cluster of each client, ``(m,)`` int64; -1 for clients without one."""
+        """Cluster of each client, ``(m,)`` int64; -1 for clients without a cluster."""
 
     @property
     def weights(self) -> Tensor:
@@ -44,10 +44,10 @@ class Clustering(Strategy):
 class ServerClustering(Clustering):
     """Clustering that the server computes once, from the clients' updates of one common adapter.
 
-    The clusters are computed once the number of clients that have replied (``MeanUpdates``) reaches
-    the number of clusters. A client that joins later first trains the mean Θ̄ of the adapters. Its
-    first reply δ_i assigns it to the cluster argmax_j cos(−δ_i, Θ_j − Θ̄) and does not update any
-    adapter.
+    The clustering needs replies (``MeanUpdates``) from as many clients as there are clusters, or
+    from all clients if there are fewer. A client that joins later first trains the mean Θ̄ of the
+    adapters. Its first reply δ_i assigns it to the cluster argmax_j cos(−δ_i, Θ_j − Θ̄) and does not
+    update any adapter.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = (*Clustering.state_fields, "unclustered")
@@ -70,7 +70,7 @@ class ServerClustering(Clustering):
         Args:
             clients: Client indices, ``(k,)``.
             deltas: Their updates, ``(k, P)``.
-            count: Number of clusters to choose from; None for one for each row of the soup.
+            count: Number of clusters to choose from; None to choose from all rows of the soup.
 
         Returns:
             A mask ``(k,)`` of the clients that already had a cluster. Only their replies update
@@ -82,7 +82,7 @@ class ServerClustering(Clustering):
 
 
 def membership(clusters: Tensor, count: int) -> Tensor:
-    """Return a mask ``(m, count)`` of each cluster's members. Clients of cluster -1 are in none."""
+    """Return a mask ``(m, count)`` of the members of each cluster; cluster -1 has no column."""
     return clusters[:, None] == torch.arange(count)
 
 
@@ -93,7 +93,7 @@ def cluster_means(
 
     Args:
         vectors: v, ``(k, P)``.
-        clusters: Cluster of each vector, ``(k,)``; -1 for none.
+        clusters: Cluster of each vector, ``(k,)``; -1 for vectors without a cluster.
         sizes: n, ``(k,)``.
         count: Number of clusters.
         aggregator: Rule that combines the vectors of a cluster.

@@ -23,7 +23,8 @@ _EPSILON_ERROR = 0.01
 def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
     """Return the clipping and noise that clients apply to an update before they send it.
 
-    With ``mode: local``, σ = z · 2 C, because clipped updates are at most 2 C apart.
+    With ``mode: local``, σ = z · 2 C, because clipped updates are at most 2 C apart. With
+    ``mode: central``, clients add no noise. With ``mode: none``, the result is None.
     """
     if recipe.mode == "none":
         return None
@@ -41,9 +42,9 @@ class PrivateAggregator(Aggregator):
         Δ_j = Σ_i w_ij clip(δ_i) / max(K/d, Σ_i w_ij) + N(0, (z S)²)
         S = 2 C d / K for d > 1,    S = C / K for d = 1
 
-    Removing client i moves Δ_j by at most 2 C w_ij d/K (McMahan et al. 2018, lemma 1, for each j).
-    It moves all Δ_j together by at most 2 C ‖w_i‖₂ d/K ≤ S, because Σ_j w_ij ≤ 1. With d = 1 the
-    denominator is K for any set of replies, and half of this bound suffices.
+    The removal of client i moves Δ_j by at most 2 C w_ij d/K (McMahan et al. 2018, lemma 1, for
+    each j). It moves all Δ_j together by at most 2 C ‖w_i‖₂ d/K ≤ S, because Σ_j w_ij ≤ 1. With
+    d = 1 the denominator is K for any set of replies, and half of this bound suffices.
     """
 
     def __init__(self, recipe: PrivacyRecipe, cohort_size: float, seed: int | None) -> None:
@@ -52,8 +53,8 @@ class PrivateAggregator(Aggregator):
         Args:
             recipe: Clipping norm C and noise multiplier z.
             cohort_size: K, or its mean if clients are drawn independently.
-            seed: Seed of a simulation's noise, which also depends on the number of previous rounds.
-                None for the operating system's generator.
+            seed: Seed of a simulation's noise. The noise also depends on the number of previous
+                rounds. None draws noise from the operating system's generator.
         """
         super().__init__()
         self.privacy = recipe
@@ -81,17 +82,18 @@ class PrivateAggregator(Aggregator):
 
 
 def epsilon_spent(recipe: PrivacyRecipe, releases: int, rate: float = 1.0) -> float:
-    """Compute ε at the recipe's δ for a client with this number of releases.
+    """Compute ε at the recipe's δ for a client after this number of releases.
 
-    Each is one Gaussian mechanism of noise multiplier z, so that together they are μ-GDP with
-    μ² = releases / z² (``util.gaussian_privacy``). If each round draws a secret Poisson sample,
-    opacus's accountant composes the privacy loss distributions of the sampled mechanism (Gopi et
-    al. 2021, arXiv 2106.02848); the result is its upper bound.
+    Each release is a Gaussian mechanism with noise multiplier z, so all releases together are μ-GDP
+    with μ² = releases / z² (``util.gaussian_privacy``). If each round draws a secret Poisson
+    sample, opacus's accountant composes the privacy loss distributions of the sampled mechanism
+    (Gopi et al. 2021, arXiv 2106.02848). The result is then the smaller of this ε and the
+    accountant's upper bound.
 
     Args:
         recipe: Noise and δ.
-        releases: Number of rounds in which the client took part; with a rate below 1, number of
-            rounds.
+        releases: Number of rounds in which the client took part. With a rate below 1, the number of
+            all rounds.
         rate: Probability with which a client is drawn for a round, if the sample is secret.
 
     Raises:

@@ -19,13 +19,13 @@ from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
 class Ditto(OneHotStrategy):
-    """Global adapter w by FedAvg, which does not depend on the private v_i (algorithm 1):
+    """FedAvg of a global adapter w, and a private adapter v_i for each client (algorithm 1):
 
         w ← w − η Σ_i ρ_i δ_i,    v_i ← local training on ℓ_i(v) + λ/2 ‖v − w‖²
 
-    In the second step w is the global adapter as sent. In the first round in which a client takes
-    part, its v_i starts from w. Until then the client is served w. Rows of the soup: w, then v_1 to
-    v_m. Only w travels.
+    In the second step w is the global adapter as sent. w does not depend on the v_i. In the first
+    round in which a client takes part, its v_i starts from w. Until then the client is served w.
+    The rows of the soup are w, then v_1 to v_m. Only w travels.
     """
 
     state_fields = (*OneHotStrategy.state_fields, "server")

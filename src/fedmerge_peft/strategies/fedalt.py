@@ -23,25 +23,25 @@ class FedALT(OneHotStrategy):
 
     The first half of the ranks is the rest of the world, the second half is the client's own. In
     each round a client continues to train (B_i, A_i) with (B_R, A_R) frozen. For each client i, the
-    server then averages the adapters of the n other clients that have ever taken part:
+    server then averages the adapters of the n other clients that have taken part at least once:
 
         A_R ← 1/n Σ_{k ≠ i} A_k,    B_R ← 1/n Σ_{k ≠ i} B_k
 
-    With a server optimizer, these are the steps R_i ← R_i − η (R_i − mean), with momentum or Adam,
+    A server optimizer takes the steps R_i ← R_i − η (R_i − mean) instead, with momentum or Adam,
     where R_i = (A_R, B_R) of client i. The default of η = 1 without momentum gives the means.
 
-    The client's own half is never overwritten. A client returns its own half and is sent the other
-    one. Heads and all other parameters that are not factors train with the client's own half, and
-    stay at the client. Before its first round, a client has the initial ones and B_i A_i = 0. The
-    soup has one row for each client.
+    The server never overwrites the client's own half. A client returns its own half and is sent the
+    other half. Heads and all other parameters that are not factors train with the client's own
+    half, and stay at the client. Before its first round, a client has the initial heads and other
+    parameters, and B_i A_i = 0. The soup has one row for each client.
 
     Differences from the paper:
 
     - In the paper, a gate computes the weights of both adapters for each token. A LoRA adapter has
       no gate, so here both adapters have the same weight.
     - The paper's language models have no head.
-    - In the paper, all clients take part in each round. Here a client that pauses counts with the
-      last adapter that it returned.
+    - In the paper, all clients take part in each round. Here a client that pauses enters the means
+      with the last adapter that it returned.
     """
 
     state_fields = (*OneHotStrategy.state_fields, "took_part", "server")

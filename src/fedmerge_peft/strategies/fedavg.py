@@ -64,10 +64,10 @@ def mean_delta(
 ) -> Tensor:
     """Compute Σ_i ρ_i δ_i of the clients' first deltas, or its robust form.
 
-    ρ_i is client i's fraction of the examples of all these replies.
+    ρ_i is client i's fraction of the examples of all clients that replied.
 
     Args:
-        replies: At least one reply.
+        replies: Replies of at least one client.
         aggregator: Rule that clips and combines the deltas.
         columns: Shared columns: a mask ``(P,)``, or a slice.
 

@@ -16,14 +16,14 @@ from fedmerge_peft.training.plan import Plan, Train
 
 
 class FedAvgFinetuned(OneHotStrategy):
-    """FedAvg, θ ← θ − η Σ_i ρ_i δ_i, with each client served its own finetuned θ_i.
+    """FedAvg, θ ← θ − η Σ_i ρ_i δ_i, that serves each client its own finetuned adapter θ_i.
 
     Without ``fedavg_rounds``, all rounds aggregate, and client i is served θ_i = θ(sent) − δ_i of
-    the last round in which it took part. This costs no further training, but θ_i does not contain
-    that round's aggregation. Before its first round a client is served θ.
+    the last round in which it took part. This requires no further training, but θ_i does not
+    contain that round's aggregation. Before its first round a client is served θ.
 
     With ``fedavg_rounds`` = T, the first T rounds are FedAvg, and every client is served θ. From
-    then on θ is fixed, and each further round is finetuning:
+    then on θ is fixed, and clients finetune in each further round:
 
         θ_i ← ``passes`` passes of local training on ℓ_i(θ_i)
 
@@ -31,7 +31,7 @@ class FedAvgFinetuned(OneHotStrategy):
     ``training.epochs`` epochs from the newest global adapter. A client receives θ once, and returns
     nothing. A client that takes part in no round of finetuning is served θ.
 
-    Rows of the soup: θ, then θ_1 to θ_m.
+    The rows of the soup are θ, then θ_1 to θ_m.
     """
 
     state_fields = (*OneHotStrategy.state_fields, "server", "rounds")
@@ -49,7 +49,7 @@ class FedAvgFinetuned(OneHotStrategy):
 
     @property
     def finetuning(self) -> bool:
-        """True if the next round is one of finetuning."""
+        """True if clients finetune in the next round."""
         return self.fedavg_rounds is not None and self.rounds >= self.fedavg_rounds
 
     def plan(self, client: int) -> Plan:

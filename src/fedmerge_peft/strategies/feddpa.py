@@ -21,24 +21,24 @@ from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
 class FedDPA(OneHotStrategy):
-    """One slot of rank r with both adapters, B A = B_g A_g + B_i A_i.
+    """One slot of rank r with a global and a private adapter, B A = B_g A_g + B_i A_i.
 
     The first half of the ranks is global, the second half is private. In each round a client trains
     (FedDPA-T in the paper):
 
         1. (B_g, A_g) and a global head, with B_i = 0. Their mean over the clients is the next
            global adapter.
-        2. (B_i, A_i) and its private head, with (B_g, A_g) as sent. They stay at the client.
+        2. (B_i, A_i) and its private head, with (B_g, A_g) as sent. Both stay at the client.
 
-    The client is served B_g A_g + B_i A_i and its private head. Rows of the soup: the global
+    The client is served B_g A_g + B_i A_i and its private head. The rows of the soup are the global
     adapter with B_i = 0, then one row for each client.
 
     Differences from the paper:
 
     - The paper's language models have no head. Here a private head starts from the global head. A
       client that has not taken part yet is served the global head.
-    - Both halves have weight 1. The paper weights the private half for each test input by its
-      similarity to the client's examples, or by one tuned number.
+    - Both halves have weight 1. The paper weights the private half by the similarity of each test
+      input to the client's examples, or by one tuned number.
     - Parameters that are neither factor nor head, such as trained biases, belong to the global
       half.
     """

@@ -19,20 +19,20 @@ from fedmerge_peft.training.plan import Mixture
 
 
 class FedEM(Strategy):
-    """p_i(y | x) = Σ_k π_ik p(y | x; Θ_k) with common components and one π_i for each client.
+    """Mixture p_i(y | x) = Σ_k π_ik p(y | x; Θ_k) of common components with π_i for each client.
 
     Each round is one EM step:
 
-    client:  E and M of ``training.plan.Mixture`` on its examples give π_i, and θ_ik from Θ_k
+    client:  π_i, and θ_ik from Θ_k, by steps E and M of ``training.plan.Mixture`` on its examples
     server:  Θ_k ← Σ_i ρ_i θ_ik,  ρ_i = n_i / n over the clients that replied
 
     All components travel in both directions. They start from independent random numbers, because
     equal components stay equal. While LoRA's B = 0, components differ only in their random heads.
     Without a head, they differ only in the effect of A on the first gradient.
 
-    A mixture of predictions is not an adapter. It costs one forward pass for each component. For
-    texts, the posterior of a component is that of the whole completion, and predictions are mixed
-    token by token with π.
+    A mixture of predictions is not an adapter. It requires one forward pass for each component. For
+    texts, each completion has one posterior over the components, and predictions are mixed token by
+    token with π.
     """
 
     state_fields = ("_weights",)

@@ -1,4 +1,4 @@
-"""FedLEASE: one LoRA expert for each cluster of clients, whose number follows from the silhouette.
+"""FedLEASE: one LoRA expert for each cluster of clients; the silhouette determines their number.
 
 Source: Wang et al. 2025, arXiv 2509.15087.
 """
@@ -27,9 +27,9 @@ _LEARNED = tuple({*A_SUFFIXES, *B_SUFFIXES} - {*RANDOM_INIT_SUFFIXES})
 
 
 class FedLEASE(ServerClustering):
-    """Clients train the initial adapter alone, are clustered by their B, and train one expert each.
+    """Warm-up of each client alone, clustering by the clients' B, then FedAvg in each cluster.
 
-    Distance of two clients after the warm-up, over the L adapted layers:
+    After the warm-up, the distance of two clients over the L adapted layers is
 
         d(i, k) = 1/L Σ_l (1 − cos(B_i^l, B_k^l))
 
@@ -39,12 +39,12 @@ class FedLEASE(ServerClustering):
         Θ_j ← mean of the members' adapters after the warm-up, then FedAvg of the members in each
         round, in which all members have the same weight
 
-    The rounds of FedAvg, but not the first means, go through the server optimizer. With momentum or
+    The server optimizer applies the updates of FedAvg, but not the first means. With momentum or
     Adam, an expert whose members all pause still moves by its moments.
 
     With fewer than three clients, or ``adapters: 1``, there is one expert. Heads and all other
-    parameters belong to the expert. On embeddings, A takes the place of B, because it starts at
-    zero there. Rows of the soup that are not needed hold the mean of the experts.
+    parameters belong to the expert. On embeddings, A starts at zero and takes the place of B.
+    Unused rows of the soup contain the mean of the experts.
 
     Differences from the paper:
 
@@ -64,13 +64,13 @@ class FedLEASE(ServerClustering):
         self.layers = [
             entry.columns for entry in context.layout.entries if entry.key.endswith(_LEARNED)
         ]
-        """Columns of B in each layer."""
+        """Columns of B (of A on embeddings) in each layer."""
         if not self.layers:
             raise RecipeError(
                 "strategy.name: fedlease compares the clients' B, but this adapter has none"
             )
         self.experts = 1
-        """Number of experts, which are the first rows of the soup."""
+        """Number of experts. The experts are the first rows of the soup."""
         self.server = ServerOptimizer(recipe, self.soup.rows)
 
     def plan(self, client: int) -> Plan:
@@ -97,9 +97,9 @@ class FedLEASE(ServerClustering):
         self._replace(self.soup.rows - self._means(trained, clusters))
 
     def distances(self, deltas: Tensor) -> Tensor:
-        """Compute d of all pairs of clients from their updates ``(k, P)``, ``(k, k)`` float64.
+        """Compute d of all pairs of clients, ``(k, k)`` float64, from their updates ``(k, P)``.
 
-        B starts at zero, so that the update of B is −B.
+        B starts at zero, so the update of B is −B.
         """
         none = torch.zeros(1, deltas.shape[1])
         similarities = [cosines(deltas[:, layer], none[:, layer]) for layer in self.layers]
@@ -114,7 +114,7 @@ class FedLEASE(ServerClustering):
         return merging_weights.weight_warnings(self.weights[:, : self.experts])
 
     def _means(self, deltas: Tensor, clusters: Tensor) -> Tensor:
-        """Compute the mean update of each cluster, ``(d, P)``; zero without updates."""
+        """Compute the mean update of each cluster, ``(d, P)``; zero for an empty cluster."""
         if not len(deltas):
             return torch.zeros_like(self.soup.rows)
         equal = torch.ones(len(deltas), dtype=torch.float64)
@@ -132,8 +132,8 @@ def clusters_by_silhouette(distances: Tensor, most: int) -> Tensor:
 
     Args:
         distances: Distances of all pairs, ``(m, m)`` float64, with a diagonal of zeros.
-        most: Largest number of clusters. The silhouette needs at least two clusters, and fewer
-            clusters than clients; if this is impossible, the result is one cluster.
+        most: Largest number of clusters. The silhouette requires at least two clusters, and fewer
+            clusters than clients. If this is impossible, the result is one cluster.
 
     Returns:
         Cluster of each client, ``(m,)`` int64, from 0.

@@ -30,7 +30,7 @@ from fedmerge_peft.strategies.validation_trial import GroupTrials
 from fedmerge_peft.training.plan import Plan, Train
 
 _ADAPTERS = 5
-"""d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
+"""d with ``adapters: auto`` if clients are not grouped: the default of the authors' code."""
 
 
 class FedMerge(Strategy):
@@ -43,20 +43,20 @@ class FedMerge(Strategy):
 
     ``server_step.py`` defines the step for each rule.
 
-    With ``start: warm``, there is one adapter for a few rounds, which then equal FedAvg. After
-    these rounds the clients are grouped by the directions of their updates, which also determine
-    the number of groups. The soup step of the same round uses the new π and gives each group its
-    own adapter.
+    With ``start: warm``, all adapters are equal for ``warm_rounds`` rounds, which equal FedAvg. The
+    server then groups the clients by the directions of their updates. These also determine the
+    number of groups, unless the recipe sets it. The soup step of the same round uses the new π and
+    gives each group its own adapter.
 
-    If the clients of a group have different labels, each also gets a head of its own
-    (``own_head.py``). It is a second block of merging weights, for the columns of the head.
+    If the clients of a group have different labels, each client also gets an own head
+    (``own_head.py``): a second block of merging weights, for the columns of the head.
 
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
 
-    In the rounds after the grouping, validation losses try it (``validation_trial.py``). If groups
-    gain nothing, all clients share the mean of the adapters. If merging harms, each client gets an
-    adapter of its own, which the others share with small weights.
+    In the rounds after the grouping, the server compares validation losses to test the grouping
+    (``validation_trial.py``). If groups bring no gain, all clients share the mean adapter. If
+    merging raises the loss, each client gets its own adapter, and small weights for the others.
     """
 
     state_fields = (
@@ -96,7 +96,7 @@ class FedMerge(Strategy):
         self.own_head: OwnHead | None = None
         """Own heads of the clients; None before the grouping, or if the head is shared."""
         self.joined = torch.full((context.clients,), self._warming is None)
-        """True for clients whose weights no longer are the initial ones, ``(m,)``."""
+        """True for clients with a group, ``(m,)``; all are True without ``start: warm``."""
         self.rounds = 0
         automatic = (
             self._warming is not None
@@ -106,9 +106,9 @@ class FedMerge(Strategy):
             and not context.aggregator.recipe.defends  # reported losses may be false
         )
         self.trials = GroupTrials(context.clients) if automatic else None
-        """Trials after the grouping; None if the recipe decides."""
+        """Trials after the grouping; None if the recipe or the federation rules them out."""
         self._decided: list[str] = []
-        self._mean: Tensor | None = None  # of this round, for all clients
+        self._mean: Tensor | None = None  # cached result of _mean_adapter in this round
 
     def _set_weights(self, adapters: int) -> None:
         """Start with uniform weights over this number of adapters."""
@@ -121,7 +121,7 @@ class FedMerge(Strategy):
             Reseeding(recipe.reseed_after, adapters, context.seed) if recipe.reseed_after else None
         )
         self.by_block: BlockLogits | None = None
-        """Logits by block, instead of ``merging``; None without blocks, and before the grouping."""
+        """Logits by block, in place of ``merging``; None without blocks and before the grouping."""
         if self.blocks is not None and self._warming is None:
             self._begin_blocks(self.blocks)
 
@@ -151,7 +151,7 @@ class FedMerge(Strategy):
         return self._softmax(self.merging.logits)
 
     def adapter(self, client: int) -> Tensor:
-        if self._warming is not None:  # all rows are equal; FedAvg's adapter, bit for bit
+        if self._warming is not None:  # all rows equal FedAvg's adapter, bit for bit
             return self.soup.rows[0].clone()
         if self.by_block is not None:
             return self.by_block.merge(self.soup.rows, client)
@@ -176,7 +176,7 @@ class FedMerge(Strategy):
         return (2 * size if self._compares() else size), size
 
     def _compares(self) -> bool:
-        """Return True while the groups are compared with one adapter for all clients."""
+        """Return True while clients compare the groups with one adapter for all clients."""
         return self._warming is None and self.trials is not None and self.trials.common is not None
 
     def _common_adapter(self, client: int) -> Tensor:
@@ -188,7 +188,7 @@ class FedMerge(Strategy):
         return common
 
     def _mean_adapter(self) -> Tensor:
-        """Return the mean of the merged adapters of clients that were grouped, ``(P,)``."""
+        """Return the mean merged adapter of the clients that were grouped, ``(P,)``."""
         if self._mean is None:
             self._mean = self.soup.merge(self.weights[self.joined].mean(dim=0))
         return self._mean
@@ -230,7 +230,7 @@ class FedMerge(Strategy):
         self._store_parts()
 
     def _step_weights(self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor) -> None:
-        """W_i ← W_i − step(G_i); arguments as in ``_soup_gradient``."""
+        """Take the step W_i ← W_i − step(G_i), in place; arguments as in ``_soup_gradient``."""
         votes = self.aggregator.votes(sizes)
         shares = votes / votes.sum()
         if self.by_block is not None:
@@ -255,9 +255,9 @@ class FedMerge(Strategy):
     def _soup_gradient(
         self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor
     ) -> Tensor:
-        """Combine the updates ``(k, P)`` of these clients to the gradient of Θ, ``(d, P)``.
+        """Combine the updates ``(k, P)`` of some clients into the gradient of Θ, ``(d, P)``.
 
-        While warming, all rows have one gradient, that of FedAvg; the chain rule divides it by d.
+        In the warm rounds, all rows have FedAvg's gradient; the chain rule divides it by d.
 
         Args:
             clients: Client indices, ``(k,)``.
@@ -276,7 +276,7 @@ class FedMerge(Strategy):
         return self.aggregator.combine(deltas, weights, sizes, normalize=not chain_rule)
 
     def _group(self, updates: MeanUpdates) -> None:
-        """Set the number of adapters, W and the own heads according to the warm rounds.
+        """Group the clients, and set the number of adapters, W and the own heads accordingly.
 
         Clients that have not taken part yet keep uniform weights until their first reply.
         """
@@ -319,7 +319,7 @@ class FedMerge(Strategy):
             self._decided += reason
 
     def _try_groups(self, trials: GroupTrials, replies: Sequence[Reply]) -> None:
-        """Act on the outcomes of the trials."""
+        """Run the trials on a round's replies, and apply their outcomes."""
         for outcome, reason in trials.decide(self.rounds - self.recipe.warm_rounds, replies):
             if outcome == "share":
                 self._share()
@@ -328,13 +328,13 @@ class FedMerge(Strategy):
             self._decided.append(reason)
 
     def _share(self) -> None:
-        """Give all clients one adapter, the mean of what they were sent."""
+        """Replace the soup by one adapter for all clients, the mean of their merged adapters."""
         self.soup = replace(self.soup, rows=self._mean_adapter()[None], own=None)
         self.server = ServerOptimizer(self.recipe, self.soup.rows)
         self._set_weights(1)
 
     def _separate(self) -> None:
-        """Give each client an adapter, which starts from what the client was sent."""
+        """Give each client its own adapter, which starts as the adapter that it was sent."""
         everyone = range(self.context.clients)
         rows = torch.stack([self.adapter(client) for client in everyone])
         self.soup = AdapterSoup(rows, self.soup.layout, self.soup.shared)
@@ -348,7 +348,7 @@ class FedMerge(Strategy):
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
         """Assign clients that missed the grouping to the group that their first update points to.
 
-        They trained the mean adapter, because their weights were uniform.
+        These clients trained the mean adapter, because their weights were uniform.
         """
         new = ~self.joined[clients]
         if len(self.soup) == 1 or not new.any():
@@ -365,7 +365,7 @@ class FedMerge(Strategy):
             )
 
     def _logits(self, grouping: Grouping | Tensor) -> Tensor:
-        """Return the first logits ``(k, d)`` of k clients from a grouping, or groups ``(k,)``."""
+        """Return the initial logits ``(k, d)`` of k clients in a grouping, or groups ``(k,)``."""
         adapters, weight = len(self.soup), self.recipe.warm_weight
         if isinstance(grouping, Tensor):
             return self.recipe.temperature * group_logits(grouping, adapters, weight)
@@ -373,14 +373,14 @@ class FedMerge(Strategy):
 
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""
-        if self._warming is not None:  # all were sent the same one
+        if self._warming is not None:  # all clients were sent the same head
             return self.soup.rows[:1, self.head].expand(len(clients), -1)
         merged = self._weights_of(clients) @ self.soup.rows[:, self.head]
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]
 
     def _store_parts(self) -> None:
-        """Update the soup's weights by block and own parts, which are saved with its rows."""
+        """Store the weights by block and the own parts in the soup, which saves them."""
         self.soup.blocks = None if self.by_block is None else self.by_block.offsets()
         if self.own_head is not None:
             residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, self.head])

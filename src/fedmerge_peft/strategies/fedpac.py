@@ -21,7 +21,7 @@ from fedmerge_peft.strategies.partly_shared import PartlyShared
 from fedmerge_peft.training.plan import Alignment, MeasuredTrain, Plan
 
 _SMALLEST = 1e-3
-"""Weights of other heads below this are set to zero."""
+"""Smallest weight of a head in a combination; smaller weights are set to zero."""
 
 
 class FedPAC(PartlyShared):
@@ -32,28 +32,28 @@ class FedPAC(PartlyShared):
         h_i on ℓ_i(φ, h) with φ as sent,
         then φ on ℓ_i(φ, h_i) + λ · mean over examples (x, y) of 1/d ‖f_φ(x) − c_y‖²
 
-    Let n_ik be client i's number of examples of class k, and Σ_k the sum over them. The server
+    Let n_ik be client i's number of examples of class k, and Σ_{x∈k} the sum over them. The server
     averages the bodies and the centroids (equations 4 and 5),
 
-        φ ← φ − η Σ_i ρ_i δ_i,    c_k ← Σ_i Σ_k f_i(x) / Σ_i n_ik    with the trained f_i
+        φ ← φ − η Σ_i ρ_i δ_i,    c_k ← Σ_i Σ_{x∈k} f_i(x) / Σ_i n_ik    with the trained f_i
 
     and combines the heads (equation 12): h_i ← Σ_j α_ij h_j with
 
         α_i = argmin_α  Σ_j α_j² v_j + Σ_k ‖H_ik − Σ_j α_j H_jk‖²   s.t.  α ≥ 0,  Σ_j α_j = 1
 
-        H_jk = Σ_k f(x) / n_j,    v_j = (1 / n_j) (Σ_k Σ_k ‖f(x)‖² / n_j − Σ_k ‖H_jk‖²)
+        H_jk = Σ_{x∈k} f(x) / n_j,    v_j = (1 / n_j) (Σ_k Σ_{x∈k} ‖f(x)‖² / n_j − Σ_k ‖H_jk‖²)
 
-    where f are the features of φ as sent. The first term is the variance, the second the squared
-    bias of the combined head. Weights α_ij below 0.001 are set to zero.
+    where f are the features of φ as sent. The first term is the variance of the combined head, the
+    second its squared bias. Weights α_ij below 0.001 are set to zero.
 
     The head is the last linear layer, and f is its input. The sums run over the clients that
-    replied; other clients keep their heads. The first round has no centroids and no penalty, and a
-    class keeps its centroid in rounds without its examples. Classes without a centroid have no
-    penalty.
+    replied; other clients keep their heads. The first round has no centroids and no penalty. A
+    class keeps its centroid in rounds without examples of the class. Classes without a centroid
+    have no penalty.
 
     Differences from the paper:
 
-    - In the paper, the features of a class without a global centroid are drawn to their own mean.
+    - In the paper, a penalty draws the features of a class without a global centroid to their mean.
     - In the authors' program, the head trains for one epoch, with its own learning rate of 0.1.
     """
 
@@ -75,7 +75,7 @@ class FedPAC(PartlyShared):
         self.averages = False
         self.alignment = recipe.alignment
         self.centroids = torch.full(entry.shape, torch.nan)
-        """c, ``(classes, d)``; nan for classes without one."""
+        """Centroids c, ``(classes, d)``; nan for classes without a centroid."""
 
     def plan(self, client: int) -> Plan:
         classes, width = self.centroids.shape
@@ -122,7 +122,7 @@ def head_weights(statistics: Tensor) -> Tensor:
     products = (means @ means.T).numpy()
     rows = []
     for own in range(len(products)):
-        # ⟨H_i − H_j, H_i − H_l⟩ of all pairs j, l
+        # ⟨H_i − H_j, H_i − H_l⟩ for all pairs j, l
         bias = products[own, own] - products[own][:, None] - products[own][None] + products
         weights = least_quadratic(bias + np.diag(variances))
         weights[weights < _SMALLEST] = 0
@@ -134,13 +134,13 @@ def least_quadratic(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Minimize αᵀ M α over the simplex, α ≥ 0 and Σ α = 1.
 
     The objective is homogeneous, so α is proportional to the solution of min ½ βᵀ M β − Σ β over
-    β ≥ 0. With M = L Lᵀ, this is non-negative least squares ‖Lᵀ β − L⁻¹ 1‖².
+    β ≥ 0. With M = L Lᵀ, this is the non-negative least squares problem ‖Lᵀ β − L⁻¹ 1‖².
 
     Args:
         matrix: M, ``(m, m)``, positive semidefinite. A small multiple of the identity is added.
 
     Returns:
-        α, ``(m,)``. Equal weights if M is zero.
+        α, ``(m,)``. If M is zero, all entries are equal.
     """
     count = len(matrix)
     scale = float(np.trace(matrix)) / count

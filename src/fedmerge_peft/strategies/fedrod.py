@@ -19,7 +19,7 @@ from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
 class FedRoD(FedAvg):
-    """A client predicts with the sum of the logits of two linear heads on the same features f:
+    """Sum of the logits of a generic and a personal linear head on the same features f:
 
         z_i(x) = (G + P_i) f(x; φ)
 
@@ -29,13 +29,13 @@ class FedRoD(FedAvg):
 
     with its label counts n_i (balanced softmax, ``training.logits: adjusted``). φ and G are
     averaged as in FedAvg. P_i starts at zero and stays at the client. The heads are linear, so
-    that G + P_i is one head: a client's adapter is the global one with P_i added to the weight and
-    the bias of the head's last layer. Other layers of the head belong to φ.
+    G + P_i is one head. A client's adapter is therefore the global adapter with P_i added to the
+    weight and the bias of the head's last layer. Other layers of the head belong to φ.
 
     Differences from the paper:
 
-    - In the paper, P_i trains in the same steps as φ and G, on the features as they change. Here
-      it trains on the features as sent.
+    - In the paper, P_i trains in the same steps as φ and G, while the features change. Here it
+      trains on the features of φ as sent.
     - P_i has free parameters. The paper also has a variant with a hypernetwork.
     """
 

@@ -22,35 +22,35 @@ from fedmerge_peft.training.plan import Plan, Train
 
 
 class FeMAM(OneHotStrategy):
-    """θ_i = Σ_l Θ_l,c_l(i): at most one model of each of L levels, which train one after another.
+    """Sum θ_i = Σ_l Θ_l,c_l(i) of at most one model of each of L levels, which train in sequence.
 
-    Level 1 has one model for all clients, level L one for each client, and a level between them one
-    for each of k clusters. Only the current level trains, on the loss of the whole sum, so it fits
-    what the earlier levels leave over. With t_i = θ_i − Σ_{l' < l} Θ_l',c_l'(i), client i's level l
-    after its training, a round of level l computes
+    Level 1 has one model for all clients, level L has one for each client, and a level between them
+    has one for each of k clusters. Only the current level trains, on the loss of the whole sum, so
+    it fits the residual of the earlier levels. Let t_i = θ_i − Σ_{l' < l} Θ_l',c_l'(i) be client
+    i's model of level l after its training. A round of level l computes
 
         l = 1:       Θ_1 ← Σ_i n_i t_i / Σ_i n_i
         1 < l < L:   c(i) by k-means of t_i,   Θ_l,j ← Σ_{c(i) = j} n_i t_i / Σ_{c(i) = j} n_i
         l = L:       Θ_L,i ← t_i, which never leaves the client
 
-    At the end of a level, a client drops its model of this level unless its validation loss is
-    lower than at the start of the level.
+    At the end of a level between 1 and L, a client drops its model of this level unless its
+    validation loss is lower than at the start of the level.
 
     The levels share one slot of rank r: level l has its own part of the ranks, so that
-    B A = Σ_l B_l A_l, and adds to the head and all other parameters. k-means compares the
-    directions of the heads, or of whole adapters without a head. The soup has one row for each
-    client, the sum of its levels. A client that pauses keeps its model of the current level, except
-    that of level 1. Clients without validation scores keep all levels.
+    B A = Σ_l B_l A_l. Each level also adds to the head and all other parameters. k-means compares
+    the directions of the heads, or of the levels' whole models if there is no head. The soup has
+    one row for each client, the sum of its levels. A client that pauses keeps its model of the
+    current level, except in level 1. Clients without validation scores keep all levels.
 
     Differences from the paper:
 
     - In the paper, the outputs of whole models are added. Here the updates of the weights are
-      added, which is the same for the head, so that a client is served one adapter.
+      added, so that a client is served one adapter. For the head, both are the same.
     - In the authors' program, a level starts from the trained model of level 1, ends when the
       validation loss is constant, and is kept if the means of the validation loss over 50 rounds
-      decrease. Here it starts from zero, has a fixed number of rounds, and the losses are those
-      before its first and its last round. The last level is not dropped, because it ends with the
-      run.
+      decrease. Here a level starts from zero, has a fixed number of rounds, and is kept or dropped
+      by the losses before the client's first and last round of the level. The last level is not
+      dropped, because it ends with the run.
     - The authors' local training has a proximal term of 0.01, which is ``training.proximal``.
     """
 
@@ -72,7 +72,7 @@ class FeMAM(OneHotStrategy):
         head = torch.zeros_like(others)
         head[context.layout.columns("head")] = True
         self.compared = [head if head.any() else mask for mask in self.masks]
-        """Columns that k-means compares."""
+        """Columns of each level that k-means compares, ``(P,)`` bool."""
         self.soup = AdapterSoup(
             context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
         )
@@ -81,17 +81,17 @@ class FeMAM(OneHotStrategy):
         self.before = self.soup.rows.clone()
         """Sums of the earlier levels, ``(m, P)``."""
         self.first_loss = torch.full((context.clients,), torch.inf)
-        """Validation loss of each client before its first round of this level, ``(m,)``; inf if
-        unknown."""
+        """Validation loss (nats) of each client before its first round of this level, ``(m,)``; inf
+        if unknown."""
         self.last_loss = torch.full((context.clients,), -torch.inf)
-        """Validation loss before its latest round of this level; -inf before the second one."""
+        """The same before its latest round of this level; -inf before its second round."""
         self.last_round = torch.zeros(context.clients, dtype=torch.int64)
-        """Latest round in which each client took part, from 1, ``(m,)``; 0 for none."""
+        """Latest round in which each client took part, from 1, ``(m,)``; 0 before its first."""
         self.rounds = 0
         self._dropped: str | None = None
 
     def level(self, rounds: int) -> int:
-        """Return the level that trains after this number of completed rounds, from 0."""
+        """Return the index, from 0, of the level that trains after these completed rounds."""
         later = rounds - self.recipe.global_rounds
         level = 0 if later < 0 else 1 + later // self.recipe.level_rounds
         return min(level, self.recipe.levels - 1)
@@ -136,7 +136,7 @@ class FeMAM(OneHotStrategy):
                 (self.last_loss if known else self.first_loss)[reply.client] = loss
 
     def _end_level(self, level: int) -> None:
-        """Drop the level's model of clients without a gain, and start the next level."""
+        """Drop the level's model of clients without a gain, except in level 1; start the next."""
         worse = self.last_loss >= self.first_loss  # False if one of them is unknown
         if level > 0:
             self.soup.rows = torch.where(worse[:, None], self.before, self.soup.rows)
@@ -153,7 +153,7 @@ class FeMAM(OneHotStrategy):
 
     def traffic(self, client: int) -> tuple[int, int]:
         level, last = self.level(self.rounds), self.recipe.levels - 1
-        sent = self.level(max(0, self.rounds - 1))  # the level of the last round
+        sent = self.level(max(0, self.rounds - 1))  # level of the previous round
         up = 0 if level == last else int(self.masks[level].sum())
         if sent == last:
             return 0, up

@@ -16,16 +16,16 @@ from fedmerge_peft.strategies.similarity import inner_products, k_means
 
 
 class FeSEM(ServerClustering):
-    """k-means over θ_i, the result of local training from the center of client i's cluster:
+    """k-means over θ_i, the adapter that client i trained from the center of its cluster:
 
     E:  j_i = argmin_j ‖θ_i − Θ_j‖₂
     M:  Θ_j ← mean of θ_i over the clients with j_i = j, with equal weights
 
-    At first all clients train one adapter. As soon as enough clients have replied, k-means of θ_i
-    computes the initial clusters and centers. The server performs both steps, so one adapter
-    travels in each direction. A center that is nearest to no reply does not change. After a few
-    rounds, training moves an adapter by less than the distance between centers, so clusters
-    rarely change later.
+    At first all clients train one adapter. As soon as enough clients have replied, the server
+    computes the initial clusters and centers by k-means of θ_i. The server performs both steps, so
+    one adapter travels in each direction. A center does not change if it is not the nearest to any
+    θ_i of the round. After a few rounds, training moves an adapter by less than the distance
+    between centers, so clusters rarely change later.
     """
 
     def __init__(self, recipe: recipes.FeSEMRecipe, context: StrategyContext) -> None:
@@ -42,14 +42,14 @@ class FeSEM(ServerClustering):
                 return
             clients, deltas = self.unclustered.clients, self.unclustered.means()
             self.unclustered = None
-            # With a common start, distances between δ equal those between θ.
+            # All clients start from the same adapter, so distances between δ equal those between θ.
             nearest = k_means(inner_products(deltas), count, self.seed)
             trained = self.soup.rows[0] - deltas
         else:
             known = self.assign_newcomers(clients, deltas)
             clients, deltas = clients[known], deltas[known]
             trained = self.soup.rows[self.clusters[clients]] - deltas
-            # Inner products would lose small distances between long rows to rounding.
+            # Distances from inner products would lose small differences of long rows to rounding.
             nearest = torch.cdist(
                 trained, self.soup.rows, compute_mode="donot_use_mm_for_euclid_dist"
             ).argmin(dim=1)

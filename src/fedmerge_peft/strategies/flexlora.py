@@ -16,15 +16,16 @@ from fedmerge_peft.strategies.heterogeneous_ranks import HeterogeneousRanks
 
 
 class FlexLora(HeterogeneousRanks):
-    """For each adapted layer, with ρ_i = n_i / n over the clients that replied:
+    """Mean of the clients' updates, factored by a singular value decomposition in each layer:
 
         Σ_i ρ_i B_i A_i = U S Vᵀ,    B ← U_r S_r,    A ← V_rᵀ
 
-    This is the best approximation at rank r, and exact if the rank of the mean is at most r. A
-    client of rank r_i is sent the first r_i directions. The scaling is common to all clients and
-    therefore not part of the sum. B takes all of S. The rows of A stay orthonormal, close in size
-    to LoRA's initial values, so a direction with S = 0 can still be learned. Heads and all other
-    parameters that are not factors are averaged.
+    ρ_i is n_i / n over the clients that replied. B A is the best approximation of the mean at rank
+    r, and exact if the rank of the mean is at most r. A client of rank r_i is sent the first r_i
+    directions. The scaling is common to all clients and therefore not part of the sum. B takes all
+    of S. The rows of A stay orthonormal, close in size to LoRA's initial values, so a direction
+    with S = 0 can still be learned. Heads and all other parameters that are not factors are
+    averaged.
     """
 
     def update(self, replies: Iterable[Reply]) -> None:

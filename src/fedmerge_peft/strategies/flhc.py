@@ -18,9 +18,9 @@ from fedmerge_peft.strategies.clustering import ServerClustering, cluster_means
 
 
 class FLHC(ServerClustering):
-    """All clients train one adapter θ up to round ``warm_rounds``, and are then clustered once.
+    """FedAvg of one adapter θ up to round ``warm_rounds``, then FedAvg in each of several clusters.
 
-    Algorithm 1:
+    The server clusters the clients once (algorithm 1):
 
     before the clustering:  θ ← θ − Σ_i n_i δ_i / Σ_i n_i
     from that round on:     Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i
@@ -83,7 +83,7 @@ def hierarchical_clusters(deltas: Tensor, clusters: int, metric: str, linkage: s
 
     Args:
         deltas: ``(clients, P)``. With the cosine metric, a zero update has distance 1 to all.
-        clusters: Number of clusters. With fewer clients, each is a cluster of its own.
+        clusters: Number of clusters. If there are fewer clients, each client forms a cluster.
         metric: cosine, euclidean or manhattan.
         linkage: Distance between clusters: the average, the largest (complete) or the smallest
             (single) distance between their members.

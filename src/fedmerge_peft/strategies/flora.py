@@ -1,4 +1,4 @@
-"""FLoRA and FedEx-LoRA: the server adds to the backbone what factors of one rank cannot hold."""
+"""FLoRA and FedEx-LoRA: the server adds updates of higher rank to the backbone's weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from fedmerge_peft.strategies.heterogeneous_ranks import HeterogeneousRanks
 
 
 class FLora(HeterogeneousRanks):
-    """In each round clients train fresh factors, with B_i = 0 and A_i random.
+    """Training of fresh factors in each round, with B_i = 0 and A_i random at its start.
 
-    The stacked factors of all clients form one adapter of rank Σ_i r_i, whose update is
+    The stacked factors of all clients form one adapter of rank Σ_i r_i. The server adds its update
+    to ΔW:
 
         ΔW ← ΔW + s Σ_i ρ_i B_i A_i = ΔW + s [ρ_1 B_1 … ρ_m B_m] [A_1; …; A_m]
 
-    It has none of the cross terms that averaging A and B introduces. s is the slot's scaling, and
-    ρ_i = n_i / n over the clients that replied. ΔW is added to the backbone of all clients. The
+    The sum has none of the cross terms that averaging A and B introduces. s is the slot's scaling,
+    and ρ_i = n_i / n over the clients that replied. ΔW is added to the backbone of all clients. The
     next round starts from fresh factors, which follow from the seed and are the same for all
     clients. Heads and all other parameters that are not factors are averaged and kept.
 
-    A client is sent the head and all stacks that it has not received yet. If it took part in the
-    previous round, that is one stack. It returns its factors and head.
+    A client is sent the head and all stacks that it has not received yet. A client that took part
+    in the previous round thus receives one stack. A client returns its factors and head.
 
     W + ΔW is rounded to the backbone's number format. ΔW itself, and the adapter that a run saves,
     are float32. Source: Wang et al. 2024, arXiv 2409.05976.
@@ -50,7 +51,7 @@ class FLora(HeterogeneousRanks):
         self._owed = torch.zeros(context.clients, dtype=torch.int64)
         """Number of values in the stacks that each client has not received yet, ``(m,)`` int64."""
         self._added: dict[str, tuple[tuple[Tensor, Tensor], float]] = {}
-        """Stacked factors A and B of the last round, and ‖B A‖_F², by module name."""
+        """Stacked factors A and B of the last round and ‖B A‖_F², by module name."""
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack_replies(replies)
@@ -76,7 +77,7 @@ class FLora(HeterogeneousRanks):
         self._owed += self.stack_size([self._factors_size(int(client)) for client in clients])
 
     def next_factors(self, mean: Tensor) -> Tensor:
-        """Return a row ``(P,)`` with the factors of the next round.
+        """Return a row ``(P,)`` that contains the initial factors of the next round.
 
         Args:
             mean: Σ_i ρ_i θ_i of the clients' trained adapters, ``(P,)``.
@@ -84,7 +85,7 @@ class FLora(HeterogeneousRanks):
         return self.context.fresh_row(self._round)
 
     def stack_size(self, sizes: list[int]) -> int:
-        """Return the number of values that a round adds to the backbone, as factors.
+        """Return the number of values in the factors of the update that a round adds to ΔW.
 
         Args:
             sizes: Number of values in the factors of each client that replied.
@@ -112,8 +113,8 @@ class FedExLora(FLora):
     Heads and all other parameters that are not factors are averaged. All clients have the rank of
     the slot.
 
-    With A and B as averaged, the added matrix is s Σ_i ρ_i (B_i − B) (A_i − A). For k clients it
-    has rank (k − 1) r at most, and is sent as factors of this rank. A client is sent the adapter
+    With the averaged A and B, the added matrix is s Σ_i ρ_i (B_i − B) (A_i − A). For k clients its
+    rank is at most (k − 1) r, and it is sent as factors of this rank. A client is sent the adapter
     and all such factors that it has not received yet. It returns its adapter.
 
     Source: Singhal et al. 2025, arXiv 2410.09432, which weights all clients equally.

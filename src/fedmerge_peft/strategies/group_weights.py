@@ -1,4 +1,4 @@
-"""First merging weights of clients that have been grouped."""
+"""Initial merging weights of clients after their grouping."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from fedmerge_peft.strategies.similarity import Grouping
 
 _STEPS = 60
-"""Bisections; they determine κ to the precision of float64."""
+"""Number of bisections, which determine κ to the precision of float64."""
 _LARGEST = 1e4
-"""Largest κ, if even it does not reach the weight."""
+"""Upper limit of κ, used if no smaller κ reaches the target weight."""
 
 
 def affinities(cosines: Tensor, groups: Tensor) -> Tensor:
-    """Compute s_ij, the cosine between client i's direction and the mean of the others in group j.
+    """Compute s_ij, the cosine of client i's direction and the mean of the others' in group j.
 
     Args:
         cosines: Cosines of the directions of all pairs of clients, ``(m, m)`` float64.
         groups: Group of each client, ``(m,)`` int64, from 0.
 
     Returns:
-        ``(m, groups)`` float64. A client that is alone in its group has 1 there.
+        s, ``(m, groups)`` float64. If client i is alone in group j, s_ij is 1.
     """
     members = torch.nn.functional.one_hot(groups, int(groups.max()) + 1).double()
     own = torch.arange(len(groups)), groups
@@ -38,19 +38,20 @@ def affinities(cosines: Tensor, groups: Tensor) -> Tensor:
 
 
 def first_logits(similar: Tensor, weight: float) -> Tensor:
-    """Return the logarithms of first weights π, ``(m, groups)`` float64:
+    """Compute the logarithms of the initial weights π, ``(m, groups)`` float64:
 
         π_ij = (1 − λ) softmax_j(κ s_ij) + λ / groups
 
-    κ and λ are such that the mean of max_j softmax_j(κ s_ij) over the clients is half way between
-    ``weight`` and 1, and that of max_j π_ij is ``weight``. A client that resembles several groups,
-    such as one with few examples, thus starts between them, and its weights can still learn where
-    it belongs. Clear clients have about even weights for all other groups: in trials, weights for
-    similar groups alone were worse for them.
+    κ is chosen such that the mean of max_j softmax_j(κ s_ij) over the clients is half way between
+    ``weight`` and 1. λ is chosen such that the mean of max_j π_ij is ``weight``. A client that
+    resembles several groups, such as a client with few examples, thus starts between them, and its
+    weights can still learn its group. A client that clearly belongs to one group has about equal
+    weights for all other groups. In experiments, weights for similar groups alone were worse for
+    such clients.
 
     Args:
         similar: s of ``affinities``, ``(m, groups)``.
-        weight: Mean weight of the most similar groups, from 1 / groups to 1.
+        weight: Mean weight over the clients of the most similar group, from 1 / groups to 1.
     """
 
     def highest(weights: Tensor) -> float:
@@ -64,7 +65,8 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
         low, high = (middle, high) if below else (low, middle)
     soft = torch.softmax(low * similar, dim=1)
     reached = highest(soft)
-    # Below the target if clients resemble groups equally; some λ keeps all weights positive.
+    # ``reached`` is below the target if clients resemble groups equally. A least λ keeps all
+    # weights positive.
     mixed = (reached - weight) / (reached - even) if reached > even else 1.0
     mixed = min(max(mixed, (1 - weight) / 2), 1.0)
     return ((1 - mixed) * soft + mixed * even).log()
@@ -73,8 +75,8 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
 def grouping_logits(grouping: Grouping, adapters: int, weight: float) -> Tensor:
     """Return the logits ``(k, adapters)`` float32 of k clients after their grouping.
 
-    With an adapter for each group they follow the similarity to the groups (``first_logits``), with
-    more adapters they are those of ``group_logits``.
+    If each adapter has a group, the logits follow from the similarity of clients and groups
+    (``first_logits``). If there are more adapters than groups, they are those of ``group_logits``.
     """
     if int(grouping.groups.max()) + 1 < adapters:
         return group_logits(grouping.groups, adapters, weight)
@@ -82,9 +84,9 @@ def grouping_logits(grouping: Grouping, adapters: int, weight: float) -> Tensor:
 
 
 def group_logits(groups: Tensor, adapters: int, weight: float) -> Tensor:
-    """Return logits ``(k, adapters)`` float32 that give each client's group this weight.
+    """Return logits ``(k, adapters)`` float32 with this weight for the adapter of a client's group.
 
-    The other adapters share the rest.
+    The other adapters share the remaining weight equally.
     """
     logits = torch.zeros(len(groups), adapters)
     if adapters > 1:  # all other logits are zero

@@ -27,7 +27,7 @@ class HeterogeneousRanks(OneHotStrategy):
     """Strategy in which a client of rank r_i uses the first r_i of the slot's r ranks.
 
     The client's other ranks are zero and do not train. The slot's scaling (alpha / r) applies to
-    all clients and does not depend on r_i. The soup has one row for each distinct rank.
+    all clients and does not depend on r_i. The soup has one row for each distinct r_i.
     """
 
     averages = False
@@ -59,7 +59,7 @@ class HeterogeneousRanks(OneHotStrategy):
         self.masks = torch.stack(
             [self.plain | rank_mask(context.layout, _first_ranks(rank)) for rank in distinct]
         )
-        """Parameters of clients of each distinct rank, ``(d, P)`` bool."""
+        """Parameters that the clients of each distinct rank train, ``(d, P)`` bool."""
         self.context = context
         self.soup = self._soup(context.fresh_row(0))
 
@@ -73,9 +73,9 @@ class HeterogeneousRanks(OneHotStrategy):
 
     @abstractmethod
     def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
-        """Return the update of a layer that the client is sent next.
+        """Return the layer's update that the client is sent next.
 
-        The update is relative to the backbone on which the client trained last.
+        The update is relative to the backbone on which the client last trained.
 
         Returns:
             The pair A ``(r, in)`` and B ``(out, r)``, and ‖B A‖_F².
@@ -102,7 +102,7 @@ class HeterogeneousRanks(OneHotStrategy):
         return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:
-        """Return the soup that holds, for each distinct rank, its part of the row ``(P,)``."""
+        """Return a soup with the part of the row ``(P,)`` that belongs to each distinct rank."""
         return AdapterSoup(
             torch.where(self.masks, row, 0.0), self.context.layout, self.context.shared
         )

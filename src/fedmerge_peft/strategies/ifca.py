@@ -16,13 +16,13 @@ from fedmerge_peft.training.plan import Choose, Plan
 
 
 class IFCA(Clustering):
-    """Algorithm 1 with model averaging. Each client is sent all adapters and returns one:
+    """Clustering by each client's choice (algorithm 1 with model averaging):
 
     client:  j_i = argmin_j ℓ_i(Θ_j), then local training of Θ_{j_i}
     server:  Θ_j ← Θ_j − Σ_{i: j_i = j} n_i δ_i / Σ_{i: j_i = j} n_i
 
-    An adapter that no client chose does not change. A client is served the adapter of its last
-    choice.
+    Each client is sent all adapters and returns one. An adapter that no client chose does not
+    change. A client is served the adapter that it chose last.
 
     IFCA depends on its initialization, and LoRA increases this dependence. While B = 0, adapters
     differ only in their random heads, so the first choice is hardly informative. Without a head,

@@ -13,20 +13,21 @@ from torch import Tensor
 def fit_concentration(counts: Tensor, others: Tensor) -> tuple[float, float]:
     """Estimate how similar the label distributions of clients are.
 
-    A client's labels are predicted by a Dirichlet-multinomial distribution around those of other
-    clients, with one concentration a for all clients:
+    A Dirichlet-multinomial distribution around the label distribution p̄_i of the other clients
+    predicts client i's labels, with one concentration a for all clients:
 
         p(c) = (n_ic + a p̄_ic) / (n_i + a)
 
-    a has the highest leave-one-out likelihood.
+    The estimate of a maximizes the leave-one-out likelihood.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)`` float64; at least one
             for each client.
-        others: The same counts of the other clients, of which p̄ is the distribution.
+        others: Counts of each client's other clients by label, ``(m, classes)`` float64, from which
+            p̄ is estimated.
 
     Returns:
-        a, and the log-likelihood (nats) that it gains over one distribution for all clients. a is
+        a, and its gain in log-likelihood (nats) over one distribution for all clients. a is
         infinite if the gain is at most the logarithm of the number of examples, as in the Bayesian
         information criterion with two parameters.
     """
@@ -45,9 +46,9 @@ def fit_concentration(counts: Tensor, others: Tensor) -> tuple[float, float]:
 
 
 def smoothed_distribution(counts: Tensor) -> Tensor:
-    """Return the frequencies of labels ``(..., classes)``, with half an example spread evenly.
+    """Compute label frequencies ``(..., classes)``, with half an example spread over all labels.
 
-    A label without examples is therefore possible.
+    A label without examples therefore has a positive frequency.
     """
     counts = counts.double()
     classes = counts.shape[-1]
@@ -56,7 +57,7 @@ def smoothed_distribution(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelPriors:
-    """Label distributions of the clients of a federation, and of new ones."""
+    """Estimates from which the label distributions of present and new clients follow."""
 
     mean: Tensor
     """p̄, the label distribution of all clients together, ``(classes,)`` float64."""
@@ -68,8 +69,8 @@ class LabelPriors:
         """Estimate p̄ and a.
 
         Args:
-            counts: Training examples of each client by label, ``(m, classes)``. Clients without
-                examples are not known yet.
+            counts: Training examples of each client by label, ``(m, classes)``. A row of zeros
+                means that the client's counts are not known yet.
         """
         counts = counts.double()
         total = counts.sum(dim=0)
@@ -78,15 +79,15 @@ class LabelPriors:
         return cls(smoothed_distribution(total), concentration)
 
     def shifts(self, counts: Tensor, *, balanced: bool) -> Tensor:
-        """Compute the logarithms of label priors, to add to the logits of a classifier.
+        """Compute the terms that add the clients' label priors to the logits of a classifier.
 
         The prior of a client with counts n_c is
 
             p̂_c = (n_c + a p̄_c) / (n + a)
 
-        A classifier that was trained on all clients' examples has learned p̄, and one that was
-        trained with balanced logits has learned no frequencies. The shift is therefore
-        log p̂ − log p̄, or log p̂.
+        A classifier that was trained on all clients' examples has learned p̄, so the shift is
+        log p̂ − log p̄. A classifier that was trained with adjusted logits has learned no
+        frequencies, so the shift is log p̂.
 
         Args:
             counts: n, ``(k, classes)``. A client without examples has the prior p̄.

@@ -1,4 +1,4 @@
-"""Label priors of the clients, in the bias of the adapters that they are served with."""
+"""Label priors of the clients, added to the bias of the adapters that they are served."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedmerge_peft.training.plan import Mixture, Served
 
 
 class LabelPrior(WrappedStrategy):
-    """Any strategy, whose clients are served with their label prior:
+    """Wrapper of any strategy that adds a label prior to the adapter that a client is served:
 
         z_i(x) + log p̂_i − log p̄
 
-    z_i are the logits of the adapter that the strategy serves, and ``LabelPriors.shifts`` has the
-    estimates p̂_i and p̄. The sum is exact: the logarithms are added to the bias of the head's last
-    layer. They are own parts of the clients' adapters in the soup, so that all exported adapters
-    have them. Clients train adapters without them.
+    z_i are the logits of the adapter that the wrapped strategy serves. ``LabelPriors.shifts``
+    describes the estimates p̂_i and p̄. The sum is exact, because the logarithms are added to the
+    bias of the head's last layer. In the soup, the logarithms are own parts of the clients'
+    adapters, so all exported adapters contain them. Clients train adapters without the priors.
     """
 
     def __init__(self, inner: Strategy, context: StrategyContext, *, balanced: bool) -> None:
@@ -32,11 +32,12 @@ class LabelPrior(WrappedStrategy):
 
         Args:
             inner: The strategy.
-            context: Its context, with label counts.
+            context: Context of the strategy, with label counts.
             balanced: As in ``LabelPriors.shifts``.
 
         Raises:
-            RecipeError: There are no label counts, or the adapter's head has no bias.
+            RecipeError: There are no label counts, or the adapter has no head with a row and a bias
+                for each label.
         """
         super().__init__(inner)
         self.trains_what_it_serves = False
@@ -70,7 +71,7 @@ class LabelPrior(WrappedStrategy):
         return self._shifted(self.inner.adapter(client), client)
 
     def _shifted(self, rows: Tensor, client: int) -> Tensor:
-        """Return a copy of rows ``(P,)`` or ``(k, P)`` with the client's prior."""
+        """Return a copy of rows ``(P,)`` or ``(k, P)`` with the client's prior added."""
         rows = rows.clone()
         rows[..., self.columns] += self.own.residuals[client]
         return rows
@@ -80,7 +81,8 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
     """Return the columns of the bias of the head's last layer, ``(classes,)`` int64.
 
     Raises:
-        RecipeError: The adapter has no such bias.
+        RecipeError: The adapter has no head, or the head's last layer has no row for each class or
+            no bias.
     """
     matrix, bias = layout.classifier, layout.classifier_bias
     if matrix is None:

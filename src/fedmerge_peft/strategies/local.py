@@ -1,4 +1,4 @@
-"""Local training: each client trains alone, from a common start."""
+"""Local training: each client trains alone, from a common initial adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 
 
 class Local(Strategy):
-    """θ_i ← θ_i − δ_i. The soup has one row for each client, and the weights are the identity."""
+    """Local training, θ_i ← θ_i − δ_i. The soup has one row for each client, and π = I."""
 
     def __init__(self, recipe: recipes.LocalRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(

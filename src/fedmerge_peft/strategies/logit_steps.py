@@ -20,7 +20,7 @@ of rounds."""
 class LogitSteps(Stateful):
     """Steps of the logits along G, with running moments of G, ``(rows, d)`` each.
 
-    There is one row for each client, or one for each of its blocks.
+    There is one row for each client, or one row for each client and block.
     """
 
     state_fields = ("average", "squares", "rounds")
@@ -43,7 +43,7 @@ class LogitSteps(Stateful):
             recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
         )
         self.columns = head if by_head else None
-        """Indices of the columns that enter the inner product in G; None for all P columns."""
+        """Indices of the columns that enter the inner product in G; None if all P columns do."""
         default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
         self.lr = default if recipe.weights_lr is None else recipe.weights_lr
         self.average = torch.zeros(context.clients * blocks, adapters, dtype=torch.float64)
@@ -53,10 +53,10 @@ class LogitSteps(Stateful):
     def compute(self, rows: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
         """Compute the steps to subtract from these rows of logits, ``(k, d)`` float64.
 
-        The steps use an exponential average of G over the rounds in which a client replied.
+        The steps use an exponential moving average of G over the rounds in which a client replied.
 
         Args:
-            rows: Indices of rows, ``(k,)``.
+            rows: Indices of the rows, ``(k,)``.
             gradient: G, ``(k, d)`` float64.
             shares: ρ, ``(k,)`` float64.
         """

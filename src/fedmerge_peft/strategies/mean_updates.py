@@ -15,7 +15,7 @@ from fedmerge_peft.util.stateful import State, Stateful, checked_copy, describe
 class MeanUpdates(Stateful):
     """δ̄_i, the mean update of each client over the rounds in which it replied.
 
-    Stores one row for each client that has replied.
+    The object stores one row ``(P,)`` for each client that has replied.
     """
 
     def __init__(self, context: StrategyContext) -> None:
@@ -37,7 +37,7 @@ class MeanUpdates(Stateful):
                 self._sums[client] = self._buffer.append(delta)
 
     def replace(self, clients: Tensor, deltas: Tensor) -> None:
-        """Replace the updates of these clients ``(k,)`` by ``deltas`` ``(k, P)``."""
+        """Replace all earlier updates of these clients ``(k,)`` by ``deltas`` ``(k, P)``."""
         for client in clients.tolist():
             if client in self._sums:
                 self._sums[client].zero_()
@@ -60,8 +60,8 @@ class MeanUpdates(Stateful):
     def repeatability(self) -> Tensor:
         """Compute the agreement of each client's updates over its rounds, ``(k,)`` float64.
 
-        It is the mean inner product of a client's updates from two rounds, relative to the mean
-        square: (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for a single one.
+        The agreement is the mean inner product of a client's updates from two rounds, divided by
+        their mean square: (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for one round.
         """
         counts, squares = self._counts[self.clients].double(), self._squares[self.clients]
         sums = torch.stack(

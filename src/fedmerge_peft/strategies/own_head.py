@@ -1,4 +1,4 @@
-"""Own heads of clients, and their weight."""
+"""Own heads of clients, and the choice of their weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from fedmerge_peft.util.stateful import Stateful
 class OwnHead(Stateful):
     """Own heads of the clients, as a second block of merging weights.
 
-    The head of client i is merged from those of the soup and from its own one, H_i:
+    The head of client i is merged from the heads of the soup and from its own head H_i:
 
         θ_i,head = (1 − s_i) Σ_j π_ij Θ_j,head + s_i H_i,    H_i ← H_i − δ_i,head
 
-    In the block of the head, the client thus gives its own adapter the weight s_i, and adapter j
-    the weight (1 − s_i) π_ij. An own head exists from the client's first reply on; until then s_i
-    counts as 0.
+    In the columns of the head, H_i thus has the weight s_i, and adapter j has the weight
+    (1 − s_i) π_ij. An own head starts with the client's first reply; until then s_i counts as 0.
     """
 
     state_fields = ("rows", "shares", "started")
@@ -37,10 +36,10 @@ class OwnHead(Stateful):
         self.rows = torch.zeros(len(shares), size)
         """H, ``(m, h)``."""
         self.started = torch.zeros(len(shares), dtype=torch.bool)
-        """True for clients that have replied since the heads exist, ``(m,)``."""
+        """True for clients whose own head has started, ``(m,)``."""
 
     def update(self, clients: Tensor, served: Tensor, deltas: Tensor) -> None:
-        """Take a step with the updates of these clients; new ones start from their served head.
+        """Step the own heads of these clients. A new own head starts from the served head.
 
         Args:
             clients: Client indices, ``(k,)``.
@@ -53,7 +52,7 @@ class OwnHead(Stateful):
         self.rows[clients] -= deltas
 
     def residuals(self, merged: Tensor, clients: slice | Tensor = slice(None)) -> Tensor:
-        """Return s_i (H_i − Σ_j π_ij Θ_j,head), what to add to the merged heads ``(k, h)``.
+        """Compute s_i (H_i − Σ_j π_ij Θ_j,head), ``(k, h)``, to add to the merged heads.
 
         Args:
             merged: Σ_j π_ij Θ_j,head, ``(k, h)`` or ``(h,)``.
@@ -70,17 +69,18 @@ def make_own_heads(
     clients: Tensor,
     groups: Tensor,
 ) -> tuple[OwnHead | None, list[str]]:
-    """Create own heads with the recipe's share, or one that follows from the clients' labels.
+    """Create own heads with the recipe's share, or with shares that follow from the labels.
 
     Args:
         share: s of all clients, or ``auto``.
         size: h, the number of parameters of a head.
-        context: Number of clients, and their label counts.
+        context: Context of the strategy, with the clients' label counts.
         clients: Clients that were grouped, ``(k,)``.
         groups: Their groups, ``(k,)``.
 
     Returns:
-        The own heads, None if the head is shared; and the reason, if there is a choice.
+        The own heads, or None if the head is shared, and a list with the decision and its reason.
+        The list is empty if ``auto`` lacks label counts or a head.
     """
     counts = context.label_counts
     if share != "auto":
@@ -96,9 +96,9 @@ def make_own_heads(
 
 
 def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tensor, str]:
-    """Choose the weights of own heads, and return them ``(m,)`` with the reason.
+    """Choose the weights of own heads ``(m,)`` float32; return them with the reason.
 
-    Clients without known labels, and those that are in no group yet, get the mean.
+    Clients without known labels or without a group get the mean weight.
 
     Args:
         counts: Training examples of each client by label, ``(m, classes)``.
@@ -119,12 +119,13 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
 
 
 def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
-    """Estimate how much of a client's label distribution is its own, within its group.
+    """Estimate to what extent a client's label distribution differs from that of its group.
 
-    ``fit_concentration`` predicts a client's labels from its own and those of the others in its
-    group, and gives the own counts a weight of n_i / (n_i + a). If clients of a group have the same
-    distribution, a is the number of the others' examples: all examples count alike. The own share
-    is what exceeds this.
+    ``fit_concentration`` predicts a client's labels from its own counts, with the weight
+    n_i / (n_i + a), and from those of the others in its group. If all clients of a group have the
+    same distribution, all examples count alike, so a is the number of the others' examples. The
+    share is the excess of the weight over its value for this a, divided by the largest possible
+    excess. It is 0 for a client without others in its group.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)``; at least one for
@@ -132,9 +133,9 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
         groups: Group of each client, ``(m,)`` int64.
 
     Returns:
-        The shares ``(m,)`` float32, from 0 to 1, and the log-likelihood (nats) that they gain over
-        equal distributions. The shares are 0 if the gain is less than the logarithm of the number
-        of examples, as in the Bayesian information criterion with two parameters.
+        The shares ``(m,)`` float32, from 0 to 1, and their gain in log-likelihood (nats) over equal
+        distributions. The shares are 0 if the gain is at most the logarithm of the number of
+        examples, as in the Bayesian information criterion with two parameters.
     """
     counts = counts.double()
     sums = torch.zeros(int(groups.max()) + 1, counts.shape[1], dtype=torch.float64)

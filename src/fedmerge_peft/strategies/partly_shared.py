@@ -1,6 +1,6 @@
 """Adapters with shared and private tensors: private heads, FedRep, FedSA-LoRA; and FFA-LoRA.
 
-FFA-LoRA has frozen tensors instead of private ones.
+FFA-LoRA has frozen tensors instead of private tensors.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from fedmerge_peft.util.row_buffer import RowBuffer
 
 
 class PartlyShared(WrappedStrategy):
-    """Any strategy on some tensors φ of the adapter; the others, h_i, are private to each client.
+    """Wrapper that applies any strategy to some tensors φ of the adapter.
 
-    In each round a client trains both at once, from φ as sent and its own last h_i:
+    The other tensors h_i are private to each client. In each round a client trains both at once,
+    from φ as sent and its last h_i:
 
         (φ_i, h_i) ← local training on ℓ_i(φ, h_i)
 
-    It returns φ − φ_i, from which the strategy computes the next φ. The private part neither
-    travels nor affects the server: the strategy's adapters do not contain it. With FedAvg and
-    h = head this is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
+    The client returns φ − φ_i, from which the strategy computes the next φ. The private part
+    neither travels nor affects the server: the strategy's adapters do not contain it. With FedAvg
+    and h = head this is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
 
-    All h_i start from the first fresh adapter. A client that has not taken part yet still has it.
+    All h_i start from the first fresh adapter, and do not change before the client takes part.
     """
 
     state_fields = (*WrappedStrategy.state_fields, "private_rows")
@@ -48,7 +49,7 @@ class PartlyShared(WrappedStrategy):
         """Create the strategy of the shared tensors.
 
         Args:
-            make: Function that creates it, for a context with these tensors only.
+            make: Function that creates the strategy from a context with the shared tensors only.
             context: Context with all tensors.
             shared: Function that selects the shared tensors.
         """
@@ -61,11 +62,11 @@ class PartlyShared(WrappedStrategy):
         super().__init__(make(replace(context, layout=layout, fresh_row=fresh_row)))
         private = context.fresh_row(0)[~self.shared]
         self.private_rows = private.repeat(context.clients, 1)
-        """h, ``(m, P_h)``."""
+        """Private parts h, ``(m, P_h)``."""
 
     @property
     def soup(self) -> AdapterSoup:
-        """The strategy's soup, with zeros in the private columns, and the clients' own parts."""
+        """Soup of the wrapped strategy, with zeros in the private columns, and h as own parts."""
         inner = self.inner.soup
         rows = torch.zeros(len(inner), self.layout.size)
         rows[:, self.shared] = inner.rows
@@ -120,14 +121,17 @@ class PartlyShared(WrappedStrategy):
         return self.inner.gap(shared, trained[:, self.shared])
 
     def _join(self, shared: Tensor, client: int) -> Tensor:
-        """Return rows ``(P,)`` or ``(k, P)`` with a client's private part."""
+        """Return shared columns, and a client's private part, as rows ``(P,)`` or ``(k, P)``."""
         rows = shared.new_empty(*shared.shape[:-1], self.layout.size)
         rows[..., self.shared] = shared
         rows[..., ~self.shared] = self.private_rows[client]
         return rows
 
     def _trained(self, mask: Tensor | None) -> Tensor | None:
-        """Return the trained columns ``(P,)`` for those of the shared part; private ones train."""
+        """Extend a mask of shared columns to a mask ``(P,)`` in which private columns train.
+
+        None, which trains all columns, remains None.
+        """
         if mask is None:
             return None
         trained = torch.ones(self.layout.size, dtype=torch.bool)
@@ -136,7 +140,7 @@ class PartlyShared(WrappedStrategy):
 
 
 class PrivateHeads(PartlyShared):
-    """Any strategy on the body of the adapter, with private heads.
+    """Wrapper that applies any strategy to the body of the adapter and keeps the heads private.
 
     The head consists of the modules that the recipe trains in full.
     """
@@ -147,12 +151,12 @@ class PrivateHeads(PartlyShared):
         """Create the strategy of the body.
 
         Args:
-            name: Name of the strategy, for the error.
+            name: Name of the strategy, for error messages.
             make: As in ``PartlyShared``.
             context: As in ``PartlyShared``.
 
         Raises:
-            RecipeError: The adapter has no head, or nothing but a head.
+            RecipeError: The adapter has no head, or consists of a head only.
         """
         heads = [entry.role == "head" for entry in context.layout.entries]
         if not any(heads):
@@ -168,12 +172,12 @@ class PrivateHeads(PartlyShared):
 
 
 class FedRep(PrivateHeads):
-    """FedAvg of the body φ with private heads h_i, which a client trains in turn:
+    """FedAvg of the body φ with private heads h_i. A client trains both in turn:
 
         h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
 
-    for the duration of ``training`` each. Source: Collins et al. 2021, arXiv 2102.07078,
-    algorithm 1.
+    Each of the two lasts for the duration of ``training``. Source: Collins et al. 2021, arXiv
+    2102.07078, algorithm 1.
     """
 
     def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:
@@ -184,9 +188,9 @@ class FedRep(PrivateHeads):
 
 
 class FedSALora(PartlyShared):
-    """A ← mean of the clients' A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
+    """FedAvg of A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
 
-    The whole adapter is trained. Parameters that are neither factor nor head (trained biases,
+    Clients train the whole adapter. Parameters that are neither factor nor head (trained biases,
     DoRA's magnitudes) are private as well.
     """
 
@@ -208,8 +212,8 @@ class FFALora(FedAvg):
 
         B ← Σ_i ρ_i B_i,  so that  Σ_i ρ_i B_i A = B A  exactly.
 
-    A follows from the seed and never travels. On embeddings, PEFT initializes B at random, so there
-    B is frozen. Source: Sun et al. 2024, arXiv 2403.12313.
+    A follows from the seed and never travels. On embeddings, PEFT initializes B at random and A
+    with zeros, so B is frozen and A trains. Source: Sun et al. 2024, arXiv 2403.12313.
     """
 
     def __init__(self, recipe: recipes.FFALoraRecipe, context: StrategyContext) -> None:

@@ -1,4 +1,4 @@
-"""Several adapters of lower rank in one slot, for strategies that use them at the same time."""
+"""Division of a slot's ranks into several adapters that are active at the same time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedmerge_peft.errors import RecipeError
 
 
 def rank_halves(strategy: str, layout: AdapterLayout) -> tuple[Tensor, Tensor]:
-    """Return masks ``(P,)`` of the factors' first and second half of the ranks.
+    """Return masks ``(P,)`` of the first and the second half of the ranks of all factors.
 
-    The selected columns of both masks correspond to each other: ``row[first]`` and ``row[second]``
-    are the same adapter of half the rank if they are equal.
+    Both masks select their columns in the same order. If ``row[first]`` and ``row[second]`` are
+    equal, both halves are the same adapter of half the rank.
 
     Args:
-        strategy: Name of the strategy, for the errors.
+        strategy: Name of the strategy, for error messages.
         layout: Layout of the row.
 
     Raises:
@@ -36,12 +36,13 @@ def rank_halves(strategy: str, layout: AdapterLayout) -> tuple[Tensor, Tensor]:
 
 
 def rank_parts(strategy: str, layout: AdapterLayout, count: int) -> list[Tensor]:
-    """Return masks ``(P,)`` of this many consecutive parts of the factors' ranks.
+    """Divide the ranks of all factors into consecutive parts; return a mask ``(P,)`` for each.
 
-    In a layer of rank r, part k of n has the ranks from ⌊r k / n⌋ to ⌊r (k + 1) / n⌋.
+    In a layer of rank r, part k of n, counted from 0, contains the ranks from ⌊r k / n⌋ up to, but
+    not including, ⌊r (k + 1) / n⌋.
 
     Args:
-        strategy: Name of the strategy, for the errors.
+        strategy: Name of the strategy, for error messages.
         layout: Layout of the row.
         count: n, the number of parts.
 

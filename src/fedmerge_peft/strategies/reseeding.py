@@ -24,12 +24,12 @@ class Reseeding(Stateful):
         self.patience = patience
         self.seed = seed
         self.idle = torch.zeros(adapters, dtype=torch.int64)
-        """Number of consecutive rounds in which each adapter was unused, ``(d,)`` int64."""
+        """Number of consecutive rounds for which each adapter has been unused, ``(d,)`` int64."""
 
     def apply(
         self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
     ) -> None:
-        """Reassign at most one adapter, in place, before the round's soup step.
+        """Reassign at most one adapter before the round's soup step; change rows and logits.
 
         Args:
             rows: Θ, ``(d, P)``.

@@ -27,18 +27,19 @@ from fedmerge_peft.training.plan import Plan, Train
 
 
 class RoLora(OneHotStrategy):
-    """FedAvg of one factor in each round. The other one is frozen, and the same for all clients:
+    """FedAvg of one factor in each round. The other factor is frozen and equal for all clients:
 
     odd rounds:   B ← Σ_i ρ_i B_i,  so that  Σ_i ρ_i B_i A = B A  exactly
     even rounds:  A ← Σ_i ρ_i A_i,  so that  Σ_i ρ_i B A_i = B A  exactly
 
-    B is first, because A has no gradient while B = 0. On embeddings, PEFT initializes B at random
-    and A with zeros, so there A is first. Heads and all other parameters that are not factors train
-    in every round. The server optimizer has its own moments for A, for B and for the rest, which
-    change only in rounds that train this part.
+    B trains first, because A has no gradient while B = 0. On embeddings, PEFT initializes B at
+    random and A with zeros, so A trains first. Heads and all other parameters that are not factors
+    train in every round. The server optimizer has separate moments for the factors of odd rounds,
+    for those of even rounds and for the other parameters. The moments of a part change only in
+    rounds that train the part.
 
-    A client returns what it trained. If it took part in the previous round, it is sent the mean of
-    what that round trained. Otherwise it is sent the whole adapter.
+    A client returns the parameters that it trained. A client that took part in the previous round
+    is sent only the parameters of that round. Any other client is sent the whole adapter.
     """
 
     state_fields = (
@@ -59,7 +60,7 @@ class RoLora(OneHotStrategy):
                 "adapter; set lora.merge to factor"
             )
         self.masks = (factors & ~random, random)
-        """Factors that train in odd and in even rounds, ``(P,)`` bool each."""
+        """Masks of the factors that train in odd and in even rounds, each ``(P,)`` bool."""
         self.plain = ~factors
         """Parameters that are not factors, such as heads: a mask ``(P,)``."""
         self.soup = AdapterSoup(context.fresh_row(0)[None], context.layout, context.shared)
@@ -71,10 +72,10 @@ class RoLora(OneHotStrategy):
         self.assigned = torch.zeros(context.clients, dtype=torch.int64)
         self.rounds = 0
         self.last_round = torch.zeros(context.clients, dtype=torch.int64)
-        """Last round in which each client took part, from 1, ``(m,)`` int64; 0 for none."""
+        """Last round in which each client took part, from 1, ``(m,)`` int64; 0 before its first."""
 
     def trained(self, rounds: int) -> Tensor:
-        """Return a mask ``(P,)`` of what trains after this number of completed rounds."""
+        """Return a mask ``(P,)`` of the columns that train after ``rounds`` completed rounds."""
         return self.masks[rounds % 2] | self.plain
 
     def plan(self, client: int) -> Plan:

@@ -16,9 +16,9 @@ from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.util.vectors import all_finite, row_norms
 
 _MAX_SOUP_NORM = 1e18
-"""Largest L2 norm of an adapter on the server. Its square fits into float32."""
+"""Largest valid L2 norm of an adapter on the server. The square of this value fits into float32."""
 _SMALL = 2**20
-"""Largest number of values that are always copied in memory."""
+"""Largest size (number of values) of a tensor whose copy always stays in memory."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SavedState:
 
     @classmethod
     def of(cls, strategy: Strategy) -> Self:
-        """Copy the state of a strategy; large tensors go to a temporary file (``RowBuffer``)."""
+        """Copy the state of a strategy; large float32 tensors go to a ``RowBuffer``."""
         buffer = RowBuffer()
 
         def copied(value: Tensor) -> Tensor:
@@ -60,16 +60,17 @@ class SavedState:
                 f"its soup is {describe(saved.rows)}, or has different parts, but "
                 f"{describe(expected.rows)} was expected"
             )
-        # Cloned: kernels may round differently on memory that torch did not align.
+        # Clone, because kernels may round differently on memory that torch did not align.
         base = {module: tensor.clone() for module, tensor in saved.base.items()}
         strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
         strategy.load_state_dict(self.state)
 
     def fault_of_next(self, strategy: Strategy) -> str | None:
-        """Return which part of the strategy an update has made unusable, or None.
+        """Describe a part of the strategy that an update has made unusable; None if there is none.
 
-        Soup, additions to the backbone, weights, and what was finite in the state before must be
-        finite. The squared norms of adapters must fit into float32.
+        The soup, the updates of the backbone and the weights must be finite. Tensors of the state
+        must be finite unless they were already not finite in this saved state. The squared norms of
+        the adapters must fit into float32.
         """
         soup = strategy.soup
         parts = {"the soup": soup.rows, "the weights": strategy.weights, **soup.base}

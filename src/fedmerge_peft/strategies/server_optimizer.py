@@ -1,6 +1,6 @@
 """Server optimizers: SGD, SGD with momentum, or Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295).
 
-Adam is PyTorch's, which corrects the bias of both moments.
+PyTorch's Adam corrects the bias of both moments, unlike FedOpt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ADAPTIVITY = 1e-3
 class ServerOptimizer(Stateful):
     """Optimizer of the server's rows ``(d, P)`` with the mean of the clients' δ as the gradient.
 
-    Its state is the moments, ``(d, P)`` each.
+    Its state consists of the moments, each ``(d, P)``, and of Adam's step counter.
     """
 
     def __init__(self, recipe: ServerRecipe, rows: Tensor) -> None:
@@ -38,14 +38,14 @@ class ServerOptimizer(Stateful):
             self.optimizer = torch.optim.SGD([self._rows], lr=recipe.lr, momentum=recipe.momentum)
 
     def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Return the new rows ``(d, P)``; ``rows`` ``(d, P)`` is not changed."""
+        """Return the new rows ``(d, P)``. The argument ``rows`` ``(d, P)`` is not changed."""
         self._rows.data = rows.clone()
         self._rows.grad = gradient.to(rows)
         self.optimizer.step()
         return self._rows.detach().clone()
 
     def repeat(self, adapters: int) -> None:
-        """Continue with this many copies of a single row, with its moments."""
+        """Replace the single row, and its moments, by this many copies."""
         state = self.optimizer.state[self._rows]
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim == 2:

@@ -3,7 +3,7 @@
 Symbols (arXiv 2504.06768): Θ is the soup, W the logits and π = softmax(W). θ_i = Σ_j π_ij Θ_j is
 the adapter sent to client i, δ_i = θ_i(sent) − θ_i(trained) its reply, n_i its number of training
 examples, and ρ_i = n_i / Σ n. The objective is Σ_i ρ_i ℓ_i(θ_i). With δ_i in place of the gradient
-of ℓ_i, the chain rule through the merge gives
+of ℓ_i, the chain rule yields
 
     ∂/∂Θ_j  = Σ_i ρ_i π_ij δ_i
     ∂/∂W_ij = ρ_i G_ij,    G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩
@@ -43,9 +43,9 @@ def fedmerge_step(
 
     Args:
         soup: Θ, ``(d, P)``.
-        logits: W, ``(m, d)``, the rows of the m clients that replied.
+        logits: W, ``(m, d)``, one row for each of the m clients that replied.
         deltas: δ, ``(m, P)``, sent minus trained.
-        sizes: n, ``(m,)``, training examples of each client, in any positive unit.
+        sizes: n, ``(m,)``, the number of training examples of each client. Only ratios matter.
         rule: Update rule of W and Θ.
 
             - ``normalized``: W_i ← W_i − lr · G_i / max_j |G_ij|, then the soup step with the new
@@ -59,7 +59,8 @@ def fedmerge_step(
 
             With ``normalized`` and ``paper``, the soup step is Θ_j ← Θ_j − η Σ_i q_ij δ_i with
             q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', a weighted mean for each adapter.
-        weights_lr: lr above. Default: 1, and 0.01 for the paper's rule.
+        weights_lr: lr above. Default: 0.3 for ``normalized``, 1 for ``gradient``, 0.01 for
+            ``paper``.
         soup_lr: η.
         columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P. The authors use the
             columns of the last linear layer.
@@ -68,8 +69,8 @@ def fedmerge_step(
         The new soup ``(d, P)`` and logits ``(m, d)``, in the dtypes of the arguments.
 
     Raises:
-        ValueError: The shapes do not match, the rule is unknown, a size is not positive, or a delta
-            is not finite.
+        ValueError: The shapes do not match, the rule is unknown, a size is not positive and finite,
+            or a delta is not finite.
     """
     shares = _shares(soup, logits, deltas, sizes)
     if rule not in WEIGHTS_LR:
@@ -107,7 +108,7 @@ def logits_step(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Tens
         rule: Update rule.
         gradient: G, ``(m, d)`` float64.
         shares: ρ, ``(m,)`` float64.
-        lr: Step size.
+        lr: ``weights_lr`` of ``fedmerge_step``.
     """
     match rule:
         case "paper":
@@ -127,15 +128,15 @@ def weights_gradient(
 ) -> Tensor:
     """Compute G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩, ``(m, d)`` float64.
 
-    With θ_i = Σ_j π_ij Θ_j and s_ij = ⟨Θ_j, δ_i⟩, this is π_ij (s_ij − Σ_k π_ik s_ik), which takes
-    one product of (m, P) and (P, d). Rows that contain only rounding error are set to zero.
+    With θ_i = Σ_j π_ij Θ_j and s_ij = ⟨Θ_j, δ_i⟩, this is π_ij (s_ij − Σ_k π_ik s_ik). One matrix
+    product of (m, P) and (P, d) suffices. Rows that contain only rounding error are set to zero.
 
     Args:
         soup: Θ, ``(d, P)``.
         weights: π, ``(m, d)``.
         deltas: δ, ``(m, P)``.
         columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P.
-        norms: ‖δ_i‖₂ over all columns, ``(m,)``, if known; saves a pass over the deltas.
+        norms: ‖δ_i‖₂ over all P columns, ``(m,)``, if known. This saves a pass over the deltas.
     """
     if columns is not None:
         soup, deltas, norms = soup[:, columns], deltas[:, columns], None
@@ -146,8 +147,8 @@ def weights_gradient(
     centered = soup - soup.mean(dim=0)
     scores = (deltas @ centered.T.to(deltas)).double()
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
-    # If adapters are equal, only rounding error remains: that of the products, and that of the
-    # rows, which were rounded independently. A normalizing rule would amplify it.
+    # If adapters are equal, only the rounding errors of the products and of the rows (which were
+    # rounded independently) remain. A normalizing rule would amplify these errors.
     longest = centered.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
     rounding = 4 * torch.finfo(soup.dtype).eps * norms.double() * longest.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
@@ -164,7 +165,7 @@ def _scale_rows(gradient: Tensor) -> Tensor:
 def _paper_step(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
     """Compute k · 0.01 ρ_i G_ij / Σ|G|, ``(m, d)``.
 
-    k is the first count at which some entry exceeds lr, and at most 10 001.
+    k is the smallest count with which an absolute entry exceeds lr, and at most 10 001.
     """
     total = gradient.abs().sum()
     if total == 0:

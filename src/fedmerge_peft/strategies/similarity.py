@@ -14,16 +14,16 @@ from torch import Tensor
 from fedmerge_peft.util import row_buffer
 
 _MIN_EXCESS = 0.12
-"""Least agreement within groups, beyond that of unrelated clients."""
+"""Smallest excess of the agreement within groups over that of unrelated clients."""
 _MIN_FURTHER = 0.25
-"""The same within a group. k-means finds more agreement by chance among fewer clients."""
+"""The same for dividing a group. k-means finds more agreement by chance among fewer clients."""
 _CONFLICT = 0.3
-"""The same, relative to the agreement of all clients with each other."""
+"""Smallest ratio of this excess to the agreement of the whole updates of all clients."""
 _FEWEST = 6
-"""Clients of a group that may be divided further; the agreement of fewer is too uncertain."""
+"""Smallest group that may be divided further. With fewer clients, agreement is too uncertain."""
 _ALONE = 0.75
-"""Agreement with all other clients, relative to a client's own repeatability, below which sharing
-one adapter harms."""
+"""Ratio of the agreement with all other clients to a client's own repeatability, below which one
+shared adapter is worse than an adapter for each client."""
 _MOST_GROUPS = 32
 """Largest number of groups that is tried."""
 
@@ -35,7 +35,7 @@ class Grouping:
     groups: Tensor
     """Group of each client, ``(clients,)`` int64, from 0."""
     reason: str
-    """The reason, without the number: a clause that follows it."""
+    """Clause that gives the reason; it follows the number of groups in a sentence."""
     directions: Tensor
     """Cosines of the clients' centered directions, ``(clients, clients)`` float64."""
 
@@ -51,30 +51,32 @@ def group_by_direction(
 ) -> Grouping:
     """Group clients by k-means of the directions of their updates, without their common part.
 
-    All updates must start from the same adapter. The directions are the updates at unit length,
-    and their common part is their mean. The direction of the remainder distinguishes clients
-    (Sattler et al. 2020, arXiv 1910.01991). The length of an update depends on the amount of
-    training and is ignored. In the mean of the updates themselves, clients with much training
-    would dominate, and those with little would then have the same remainder.
+    All updates must start from the same adapter. The directions are the updates scaled to unit
+    length, and their common part is their mean. The direction of the remainder distinguishes
+    clients (Sattler et al. 2020, arXiv 1910.01991). The length of an update depends on the amount
+    of training and is ignored. Without scaling, clients with much training would dominate the mean,
+    and all clients with little training would have about the same remainder.
 
-    The number of groups follows from the ``agreement`` of the clients with the others in their
-    group, less that of clients without any similarity:
+    The number of groups follows from an excess: the ``agreement`` of the clients with the others in
+    their group, minus the agreement of clients without any similarity.
 
-    - There are groups if this excess is at least 0.12, and 0.3 times the agreement of the whole
-      updates of all clients. Otherwise clients have more in common than groups have against each
-      other. In trials, clients that differ by noise alone, or each in its own way, stayed below
-      0.27 times that agreement, and real groups were above 0.32, most of them far above.
-    - Their number is the one with the highest excess.
-    - A group of at least six clients is divided further as long as its clients form groups, with an
-      excess of at least 0.25. The differences between the first groups hide smaller ones. In
-      trials, such groups were above 0.30, and chance in groups of clients that are alike below
-      0.21.
+    - The clients form groups if the excess is at least 0.12, and at least 0.3 times the agreement
+      of the whole updates of all clients. Below the second limit, what all clients have in common
+      outweighs the differences between groups. In experiments, the excess was below 0.27 times that
+      agreement if clients differed only by noise, or each in its own way. With real groups it was
+      above 0.32 times, in most cases far above.
+    - The number of groups is the number with the highest excess.
+    - A group of at least six clients is divided further as long as its clients form groups with an
+      excess of at least 0.25, because large differences between groups hide smaller differences.
+      In experiments, the excess was above 0.30 in such groups, and below 0.21 by chance in groups
+      of similar clients.
 
-    Without groups, all clients share one adapter, unless a client's updates agree with its own of
-    other rounds far better than with those of all others. Then each client is a group.
+    If the clients form no groups, all clients share one adapter. If, however, the updates of a
+    client in different rounds agree far better with each other than with those of all other
+    clients, then each client is a group.
 
     Args:
-        deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds.
+        deltas: Updates, ``(clients, P)``, sent minus trained, or their means over several rounds.
         max_groups: Largest number of groups.
         seed: Seed of the starts of k-means.
         count: Number of groups; None to determine it.
@@ -110,14 +112,14 @@ def group_by_direction(
 def _divide(
     whole: Tensor, directions: Tensor, max_groups: int, seed: int, least: float
 ) -> tuple[Tensor, float]:
-    """Return groups of clients, all 0 if they form none, and the highest excess of agreement.
+    """Return the group of each client, 0 for all if they form no groups, and the highest excess.
 
     Args:
         whole: Cosines of the updates with their common part, ``(m, m)`` float64.
         directions: Cosines of the centered updates, ``(m, m)`` float64.
         max_groups: Largest number of groups.
         seed: Seed of the starts of k-means.
-        least: Least excess of groups.
+        least: Smallest excess of the agreement with which clients form groups.
     """
     clients = len(whole)
     one = torch.zeros(clients, dtype=torch.int64)
@@ -137,7 +139,8 @@ def _divide(
 def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: int) -> Tensor:
     """Divide groups as long as their clients form groups; return groups from 0, ``(m,)``.
 
-    Within a group, the centered directions ``(m, m)`` take the place of the whole updates.
+    Within a group, the cosines ``(m, m)`` of the centered directions take the place of the cosines
+    of the whole updates.
     """
     waiting = [
         (members, directions[members][:, members])
@@ -176,7 +179,7 @@ def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
 
 
 def nearest_row(deltas: Tensor, rows: Tensor) -> Tensor:
-    """Return the row that each update points to, argmax_j cos(−δ_i, Θ_j − Θ̄).
+    """Find the row that each update points to, argmax_j cos(−δ_i, Θ_j − Θ̄).
 
     Args:
         deltas: Updates of the mean row Θ̄, sent minus trained, ``(k, P)``.
@@ -198,9 +201,9 @@ def _unrelated(clients: int) -> Tensor:
 def agreement(cosines: Tensor, groups: Tensor) -> float:
     """Compute the mean cosine between a client's direction and that of the others in its group.
 
-    The direction of the others is their mean direction. A client that is alone in its group counts
-    as 0. With too few groups, different clients share a group. With too many, a client has few
-    others in its group. The agreement is therefore highest in between.
+    The direction of the others is their mean direction. The cosine of a client that is alone in its
+    group counts as 0. With too few groups, dissimilar clients share a group. With too many groups,
+    a client has few others in its group. The agreement is therefore highest in between.
 
     Args:
         cosines: Cosines of all pairs of clients, ``(clients, clients)`` float64.
@@ -260,10 +263,10 @@ def inner_products(vectors: Tensor, center: Tensor | None = None) -> Tensor:
 
 
 def coordinates(products: Tensor) -> Tensor:
-    """Return points with these inner products, ``(m, m)`` float64 each.
+    """Compute m points ``(m, m)`` float64 from their inner products ``(m, m)`` float64.
 
-    k-means depends only on distances. Coordinates from the eigenvectors of the m × m inner products
-    preserve them, with m columns instead of P.
+    k-means depends only on distances. Coordinates from the eigenvectors of the inner products
+    preserve the distances, with m columns instead of P.
     """
     values, directions = torch.linalg.eigh(products)
     points: Tensor = directions * values.clamp_min(0).sqrt()
@@ -275,14 +278,14 @@ def k_means(points: Tensor, groups: int, seed: int) -> Tensor:
 
     Args:
         points: One row for each point, ``(m, n)`` float64.
-        groups: Largest number of groups. Points that coincide are in one group.
+        groups: Largest number of groups. Equal points are in one group.
         seed: Seed of the starts.
 
     Returns:
         Group of each point, ``(m,)`` int64, from 0.
     """
     model = KMeans(min(groups, len(points)), n_init=20, random_state=seed % 2**32)
-    with warnings.catch_warnings():  # of fewer distinct points than groups
+    with warnings.catch_warnings():  # warnings about fewer distinct points than groups
         warnings.simplefilter("ignore", ConvergenceWarning)
         _, labels = np.unique(model.fit_predict(points.numpy()), return_inverse=True)
     return torch.from_numpy(labels).long()

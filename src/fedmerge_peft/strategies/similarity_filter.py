@@ -1,27 +1,27 @@
 """Aggregation rule against colluders: clients with similar updates share one vote.
 
-Clients that send the same vector, or almost the same, can outvote the honest ones in every rule
+Clients that send the same vector, or almost the same, can outvote the honest clients in every rule
 that treats clients alike. FoolsGold (Fung et al. 2020, arXiv 1808.04866) weights clients by their
-similarity instead: honest updates differ, because data differ, while those of colluders have one
-objective. FoolsGold reduces the weight of similar clients to zero, also that of a small group of
-honest clients with similar data. Here, similar clients share the weight of one.
+similarity instead: updates of honest clients differ, because their data differ, while colluders
+pursue one objective. FoolsGold reduces the weight of similar clients to zero, including that of a
+small group of honest clients with similar data. Here, similar clients share the weight of one.
 
 For each adapter, let c_ik = cos(δ_i, δ_k) be the cosines of its users, and w_i their weights. The
-usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, at least 0: colluders form
-less than a quarter of the pairs as long as they are less than half of the users. Similarity beyond
-the usual one, and the votes that remain, are
+usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, and at least 0. Pairs of
+colluders are less than a quarter of the pairs as long as colluders are less than half of the users.
+The similarity κ beyond the usual one, and the votes s that remain, are
 
     κ_ik = max(0, c_ik − t) / (1 − t),    κ_ii = 1
     s_i  = w_i / Σ_k κ_ik
 
-Identical updates have κ = 1, so that n colluders have one vote. Clients that are as similar as most
-pairs have κ = 0, and keep their votes. Then updates that oppose the votes of the other clients are
-removed, as in the cosine filter (``aggregation.py``):
+Identical updates have κ = 1, so n identical colluders have one vote. Clients that are as similar as
+most pairs have κ = 0, and keep their votes. The rule then removes updates that oppose the votes of
+the other clients, as in the cosine filter (``aggregation.py``):
 
     Δ = Σ_i a_i s_i δ_i / Σ_i a_i s_i,    a_i = 1 if Σ_k≠i s_k c_ik > 0, else 0
 
 Similar clients still support each other with the vote that they share. A small group of honest
-clients therefore keeps an adapter of its own against few others.
+clients can therefore still determine its own adapter if the adapter has few other users.
 
 With fewer than three users no client can be outvoted, and the result is their weighted mean.
 """
@@ -39,18 +39,18 @@ from fedmerge_peft.strategies.similarity import cosines
 _USUAL = 0.75
 """Quantile of the cosines of all pairs: 1 − f² for a fraction f = 1/2 of colluders."""
 _ROUNDING = 1e-9
-"""Differences of cosines that are rounding errors."""
+"""Largest difference of cosines that counts as a rounding error."""
 
 
 def similarity_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
-    """Weighted mean in which similar updates share one vote, without updates that oppose it."""
+    """Weighted mean without updates that oppose the others; similar updates share one vote."""
     between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
     rows = [similarity_filter_weights(between, column) for column in weights.T]
     return torch.stack(rows).to(deltas) @ deltas
 
 
 def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weights of the mean, ``(k,)`` float64, with the sum of ``weights``.
+    """Compute the weights of the mean, ``(k,)`` float64; their sum is that of ``weights``.
 
     The weights are all zero if every update opposes the others.
 
@@ -70,7 +70,7 @@ def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
 
 
 def excess_similarity(c: Tensor) -> Tensor:
-    """Compute κ ``(k, k)``, the similarity beyond the usual one, from 0 to 1, from cosines."""
+    """Compute κ ``(k, k)``, the similarity beyond the usual one, from cosines c ``(k, k)``."""
     others = ~torch.eye(len(c), dtype=torch.bool)
     usual = min(1.0, max(0.0, float(np.quantile(c[others].numpy(), _USUAL))))
     excess = c - usual

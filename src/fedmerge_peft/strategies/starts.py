@@ -1,4 +1,4 @@
-"""Adapters of FedMerge before the first round."""
+"""Initial adapters of FedMerge."""
 
 from __future__ import annotations
 

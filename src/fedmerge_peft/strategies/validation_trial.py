@@ -1,4 +1,4 @@
-"""Trials of groups: comparisons of merged adapters with others, by loss on validation examples."""
+"""Trials of groups: comparisons of merged adapters with alternatives by validation loss."""
 
 from __future__ import annotations
 
@@ -13,65 +13,65 @@ from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.util.stateful import Stateful
 
 FIRST, LAST = 3, 8
-"""First and last round after the grouping in which the trial may end."""
+"""Rounds after the grouping: the first in which ``OwnTrial`` may end, and the last for trials."""
 _LEAST_HARM = 0.01
-"""Least relative rise of the validation loss by merging; less is put down to chance."""
+"""Smallest relative rise of the validation loss by merging that is not attributed to chance."""
 _LASTING = 0.8
-"""Least harm that lasts, relative to that of the round before."""
+"""Smallest ratio of the harm to that of the previous round with which the harm persists."""
 _LEAST_GAIN = 0.02
-"""Least relative fall of the validation loss by groups."""
+"""Smallest relative fall of the validation loss by grouping with which groups are kept."""
 _CERTAIN = 3
-"""Number of standard errors above which a small gain is not put down to chance."""
+"""Number of standard errors above which a small gain is not attributed to chance."""
 _ROUNDS_WITHOUT_GAIN = 2
-"""Number of rounds after which groups without a gain end."""
+"""Number of rounds without a gain after which the groups are dissolved."""
 
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Mean validation losses (nats) over the clients with both."""
+    """Mean validation losses (nats) over the clients that have reported both losses."""
 
     own: float
-    """Of the adapters that the clients had trained, (1/k) Σ_i L_i(θ_i(trained))."""
+    """Mean loss of the adapters that the clients had trained, (1/k) Σ_i L_i(θ_i(trained))."""
     merged: float
-    """Of those that they were sent next, (1/k) Σ_i L_i(θ_i(sent next))."""
+    """Mean loss of the adapters that they were sent next, (1/k) Σ_i L_i(θ_i(sent next))."""
     error: float
-    """Standard error of the difference."""
+    """Standard error of the difference (nats)."""
 
     @property
     def own_is_better(self) -> bool:
-        """True if merging raised the loss by more than chance: two standard errors, and 1 %."""
+        """True if merging raised the loss by more than two standard errors and more than 1 %."""
         return self.harm > max(2 * self.error, _LEAST_HARM * self.own)
 
     @property
     def harm(self) -> float:
-        """Rise of the loss (nats) by merging."""
+        """Rise of the loss (nats) that merging causes."""
         return self.merged - self.own
 
 
 class OwnTrial(Stateful):
-    """Losses of the clients' own adapters, to be compared with those of the merged ones.
+    """Comparison of the clients' own trained adapters with their merged adapters.
 
-    The adapter that a client has trained in one round, and the one that is merged for it in the
-    next, have seen the same rounds. The first has the client's own update, the second the mean of
-    its group's. Where clients help each other, the mean is better on examples that nobody trained
-    on.
+    The adapter that a client trains in one round, and the adapter that is merged for it in the next
+    round, result from the same number of rounds. The first contains the client's own update, the
+    second the mean update of its group. If clients help each other, the mean is better on
+    validation examples.
 
-    Right after the grouping, a client's own update is ahead of any mean, because both have far to
-    go. Where clients help each other, this harm shrinks from round to round and turns into a gain:
-    in trials, of 1 to 13 % of the loss in the third round. Where they have nothing in common, it
-    lasts.
+    Right after the grouping, a client's own update reduces the loss more than any mean, because
+    both adapters are far from convergence. If clients help each other, this harm of merging shrinks
+    from round to round and turns into a gain. In experiments, the gain was 1 to 13 % of the loss in
+    the third round. If clients have nothing in common, the harm persists.
     """
 
     state_fields = ("losses", "harm")
 
     def __init__(self, clients: int) -> None:
         self.losses = torch.full((clients,), torch.nan, dtype=torch.float64)
-        """L_i of the client's trained adapter, ``(m,)``; nan if unknown."""
+        """L_i (nats) of each client's trained adapter, ``(m,)`` float64; nan if unknown."""
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
-        """Harm in the round before, ``()`` float64; infinite before the first comparison."""
+        """Harm in the previous comparison, ``()`` float64; infinite before the first comparison."""
 
     def persists(self, loss: LossComparison) -> bool:
-        """Return True if this harm is at least 0.8 times that of the round before; store it."""
+        """Return True if this harm is at least 0.8 times the previous one; store this harm."""
         before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
         return loss.harm >= _LASTING * before
 
@@ -82,9 +82,9 @@ class OwnTrial(Stateful):
                 self.losses[reply.client] = reply.validation[1]
 
     def compare(self, replies: Sequence[Reply]) -> LossComparison | None:
-        """Compare with the losses before this round's training.
+        """Compare the stored losses with those before this round's training.
 
-        Returns None if fewer than half of all clients, or fewer than two, have both losses.
+        Return None if fewer than half of all clients, or fewer than two, have both losses.
         """
         pairs = torch.tensor(
             [
@@ -104,21 +104,25 @@ class OwnTrial(Stateful):
 class CommonTrial(Stateful):
     """Comparison of the adapters of groups with one adapter for all clients.
 
-    Updates of clients may differ by what does not matter for their predictions, such as the topic
-    of a review for its sentiment. Each group then learns from a part of the examples without need.
-    In the rounds after the grouping, each client is also sent the mean of all adapters, which it
-    does not train, and reports both validation losses. In trials with real groups, the mean was
-    worse by 6 to 150 % in the first round, and by more in the next; otherwise by about 1 %.
+    Updates of clients may differ in aspects that do not matter for their predictions, such as the
+    topic of a review for its sentiment. Each group then learns from only a part of the examples
+    without need. In the rounds after the grouping, each client is also sent the mean of all merged
+    adapters. It does not train the mean, and reports both validation losses. In experiments with
+    real groups, the mean was worse by 6 to 150 % in the first round, and by more in the next. In
+    other experiments, it was worse by about 1 %.
     """
 
     state_fields = ("rounds",)
 
     def __init__(self) -> None:
         self.rounds = 0
-        """Rounds without a gain."""
+        """Number of rounds without a gain."""
 
     def decide(self, replies: Sequence[Reply]) -> tuple[bool | None, str]:
-        """Return True to keep the groups, False to end them and None to go on; and the losses."""
+        """Return the decision, and a text with the losses.
+
+        The decision is True to keep the groups, False to dissolve them, and None to continue.
+        """
         pairs = torch.tensor(
             [
                 (reply.validation[0], reply.validation[2])
@@ -136,17 +140,17 @@ class CommonTrial(Stateful):
         if gain >= _LEAST_GAIN * abs(grouped):
             return True, losses
         if gain > _CERTAIN * standard_error(pairs[:, 1] - pairs[:, 0]):
-            return None, losses  # small so far, as in a run that learns slowly
+            return None, losses  # the gain is small so far, as in a run that learns slowly
         self.rounds += 1
         return (False if self.rounds == _ROUNDS_WITHOUT_GAIN else None), losses
 
 
 Outcome = Literal["keep", "share", "separate"]
-"""Keep the groups, give all clients one adapter, or give each client its own."""
+"""Keep the groups, give all clients one adapter, or give each client its own adapter."""
 
 
 class GroupTrials(Stateful):
-    """Trials in the rounds after the grouping. Each is None if there is none, or when it is over.
+    """Trials in the rounds after the grouping. A trial is None if it does not apply or has ended.
 
     Args:
         clients: m, the number of clients.
@@ -159,14 +163,19 @@ class GroupTrials(Stateful):
         self.common: CommonTrial | None = CommonTrial()
 
     def begin(self, groups: int, *, blocks: bool) -> None:
-        """End the trials that do not apply to this number of groups."""
+        """End the trials that do not apply to this number of groups, or to merging by block."""
         if self.own is not None and groups == len(self.own.losses):
             self.own = None
         if self.own is None or groups == 1 or blocks:
             self.common = None
 
     def decide(self, number: int, replies: Sequence[Reply]) -> list[tuple[Outcome, str]]:
-        """Return the outcomes of trials that end in this round after the grouping, with reasons."""
+        """Return the outcomes, with reasons, of the trials that end now.
+
+        Args:
+            number: Number of rounds since the grouping.
+            replies: Replies of this round.
+        """
         outcomes: list[tuple[Outcome, str]] = []
         if self.common is not None:
             keep, losses = self.common.decide(replies)
@@ -196,5 +205,5 @@ class GroupTrials(Stateful):
 
 
 def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of values ``(n,)``, n > 1."""
+    """Compute the standard error of the mean of values ``(n,)``, n > 1."""
     return float(values.std() / len(values) ** 0.5)

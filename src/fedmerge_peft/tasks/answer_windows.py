@@ -1,4 +1,4 @@
-"""Windows of a context with the place of an answer, and the best span of tokens in a window."""
+"""Windows of a context, labeled with an answer, and the best answer span of a window."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """A part of a context."""
+    """A part of a context; an empty text stands for no answer."""
 
     text: str
     score: float
-    """Sum of the logits of its first and last token; infinite for references."""
+    """Sum of the logits of the first and last token; infinite for references."""
     probability: float
     start: int = 0
-    """Place of its first character in the context."""
+    """Index of the first character in the context."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A question, and as much of its context as fits."""
+    """Tokens of a question and of as much of its context as fits."""
 
     ids: list[int]
     types: list[int]
     places: list[tuple[int, int]]
-    """First character of each token in the context, and the one after its last; (-1, -1) for
-    others."""
+    """Begin and end of each token's characters in the context, end excluded; (-1, -1) for tokens
+    outside of the context."""
     label: tuple[int, int]
-    """First and last token of the answer; twice ``none`` if it is not in this window."""
+    """Indices of the answer's first and last token; ``(none, none)`` if a part is missing."""
     none: int
-    """Token that stands for no answer."""
+    """Index of the token that stands for no answer."""
 
 
 class AnswerWindows:
     """Splitter of questions with contexts into overlapping windows.
 
-    It divides as transformers' question answering example does.
+    The division follows transformers' question answering example.
 
     Args:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
         length: Length of a window in tokens.
         stride: Tokens of the context that consecutive windows have in common.
-        with_types: The model reads token types.
+        with_types: True if the model reads token types.
 
     Raises:
         DataError: The stride leaves no room for a context.
@@ -69,7 +69,7 @@ class AnswerWindows:
         self.with_types = with_types and "token_type_ids" in tokenizer.model_input_names
         special: int = tokenizer.num_special_tokens_to_add(pair=True)
         self.longest_question = (length - special) // 2
-        """Maximum length of a question in tokens: half of a window."""
+        """Maximum length of a question in tokens: half of a window without special tokens."""
         if stride >= self.longest_question:
             raise DataError(
                 f"task.stride: windows of {length} tokens have too little room for a context of "
@@ -79,9 +79,9 @@ class AnswerWindows:
     def of_row(
         self, row: int, question: str, context: str, answers: Sequence[Answer]
     ) -> list[Window]:
-        """Return the windows of a row. The first of several answers is learned.
+        """Return the windows of a row, labeled with the first of its answers.
 
-        A question of more than half a window is cut (``is_cut``).
+        A question of more than ``longest_question`` tokens is truncated (``is_cut``).
 
         Raises:
             DataError: The tokenizer fails.
@@ -117,7 +117,7 @@ class AnswerWindows:
         return windows
 
     def is_cut(self, question: str) -> bool:
-        """Return True if a question has more than half as many tokens as a window."""
+        """Return True if a question has more than ``longest_question`` tokens."""
         return len(self._question_places(question.lstrip())) > self.longest_question
 
     def _question_places(self, question: str) -> list[tuple[int, int]]:
@@ -128,14 +128,19 @@ class AnswerWindows:
         return places
 
     def _none(self, ids: Sequence[int]) -> int:
-        """Return the place of the token that stands for no answer: CLS, or the first."""
+        """Return the index of the token that stands for no answer: CLS, else BOS, else 0."""
         for token in (self._tokenizer.cls_token_id, self._tokenizer.bos_token_id):
             if token is not None and token in ids:
                 return ids.index(token)
         return 0
 
     def no_answer(self, logits: Tensor, ids: Tensor) -> Answer:
-        """Return the answer that there is none in a window with these tokens."""
+        """Return the empty answer, with the score and probability of no answer in a window.
+
+        Args:
+            logits: Start and end logits, ``(2, length)``.
+            ids: Tokens of the window, ``(length,)``.
+        """
         place = self._none(ids.tolist())
         chances = logits.softmax(dim=1)[:, place]
         return Answer("", float(logits[:, place].sum()), float(chances.prod()))
@@ -143,11 +148,13 @@ class AnswerWindows:
     def best_span(self, logits: Tensor, places: Tensor, context: str, longest: int) -> Answer:
         """Return argmax over spans (i, j) of s_i + e_j, with 0 ≤ j − i < longest.
 
+        The result is an empty answer with the score −∞ if no token belongs to the context.
+
         Args:
-            logits: s and e, ``(2, length)``.
-            places: Places of the tokens, ``(length, 2)``.
+            logits: Start logits s and end logits e, ``(2, length)``.
+            places: ``Window.places``, ``(length, 2)``.
             context: The context.
-            longest: Maximum number of tokens.
+            longest: Maximum number of tokens of an answer.
         """
         allowed = (places[:, 0] >= 0) & (places[:, 1] > places[:, 0])
         if not bool(allowed.any()):
@@ -168,7 +175,7 @@ class AnswerWindows:
 
 
 def _label(places: Sequence[tuple[int, int]], answer: Answer | None, none: int) -> tuple[int, int]:
-    """Return the first and last token of an answer; twice ``none`` if the window lacks a part."""
+    """Return the first and last token of an answer; ``(none, none)`` if a part is outside."""
     inside = [number for number, (begin, _) in enumerate(places) if begin >= 0]
     if answer is None or not inside:
         return none, none
@@ -183,10 +190,10 @@ def _label(places: Sequence[tuple[int, int]], answer: Answer | None, none: int) 
 def read_answers(
     table: Dataset, recipe: QuestionAnsweringRecipe, contexts: Sequence[str]
 ) -> list[list[Answer]]:
-    """Read the answers of each row; none for rows that are to be predicted (``to_predict``).
+    """Read the answers of each row; return empty lists if the recipe names no column of answers.
 
-    A row has ``{text: [...], answer_start: [...]}``, a list of ``{text, answer_start}``, or the
-    JSON of either.
+    An entry is ``{text: [...], answer_start: [...]}``, a list of ``{text, answer_start}``, or the
+    JSON of either. Recipes for predictions (``to_predict``) name no column.
 
     Raises:
         DataError: The column does not exist; a row has another form; a text is not in its context

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.media_tasks import AudioClassificationRecipe as Section
 
 _SECONDS = (0.4, 0.6, 0.6)
-"""Lengths of sounds that try a model."""
+"""Lengths of the sounds of ``probe``, in seconds."""
 _RANDOM = {"apply_spec_augment": False, "layerdrop": 0.0}
-"""Values of configurations without masks and skipped layers, which are drawn for whole batches."""
+"""Configuration without SpecAugment and LayerDrop, which draw random numbers per batch."""
 
 
 class AudioClassificationTask(Classification, MediaTask):
     """Classification of sounds, such as words, speakers or noises.
 
-    Sounds are decoded and processed by the model's own feature extractor once. Models train without
-    SpecAugment and LayerDrop. ``MediaTask`` has the arguments.
+    The model's own feature extractor processes each sound once. Models train without SpecAugment
+    and LayerDrop. For the arguments, see ``MediaTask``.
     """
 
     auto_model: ClassVar[str] = "AutoModelForAudioClassification"
@@ -83,7 +83,9 @@ class AudioClassificationTask(Classification, MediaTask):
         return Examples({self._input_name: inputs, "labels": list(torch.zeros(3).long().unbind())})
 
     def encode(self, table: Dataset) -> Examples:
-        """Decode every sound, and run the feature extractor on it alone.
+        """Decode all sounds, and run the feature extractor on each one separately.
+
+        Sounds of more than ``max_seconds`` are cut (``Examples.cuts``).
 
         Raises:
             DataError: A sound is missing, cannot be decoded or processed, is too short, or has
@@ -104,7 +106,7 @@ class AudioClassificationTask(Classification, MediaTask):
         )
 
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add the number of positions after the convolutions of models on samples."""
+        """Add the number of positions after the convolutions, if the model reads raw samples."""
         count = getattr(model, "_get_feat_extract_output_lengths", None)
         if count is None or examples.columns[self._input_name][0].ndim > 1:
             return examples
@@ -132,7 +134,7 @@ class AudioClassificationTask(Classification, MediaTask):
         )
 
     def _process(self, sound: Samples) -> Tensor:
-        """Run the feature extractor on one sound; return its output without the batch's axis."""
+        """Run the feature extractor on one sound; return its output without the batch axis."""
         rate = self.processor.sampling_rate
         outputs = self.processor(sound, sampling_rate=rate, return_tensors="np")
         return torch.from_numpy(np.array(outputs[self._input_name][0])).float()
@@ -143,7 +145,7 @@ def _noise(seed: int, count: int) -> Samples:
 
 
 def _as_row(value: Any) -> dict[str, Any]:
-    """Return an input as a row: a path, or an array and its sampling rate, None for the model's."""
+    """Return an input as a row: a path, or an array and its rate (None: the model's rate)."""
     if isinstance(value, str | Path):
         return {"path": str(value), "array": None, "sampling_rate": None}
     if isinstance(value, np.ndarray):

@@ -31,8 +31,8 @@ Batch = dict[str, Tensor]
 SEQUENCES = "sequences"
 """Column with the lengths of an example's sequences, such as texts of a pair."""
 Padding = Literal["right", "left", "none", "alone"]
-"""Side on which shorter examples are padded. none: a pass has examples of one length; alone: one
-example."""
+"""Side on which shorter examples are padded. none: all examples of a pass have the same length;
+alone: a pass has one example."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Examples:
 
     columns: Mapping[str, Sequence[Tensor]]
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Examples of which a part was left out, or that are empty, by predicate: ``have more than 32
-    tokens and ...``."""
+    """Indices of truncated, incomplete or empty examples, by predicate: ``are longer than 32 tokens
+    and were truncated``."""
     positions: NDArray[np.int64] | None = None
-    """Positions of each example in the model's layers, if they are not those of the inputs."""
+    """Positions of each example in the model's layers, ``(n,)``; None: as in the batch."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     @property
     def sequences(self) -> Sequence[Tensor] | None:
-        """Lengths of each example's sequences in the first column; None if each is one."""
+        """Lengths of the sequences in each example's first column; None if each has only one."""
         return self.columns.get(SEQUENCES)
 
     @cached_property
@@ -73,17 +73,17 @@ class Task(ABC):
     """Names of the task's heads in transformers. They belong to the adapter, and the checkpoint may
     lack them. Empty for tasks that use the pretrained output layer."""
     config_options: ClassVar[Mapping[str, Any]] = {}
-    """Values of the model's configuration, such as ``problem_type``."""
+    """Values to set in the model's configuration, such as ``problem_type``."""
     in_batch: ClassVar[bool] = False
     """True if the loss of an example depends on the other examples of its client's batch."""
     mixes: ClassVar[bool] = True
     """True if the outputs of several models may be mixed (``mix``)."""
     names_classes: ClassVar[bool] = False
-    """True if each labeled term has one class, so that confusion matrices count them."""
+    """True if each loss term has one class, so that a confusion matrix can count the terms."""
     smallest_batch: int = 1
-    """Smallest number of examples in a batch with a loss that is not constant."""
+    """Smallest number of examples for which the loss of a batch is not constant."""
     per_token: ClassVar[bool] = False
-    """True if a model with labels has logits for each token; False for one vector per example."""
+    """True if a head for labels returns logits per token; False if it returns them per example."""
     pipeline: ClassVar[str] = ""
     """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
     reads_last_token: ClassVar[bool] = False
@@ -95,9 +95,9 @@ class Task(ABC):
     metrics: Sequence[str]
     """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
-    """Names of the outputs of the model's head, one logit each. Empty for models without one."""
+    """Names of the outputs of the model's head, one logit each. Empty without such a head."""
     compute_metrics: ComputeMetrics | None = None
-    """Function that computes further metrics; None for none."""
+    """Function that computes further metrics; None if there are no further metrics."""
     processor: Any
     """Tokenizer or image processor of the backbone."""
     generates: bool = False
@@ -105,7 +105,7 @@ class Task(ABC):
     padding: Padding = "right"
     """Padding of batches. ``training/input_trial.py`` chooses it for the loaded model."""
     paddings: ClassVar[Sequence[Padding]] = ("right", "left", "none", "alone")
-    """Choices for ``padding``, the best first. A model for which none is right is refused."""
+    """Choices for ``padding``, the best first. A model that fails with each of them is refused."""
     prompt_padding: Padding = "left"
     """Padding of prompts for generation, chosen in the same way."""
     prompt_paddings: ClassVar[Sequence[Padding]] = ("left", "none", "alone")
@@ -132,7 +132,7 @@ class Task(ABC):
         """
 
     def show(self, table: Dataset) -> list[ShownExample]:
-        """Return what each row becomes, for ``fedmerge data --show``.
+        """Return each row after tokenization and truncation, for ``fedmerge data --show``.
 
         Raises:
             DataError: The task does not read texts, or the rows do not match the recipe.
@@ -144,9 +144,9 @@ class Task(ABC):
         """Stack and pad examples into the model's keyword arguments and ``labels``, on the CPU."""
 
     def forward(self, model: Any, inputs: Batch) -> Tensor:
-        """Run the model on a batch without ``labels``; return what ``losses`` and ``predict`` read.
+        """Run the model on a batch without ``labels``; return input for ``losses`` and ``predict``.
 
-        The first dimension follows that of the batch, which K adapters share in K equal parts.
+        The first dimension has the order of the batch, in which K adapters have K equal parts.
         """
         logits: Tensor = model(**inputs).logits
         return logits
@@ -165,7 +165,7 @@ class Task(ABC):
 
         Args:
             logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
-                another. At ``token_targets``: ``(n, vocabulary)``, or cross-entropies ``(n,)``.
+                another; at ``token_targets``: ``(n, vocabulary)``, or cross-entropies ``(n,)``.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:
@@ -175,7 +175,7 @@ class Task(ABC):
     def training_losses(
         self, logits: Tensor, labels: Tensor, class_weights: Tensor | None
     ) -> Tensor:
-        """Compute the summed loss of each example that training minimizes, ``(batch,)``.
+        """Compute the summed training loss of each example, ``(batch,)``.
 
         Args:
             logits: As in ``losses``.
@@ -186,7 +186,7 @@ class Task(ABC):
         return self.losses(logits, labels)[0]
 
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
-        """Return the divisor of the losses of a batch: the terms, or the sum of their weights.
+        """Return the divisor of a batch's losses: the number of terms, or the sum of their weights.
 
         Arguments are those of ``training_losses``.
         """
@@ -202,9 +202,9 @@ class Task(ABC):
         return None
 
     def token_targets(self, labels: Tensor) -> Tensor | None:
-        """Return the target of each position whose logits ``losses`` and ``predict`` read, or -100.
+        """Return the target of each position, ``(batch, length)``; -100 where no logits are needed.
 
-        None if they need the logits of the whole batch.
+        Return None if ``losses`` and ``predict`` need the logits of all positions.
         """
         return None
 
@@ -216,7 +216,7 @@ class Task(ABC):
         """
 
     def probe(self) -> Examples | None:
-        """Return a short example, a long one and another long one, to try the model; None for none.
+        """Return a short and two long examples to try the model; return None to skip the trial.
 
         All have the same length if the task has no padding.
         """
@@ -232,7 +232,7 @@ class Task(ABC):
         raise TypeError(f"{type(self).__name__} does not generate text")
 
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add to encoded examples what the loaded model determines, once before the first round.
+        """Add values that depend on the loaded model to the examples, once before the first round.
 
         Args:
             model: PEFT model with any adapter.
@@ -247,7 +247,7 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return outputs and references of a batch, by the kind that metrics name (``of``).
+        """Return outputs and references of a batch, by the kind that metrics read (``of``).
 
         Arguments are those of ``losses``.
         """
@@ -255,14 +255,14 @@ class Task(ABC):
     def outputs(
         self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Mapping[str, Compared]:
-        """Return what ``predict`` returns; tasks whose outputs need the examples override it."""
+        """Return the result of ``predict``. Tasks whose outputs need the examples override it."""
         return self.predict(logits, labels)
 
     def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Return the logits of a mixture of models, log Σ_k π_k softmax(logits_k).
 
         Args:
-            logits: Those of each model, of the shape that ``losses`` takes.
+            logits: Logits of each model, as in ``losses``.
             weights: π, ``(K,)``.
         """
         parts = [
@@ -274,7 +274,7 @@ class Task(ABC):
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return what ``run.predict`` returns for each example; not for tasks with ``completes``.
+        """Return the result of ``run.predict`` for each example. Not for tasks with ``completes``.
 
         Args:
             logits: Output of the model, float32, for the batch of these examples.
@@ -307,21 +307,21 @@ class Task(ABC):
 
     @classmethod
     def format_in(cls, recipe: Any, table: Dataset) -> str | None:
-        """Return the text format of a table; None for a task that has one format only."""
+        """Return the text format of a table; None for a task with only one format."""
         return None
 
     @classmethod
     def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Return rows from elsewhere with these labels in the order of their ids.
+        """Encode the labels of rows from outside the federation by their indices in ``labels``.
 
-        Raises ``DataError`` for a label that is not one of them.
+        Raises ``DataError`` for a label that is not in ``labels``.
         """
         column = recipe.label_column
         return table if column is None else relabel(table, column, labels)
 
     @classmethod
     def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
-        """Return a table with these columns that has every label, and no real examples.
+        """Return a table with these columns and all labels, but without real examples.
 
         A server without data builds its task from it.
         """
@@ -384,7 +384,7 @@ class Task(ABC):
     ) -> str:
         """Complete the only prompt of ``examples``, and return the completion.
 
-        ``on_text`` is called with each further part of it. Only for tasks with ``completes``.
+        ``on_text`` receives each new part of the completion. Only for tasks with ``completes``.
         """
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 

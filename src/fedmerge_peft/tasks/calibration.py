@@ -1,4 +1,4 @@
-"""Agreement between the probabilities of predictions and their accuracy."""
+"""Calibration: agreement of predicted probabilities with the accuracy of predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BINS = 15
 
 
 def class_scores(metrics: Sequence[str], logits: Tensor, labels: Tensor) -> dict[str, Compared]:
-    """Return the probabilities of all classes as ``class_scores`` if a metric reads them.
+    """Return class probabilities and labels as ``class_scores``; empty if no metric reads them.
 
     Args:
         metrics: Metrics of the task.
@@ -31,11 +31,11 @@ def expected_calibration_error(predicted: Sequence[Sequence[float]], expected: A
     """Compute Σ_b n_b/n · |accuracy_b - confidence_b| over 15 bins of equal width.
 
     Predictions are in the bin of their confidence, the probability of the most likely class (Guo et
-    al., ICML 2017, arXiv 1706.04599). The first bin includes 0; others include their upper limit.
+    al., ICML 2017, arXiv 1706.04599). Bins include their upper limit, and the first one also 0.
 
     Args:
         predicted: Probabilities, ``(n, classes)``. If an example has several labels,
-            ``(n, labels)``; each label then is a prediction of two classes.
+            ``(n, labels)``; each label is then a binary prediction.
         expected: Class ids, ``(n,)``; or 0 and 1, ``(n, labels)``.
     """
     scores, true = np.asarray(predicted, dtype=np.float64), np.asarray(expected)

@@ -1,4 +1,4 @@
-"""Causal language modeling, with loss on complete texts or on completions only."""
+"""Causal language modeling, with loss on complete texts, completions or assistant turns."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class CausalLMTask(TextGeneration):
     Args:
         recipe: Format, columns, lengths and metrics.
         backbone: Location of the tokenizer.
-        table: All rows of the federation, from whose columns the format is inferred.
+        table: All rows of the federation. Their columns determine the format.
         model_folder: Local folder or hub id of the model.
 
     Raises:
         DataError: The columns match no format, or a length exceeds the model's limit.
-        RecipeError: A metric of generated text is set, but the data have no completions.
+        RecipeError: A metric of generated text or ``loss`` does not match the format of the data.
         BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 
@@ -116,7 +116,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             self.processor.chat_template = resolve_template(self.processor, recipe.chat_template)
         self._generator = TextGenerator(self.processor, self.pad_token_id, recipe)
         self.loss = infer_loss(recipe, self.format, table)
-        # A chat template writes special tokens.
+        # Chat templates write special tokens, which must be read as tokens.
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
         self._tokens = TextTokens(self.processor, reading)
         self._chats = ChatTokens(self.processor)
@@ -159,12 +159,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
-        An end-of-sequence token is appended to texts and completions. The end of a chat follows its
-        template. If a prompt's tokens are not a prefix of the tokens of prompt + completion, both
-        are tokenized separately, which a warning counts. ``Examples.cuts`` has truncated rows.
+        An end-of-sequence token is appended to texts and completions. The template determines the
+        end of a chat. If a prompt's tokens are not a prefix of the tokens of prompt + completion,
+        both are tokenized separately; a warning states the number of such rows. ``Examples.cuts``
+        lists rows that are truncated or have no text to learn.
 
         Raises:
-            DataError: A column does not exist, has the wrong type, or has nulls; a row has no token
+            DataError: A column does not exist, has the wrong type, or has nulls; a text contains a
+                special token that the recipe does not allow; a chat is invalid; a row has no token
                 to predict.
         """
         generation = Examples({})
@@ -190,7 +192,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             labels.append([ids[place] if labeled[place] else IGNORED for place in kept])
             if self.loss != "all" and sum(labeled[place] for place in kept) < sum(labeled):
                 unlearned.append(row)
-            # The first token is not predicted. Without its label, labels count the loss terms.
+            # The first token is not predicted. Without its label, each label is one loss term.
             labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
                 raise DataError(
@@ -230,7 +232,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return self._tokens.kept(*row, self.max_length, whole=self.loss == "completion")
 
     def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
-        """Return the examples of plain texts and pairs, prompts and reference completions."""
+        """Return examples, prompts and reference completions; plain texts have no prompts."""
         if self.format == "text":
             texts = read_texts(table, self.recipe.text, "task.text")
             self._tokens.reject_special(texts)
@@ -255,7 +257,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Examples({**examples.columns, **as_references(references)}, examples.cuts)
 
     def _prompts(self, prompts: Sequence[list[int]]) -> Examples:
-        """Truncate prompts on the left, to generate."""
+        """Truncate prompts for generation on the left; ``cuts`` lists the truncated ones."""
         length = self.max_prompt
         cut = [row for row, ids in enumerate(prompts) if len(ids) > length]
         return Examples(
@@ -288,7 +290,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of an example.
+        """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of each example.
 
         Args:
             logits: ``(batch, length, vocabulary)`` or, at the n positions of ``token_targets``,
@@ -301,7 +303,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return token_losses(_before_last(logits), labels[:, 1:])
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the most likely token and the label at each labeled position, if needed."""
+        """Return most likely token and label at each labeled position; empty without accuracy."""
         if "accuracy" not in self.metrics:
             return {}
         return likely_tokens(_before_last(logits), labels[:, 1:])

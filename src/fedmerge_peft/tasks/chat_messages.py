@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 Message = dict[str, Any]
-"""``role``, ``content``, and whatever else the chat template reads."""
+"""``role``, ``content``, and further keys that the chat template reads."""
 
 CONVERSATIONS = "conversations"
 """Column of ShareGPT's format, which is read if there is no column of messages."""
 _SYSTEM = "system"
-"""Column beside it with the system prompt of each row, if it has one."""
+"""Optional column beside ``conversations`` with the system prompt of each row."""
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -36,7 +36,7 @@ _ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
-"""Roles of chat templates, by those of ShareGPT."""
+"""Role in chat templates of each role in ShareGPT's format."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Chat:
 
     messages: list[Message]
     prompt: int
-    """Number of messages before the completion, which is the last message unless the row has a
-    completion of its own."""
+    """Number of messages before the completion. The completion is the last message, unless the
+    table has a column of completions."""
     tools: list[Any] | None = None
     """Descriptions of the tools that the assistant may call."""
 
@@ -59,7 +59,8 @@ class Chat:
 def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
     """Return the columns with a row's chat: one, or prompt and completion; empty if there are none.
 
-    Prompt and completion are chats if their entries are lists.
+    Prompt and completion are chats if the entries of both are lists, or if ``recipe.format`` is
+    messages. Raises ``DataError`` if only one of the two columns has lists.
     """
     for column in (recipe.messages, CONVERSATIONS):
         if column in table.column_names and recipe.format != "prompt-completion":
@@ -70,7 +71,7 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
         for column in pair
     ]
     both = set(pair) <= set(table.column_names)
-    # the format is known to be that of chats where the table has no rows
+    # format=messages also accepts columns of JSON text, and those of a table without examples
     if all(lists) or (both and recipe.format == "messages"):
         return pair
     if any(lists) and both:
@@ -90,7 +91,8 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
         table: Rows with ``chat_columns``.
 
     Raises:
-        DataError: A row is not a list of messages, or a message has no role or no text.
+        DataError: A message is invalid (``parse_messages``); a system prompt is not text; tools are
+            not a list.
     """
     columns = chat_columns(recipe, table)
     systems = columns == [CONVERSATIONS] and _SYSTEM in table.column_names
@@ -117,12 +119,12 @@ def parse_prompt(recipe: CausalLMRecipe, value: Any, where: str) -> Chat:
     """Convert messages to a chat that the assistant is to continue.
 
     Args:
-        recipe: System prompt.
+        recipe: Section with the system prompt.
         value: List of messages.
         where: Beginning of error messages.
 
     Raises:
-        DataError: There is no list of messages, or the last one is the assistant's.
+        DataError: A message is invalid (``parse_messages``), or the last is the assistant's.
     """
     messages = add_system(recipe.system_prompt, parse_messages(value, "messages", where))
     if messages[-1]["role"] == "assistant":
@@ -150,17 +152,18 @@ def _system_prompt(value: Any, where: str) -> str | None:
 def parse_messages(value: Any, column: str, where: str) -> list[Message]:
     """Convert one chat to the messages that chat templates expect.
 
-    ``from`` and ``value`` become ``role`` and ``content``. Parts of a content are joined if all are
-    text. Arguments of tool calls that are JSON become objects. Keys without a value, which Arrow
-    adds from other chats, are removed.
+    ``from`` and ``value`` become ``role`` and ``content``. Text parts of a content are joined. JSON
+    objects in arguments of tool calls are parsed. Keys with the value None, which Arrow adds from
+    other chats, are removed.
 
     Args:
         value: List of messages, or its JSON text.
-        column: Column, for error messages.
+        column: Name of the column, for error messages.
         where: Beginning of error messages, such as the row.
 
     Raises:
-        DataError: There is no list of messages, or a message has no role or no text.
+        DataError: There is no list of messages; a message lacks a role or a text, or has an invalid
+            part, tool call or weight.
     """
     if isinstance(value, str):
         value = _parsed(value)
@@ -204,7 +207,7 @@ def _message(message: Any, column: str, where: str) -> Message:
 
 
 def _joined(parts: Sequence[Any], column: str, where: str) -> str:
-    """Join the parts of a content."""
+    """Join the parts of a content; raise ``DataError`` if one of them is not text."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else part
@@ -239,7 +242,7 @@ def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
 
 
 def _tools(value: Any, column: str, where: str) -> list[Any] | None:
-    """Return the descriptions of tools, which may be written as JSON."""
+    """Return the descriptions of tools, parsed if they are JSON; None if there are none."""
     tools = _parsed(value) if isinstance(value, str) else value
     if not tools:
         return None
@@ -255,15 +258,15 @@ def _shown(value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """Parse JSON; other text remains as it is."""
+    """Parse JSON; return other text unchanged."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return text
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove keys without a value, at all depths."""
+    """Remove keys with the value None, at all depths."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer, and the parts of a chat that it has to write."""
+"""Chat templates of tokenizers, and the names and texts that a rendered chat must contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise ``DataError`` if a tokenizer has no chat template, or several and none by default."""
+    """Raise ``DataError`` if a tokenizer has no chat template, or several without a default."""
     templates = tokenizer.chat_template
     if not templates:
         raise DataError(
@@ -32,7 +32,7 @@ def check_template(tokenizer: Any) -> None:
 
 
 def resolve_template(tokenizer: Any, template: str) -> str:
-    """Return the chat template of a recipe. A name is looked up in the tokenizer.
+    """Return the text of a chat template; a value without ``{`` is a name in the tokenizer.
 
     Raises:
         DataError: The tokenizer has no template with this name.
@@ -50,9 +50,10 @@ def resolve_template(tokenizer: Any, template: str) -> str:
 
 
 def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
-    """Give a tokenizer the recipe's chat template, and its system prompt for chats without one.
+    """Set a tokenizer's chat template to the recipe's, and add the system prompt to the template.
 
-    The tokenizer alone then renders chats as the task does.
+    The tokenizer then renders chats as the task does, without the recipe. Chats with a system
+    prompt keep theirs.
 
     Raises:
         DataError: The tokenizer has no template with the recipe's name.
@@ -84,7 +85,7 @@ def tool_names(chat: Chat) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield all texts in a message."""
+    """Yield all strings in a nested value, such as a message; keys are not included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""Token ids of chats, and which of the tokens have a loss."""
+"""Token ids of chats, and a mask of the tokens with a loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedmerge_peft.util.library_errors import library_errors
 logger = logging.getLogger(__name__)
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of messages with what the assistant thinks before its answer."""
+"""Message keys for the assistant's reasoning before its answer."""
 
 _OTHERS = {"user", "system", "developer", "tool"}
 """Roles whose messages a model does not write."""
@@ -46,13 +46,13 @@ _NOT_FOUND = (
 
 
 class ChatTokens:
-    """Renders chats with the tokenizer's chat template, and tokenizes them.
+    """Converter of chats to token ids, with the tokenizer's chat template.
 
     Special tokens that are written in messages are read as characters.
 
     Args:
         tokenizer: Tokenizer.
-        item: Name of an item in error messages.
+        item: Name of a chat in error messages, with ``{}`` for its index.
     """
 
     def __init__(self, tokenizer: Any, item: str = "row {} (of the rows in use)") -> None:
@@ -61,16 +61,16 @@ class ChatTokens:
         self._special = SpecialTokens(tokenizer)
 
     def rows(self, chats: Sequence[Chat], loss: Loss) -> list[Row]:
-        """Tokenize chats.
+        """Tokenize chats, and mark the tokens with a loss.
 
         Args:
             chats: Chats.
-            loss: assistant for all turns of the assistant, as the template marks them or, without
-                marks, as ``chat_turns`` finds them; completion for the messages from
-                ``chat.prompt`` on; all for all tokens.
+            loss: Part with a loss. assistant: all turns of the assistant, as marked by the template
+                or, without marks, as found by ``chat_turns``; completion: the messages from
+                ``chat.prompt`` on; all: all tokens.
 
         Returns:
-            Token ids, and which of them have a loss.
+            Token ids, and True for each token with a loss, one pair per chat.
 
         Raises:
             DataError: There is no chat template, or it rejects a chat or leaves out its tools; a
@@ -166,7 +166,8 @@ class ChatTokens:
         """Return the tokens before the last message of each chat, and the content of this message.
 
         Raises:
-            DataError: The last message is not the assistant's; as ``prompts``.
+            DataError: The last message is not the assistant's; there is no chat template, or it
+                rejects a chat.
         """
         for row, chat in enumerate(chats):
             if chat.roles[-1] != "assistant":
@@ -181,7 +182,7 @@ class ChatTokens:
     def roles(self, chats: Sequence[Chat], rows: Sequence[Row]) -> list[list[str]]:
         """Return the role of the message to which each token of the examples belongs.
 
-        Messages whose end is not found in the chat belong to the next one.
+        If the end of a message is not found, its tokens get the role of the next message.
         """
         roles = []
         with self._reading_tokens():
@@ -208,12 +209,12 @@ class ChatTokens:
         return common_prefix(ids, self._ids([text[:end]])[0])
 
     def error(self, row: int, fault: str) -> DataError:
-        """Return the error for a chat."""
+        """Return a ``DataError`` that names a chat."""
         return DataError(f"{self._item.format(row)}: {fault}")
 
     # ---- turns -----------------------------------------------------------------------------------
     def _turns(self, row: int, chat: Chat, loss: Loss) -> list[tuple[int, int]]:
-        """Return the first and the last message of each part of a chat with a loss."""
+        """Return the indices of the first and last message of each part with a loss."""
         if loss == "all":
             return [(0, len(chat.messages) - 1)]
         if loss == "completion":
@@ -234,7 +235,7 @@ class ChatTokens:
         return turns
 
     def _spans(self, row: int, chat: Chat, text: str, loss: Loss) -> tuple[list[Span], bool]:
-        """Return the parts of a rendered chat with a loss, and False if marks and turns differ."""
+        """Return the parts of a rendered chat with a loss; and False if marks and turns differ."""
         if loss == "all":
             return [(0, len(text))], True
 
@@ -274,7 +275,7 @@ class ChatTokens:
         return [(begin, end) for begin, end in spans if begin < end]
 
     def _check_contents(self, chats: Sequence[Chat], texts: Sequence[str]) -> None:
-        """Check that the template writes the tools and, with a warning, the messages."""
+        """Raise ``DataError`` if the template omits a tool; warn if it omits or changes texts."""
         lost = []
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
             for name in tool_names(chat):
@@ -325,7 +326,7 @@ class ChatTokens:
     # ---- tokens ----------------------------------------------------------------------------------
     @contextmanager
     def _reading_tokens(self) -> Iterator[None]:
-        """Let the tokenizer read the special tokens that the template writes as tokens."""
+        """Make the tokenizer read special tokens as tokens; restore its setting at the end."""
         before = getattr(self._tokenizer, "split_special_tokens", False)
         self._tokenizer.split_special_tokens = False
         try:
@@ -348,12 +349,12 @@ class ChatTokens:
     def _sanitized(
         self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
     ) -> list[int]:
-        """Tokenize messages; only the template's own special tokens are tokens."""
+        """Tokenize messages; read special tokens that are written in them as characters."""
         options = {"sanitize_control_tokens": True, "return_dict": False}
         return list(self._apply(row, chat, messages, generation_prompt, **options))
 
     def _sanitized_row(self, row: int, chat: Chat, loss: Loss) -> Row:
-        """Tokenize a chat in which special tokens are written; turns are differences of tokens."""
+        """Tokenize a chat with special tokens in its messages; find turns as token differences."""
         ids = self._sanitized(row, chat, chat.messages)
         labeled = [loss == "all"] * len(ids)
         for first, last in self._turns(row, chat, loss) if loss != "all" else ():
@@ -371,7 +372,7 @@ class ChatTokens:
 
 
 def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
-    """Mark the tokens of a part of a text as labeled, including those that begin or end in it.
+    """Mark the tokens that overlap a part of a text as labeled, in place.
 
     Args:
         row: Token ids and labels of the text.

@@ -1,8 +1,8 @@
 """Position of the assistant's turns in a rendered chat.
 
-A turn is what the model writes: it begins behind the generation prompt and ends with the template's
-end of a turn. Templates can mark turns (``{% generation %}``). Otherwise turns are the difference
-between renderings of the first i and the first i + 1 messages:
+A turn is the text that the model writes. It begins after the generation prompt and ends with the
+template's end of a turn. Templates can mark turns (``{% generation %}``). Otherwise, a turn is the
+difference between the renderings of the first i and the first i + 1 messages:
 
     begin = length of render(messages[:i], generation prompt)
     end   = length of render(messages[:i + 1])
@@ -31,7 +31,7 @@ Span = tuple[int, int]
 _MARKER = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 _LONGEST_MARKER = 64
 _OTHER_CONTENTS = ("0 other 1", "Z words z")
-"""Contents with different first and last letters, so that one of them differs from any text."""
+"""Contents that differ in their first and last characters: one of them differs from any text."""
 
 
 class TurnError(Exception):
@@ -41,7 +41,7 @@ class TurnError(Exception):
 def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return the length of the longest common prefix of two texts or two lists of tokens.
 
-    A prefix of texts does not end inside of a marker, such as <|user|> or [INST].
+    A prefix of texts does not end inside a marker, such as <|user|> or [INST].
     """
     shortest = min(len(first), len(second))
     if first[:shortest] == second[:shortest]:
@@ -67,8 +67,9 @@ def begin_of_turn(
     Args:
         whole: Rendered chat, as text or tokens.
         before: Rendered messages before the turn.
-        prompt: The same with the generation prompt. It may be longer than the chat's own text
-            there: DeepSeek R1's prompt begins the reasoning, which its template removes from chats.
+        prompt: Rendered messages before the turn, with the generation prompt. The chat may lack the
+            end of this prompt: DeepSeek R1's begins the reasoning, which its template removes from
+            chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)
@@ -84,7 +85,7 @@ def find_begin(messages: Sequence[Message], index: int, whole: str, render: Rend
         messages: Chat.
         index: Index of the turn.
         whole: ``render(messages)``.
-        render: Renders messages.
+        render: Function that renders messages.
 
     Raises:
         TurnError: The turn is not found.
@@ -96,7 +97,10 @@ def find_begin(messages: Sequence[Message], index: int, whole: str, render: Rend
 
 
 def find_end(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:
-    """Find the end of the turn ``messages[index]``, in the same way."""
+    """Find the end of the turn ``messages[index]``.
+
+    Arguments and errors are those of ``find_begin``.
+    """
     if index == len(messages) - 1:
         return len(whole)
     alone = _try(render, messages[: index + 1])
@@ -110,7 +114,10 @@ def find_end(messages: Sequence[Message], index: int, whole: str, render: Render
 
 
 def _find_content(messages: Sequence[Message], index: int, whole: str, render: Render) -> Span:
-    """Find the part of a rendered chat that changes with the content of a message."""
+    """Find the part of a rendered chat that changes with the content of a message.
+
+    Raises ``TurnError`` if there is no such part.
+    """
     begin, end = len(whole), 0
     for content in _OTHER_CONTENTS:
         changed = [*messages]
@@ -127,7 +134,7 @@ def _find_content(messages: Sequence[Message], index: int, whole: str, render: R
 
 
 def _with_content(message: Message, content: str) -> Message:
-    """Return a message with another content or, if it only calls tools, another name of a tool."""
+    """Return a message with another content or, if it only calls tools, another tool name."""
     if message["content"].strip() or not message.get("tool_calls"):
         return {**message, "content": content}
     *calls, last = message["tool_calls"]
@@ -141,7 +148,7 @@ def _with_content(message: Message, content: str) -> Message:
 
 
 def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | None:
-    """Render messages; None if there are none, or if the template rejects them."""
+    """Render messages; return None if there are none or the template rejects them."""
     if not messages:
         return None
     try:
@@ -151,7 +158,7 @@ def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | 
 
 
 def same_turns(whole: str, first: Sequence[Span], second: Sequence[Span]) -> bool:
-    """Return True if spans cover the same characters of a text, except for whitespace."""
+    """Return True if two lists of spans cover the same characters, except for whitespace."""
     covered = [
         {place for begin, end in spans for place in range(begin, end) if not whole[place].isspace()}
         for spans in (first, second)

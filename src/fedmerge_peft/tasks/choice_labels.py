@@ -1,4 +1,4 @@
-"""The right choice of each row of multiple choice: a number, a letter, a name, or its text."""
+"""Labels of multiple choice: the number, letter, name or text of each row's right choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANY_ROWS = 20
-"""Number of rows from which on it is unlikely by chance that the first choice is never right."""
+"""Number of rows that makes it unlikely by chance that the first choice is never right."""
 
 
 def read_right(
@@ -30,20 +30,20 @@ def read_right(
     choices: Sequence[Sequence[str]],
     names: Sequence[Sequence[str]] | None = None,
 ) -> list[int]:
-    """Read the place of the right choice in each row.
+    """Read the index of the right choice in each row.
 
-    Labels are the names of choices or, without names, numbers from 0 or letters from A; or the
-    texts of choices. Numbers may be written as text if all labels are.
+    A label is the name or the text of a choice. Without names, it may also be a letter from A or,
+    if all labels are numbers, a number from 0. Numbers may be written as text.
 
     Args:
         table: Rows.
         column: Column with the labels.
         choices: Choices of each row.
-        names: Names of the choices of each row, such as A, B and C, or 1, 2 and 3.
+        names: Names of the choices of each row, such as A, B and C, or 1, 2 and 3; or None.
 
     Raises:
         DataError: The column does not exist, has nulls, or is neither text nor whole numbers; or a
-            label is none of the row's choices, or may be several of them.
+            label matches none or several of the row's choices.
     """
     labels = _labels(table, column)
     if names is not None:
@@ -59,13 +59,13 @@ def read_right(
         _warn_without_zero(right, column)
         return right
     rows = [_places(*row, ascii_uppercase) for row in zip(labels, choices, strict=True)]
-    if 2 * sum(numbers) > len(labels) and not all(rows):  # the other labels are at fault
+    if 2 * sum(numbers) > len(labels) and not all(rows):  # report labels that are not numbers
         _only([own or by_number[row] for row, own in enumerate(rows)], labels, choices, column)
     return _only(rows, labels, choices, column)
 
 
 def _labels(table: Dataset, column: str) -> list[Any]:
-    """Return texts or integers; of a ``ClassLabel`` the names, unless they are numbers."""
+    """Return labels as texts or integers; names of a ``ClassLabel`` unless all are numbers."""
     (values,) = whole_numbers([read_column(table, column, "task.label")])
     reject_nulls(values, column)
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
@@ -81,7 +81,7 @@ def _labels(table: Dataset, column: str) -> list[Any]:
 
 
 def _places(label: Any, choices: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the places of the choices that a label may stand for, in ascending order."""
+    """Return the indices of the choices that a label may stand for, in ascending order."""
     text = str(label).strip()
     if not text:
         return []
@@ -101,7 +101,7 @@ def _only(
     column: str,
     names: Sequence[Sequence[str]] | None = None,
 ) -> list[int]:
-    """Return the only place of each row; raise ``DataError`` for rows with none or several."""
+    """Return the only index of each row; raise ``DataError`` for rows with none or several."""
     for row, places in enumerate(rows):
         if len(places) != 1:
             label, count = labels[row], len(choices[row])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def read_rows(
     table: Dataset, recipe: MultipleChoiceRecipe
 ) -> tuple[list[str], list[list[str]], list[int]]:
-    """Read the contexts, the choices with the text before each, and the places of the right ones.
+    """Read contexts, choices (each preceded by the row's start), and indices of the right choices.
 
     Raises ``DataError`` if the columns do not match the recipe.
     """
@@ -39,17 +39,17 @@ def read_rows(
 def read_choices(
     table: Dataset, columns: str | Sequence[str]
 ) -> tuple[list[list[str]], list[list[str]] | None]:
-    """Read the choices of each row, and their names if they have some.
+    """Read the choices of each row, and their names; names are None if the column has none.
 
     Args:
         table: Rows.
         columns: Column with lists of texts, or with records ``{text: [...], label: [...]}`` of
-            texts and their names; or columns with one text each, of which a row with fewer choices
-            lacks the last ones.
+            texts and their names; or several columns with one text each. A row with fewer choices
+            has nulls in the last columns.
 
     Raises:
-        DataError: A column does not exist or has no texts, or a row has fewer than two choices, or
-            lacks one before the last, or has another number of names.
+        DataError: A column does not exist, has no texts or is listed twice; a row has fewer than
+            two choices, lacks a choice before its last, or has more or fewer names than choices.
     """
     names = None
     if not isinstance(columns, str):
@@ -111,7 +111,7 @@ def _without_missing(row: int, texts: Sequence[str | None], columns: Sequence[st
 
 
 def is_row(given: Any, keys: Set[str]) -> bool:
-    """Return True for a dictionary with these keys of texts and, as choices, two texts or more."""
+    """Return True for a dictionary of texts with exactly these keys, and 2 or more ``choices``."""
     return (
         isinstance(given, Mapping)
         and given.keys() == keys

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Classification(WeightedClasses):
-    """Task with one label per example. The loss is the cross-entropy, not smoothed."""
+    """Task with one label per example. The loss is the cross-entropy without label smoothing."""
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
@@ -59,7 +59,7 @@ class Classification(WeightedClasses):
         return self.losses(logits, labels)[0]
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the most likely class and the label of each example; probabilities if needed."""
+        """Return predicted and true classes, and the probabilities if a metric reads them."""
         scores = class_scores(self.metrics, logits, labels)
         return {"classes": (logits.argmax(dim=-1).tolist(), labels.tolist()), **scores}
 

@@ -1,4 +1,4 @@
-"""Counts of examples of which a part was left out."""
+"""Counts of truncated, incomplete or empty examples."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 def count_cuts(
     examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
 ) -> list[str]:
-    """Describe each kind of cut, with its numbers of examples in all and by part.
+    """Describe each kind of cut with its number of examples, in total and by part.
 
     Args:
         examples: Encoded examples.
-        parts: Numbers of the examples in use, by a name such as ``training``. An example that
-            several clients hold counts once.
+        parts: Indices of the examples in use, by part, such as ``training``. An example of several
+            clients counts once.
         name: Noun for the examples.
     """
     held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
@@ -42,6 +42,6 @@ def count_cuts(
 def warn_of_cuts(
     examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
 ) -> None:
-    """Log what ``count_cuts`` returns as warnings."""
+    """Log each line of ``count_cuts`` as a warning."""
     for line in count_cuts(examples, parts, name):
         logger.warning("%s", line)

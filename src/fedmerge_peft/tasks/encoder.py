@@ -54,7 +54,7 @@ def loading_code(auto: str, problem_type: str | None = None) -> str:
 class EncoderTask(Task):
     """Task on tokens, truncated to the model's limit, with a new head for the task's labels.
 
-    Special tokens that are written in a text, such as ``</s>``, are characters like all others.
+    Special tokens that are written in a text, such as ``</s>``, are read as characters.
 
     Args:
         recipe: Columns, labels, length and metrics.
@@ -88,7 +88,7 @@ class EncoderTask(Task):
             )
         self._vocabulary: int | None = None
         self._columns = ["input_ids"]
-        # RoBERTa has one type of tokens, but its tokenizers may return two.
+        # RoBERTa has one token type, but its tokenizers may return two.
         self._types = getattr(config, "type_vocab_size", None)
         if (self._types or 0) > 1 and self._returns_types:
             self._columns.append("token_type_ids")
@@ -110,7 +110,7 @@ class EncoderTask(Task):
     @classmethod
     @abstractmethod
     def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the type of each column that is not text, and a valid value."""
+        """Return the feature type and a valid value of each column that is not text."""
 
     @classmethod
     def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
@@ -128,9 +128,10 @@ class EncoderTask(Task):
         return {"tokenizer": tokenizer}
 
     def match_inputs(self, model: Any) -> None:
-        """Check the tokenizer against the model, and find out if the model reads token types.
+        """Check the tokenizer against the model, and test if the model reads token types.
 
-        Some models take them for words (GPT-2), so types that are all 0 must not change the output.
+        Some models embed them as words (GPT-2). Types that are all 0 must therefore not change the
+        output. The test is omitted if the configuration states the number of types.
         """
         reads_end = bool(getattr(model.config, "is_encoder_decoder", False))
         self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=reads_end)
@@ -158,7 +159,7 @@ class EncoderTask(Task):
             offsets: Return ``offset_mapping``, too: begin and end of each token in its text.
 
         Raises:
-            DataError: The tokenizer fails on a text, or takes a part of it for a special token.
+            DataError: The tokenizer fails on a text, or reads a part of it as a special token.
         """
         options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
         rows, long = truncated(self.processor, *texts, max_length=self.max_length, **options)

@@ -1,8 +1,9 @@
-"""Metrics of tag sequences, computed by seqeval as by CoNLL's evaluation script.
+"""Metrics of tag sequences, computed by seqeval like CoNLL's evaluation script.
 
-An entity is a maximal run of tags of one type. In IOB2, B-X begins an entity, and I-X continues one
-or begins one after another tag. In BIOES, E-X ends an entity, and S-X is a whole one. An entity is
-right if its type and both borders are. Scores without expected and predicted entities are ``nan``.
+An entity is a maximal run of tags of one type. In IOB2, B-X begins an entity. I-X continues an
+entity of type X, or begins one if no such entity precedes it. In BIOES, E-X ends an entity, and S-X
+is an entity of one word. An entity is right if its type and both borders are right. F1, precision
+and recall are ``nan`` if there are neither expected nor predicted entities.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def is_entity_tag(tag: str) -> bool:
 
 
 def continues_nothing(tags: Sequence[str]) -> bool:
-    """Return True if I-X or E-X does not follow B-X or I-X."""
+    """Return True if any I-X or E-X does not follow B-X or I-X."""
     begun = ("O", *tags)
     return any(
         tag[:2] in ("I-", "E-") and before not in (f"B-{tag[2:]}", f"I-{tag[2:]}")

@@ -1,4 +1,4 @@
-"""Generation of text with a recipe's settings, regardless of those that models come with."""
+"""Text generation with a recipe's settings, independent of a model's generation config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def generation_options(settings: GenerationSettings) -> dict[str, Any]:
     """Return the values of ``GenerationConfig`` that a recipe sets.
 
-    The others are neutral, so that a model's ``generation_config.json`` has no effect.
+    Other values are neutral, so that a model's ``generation_config.json`` has no effect.
     """
     stop = {"stop_strings": settings.stop_strings} if settings.stop_strings else {}
     return {
@@ -28,7 +28,7 @@ def generation_options(settings: GenerationSettings) -> dict[str, Any]:
         "do_sample": settings.do_sample,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "top_k": 0 if settings.do_sample else 50,  # transformers warns of others without sampling
+        "top_k": 0 if settings.do_sample else 50,  # without sampling, others cause a warning
         "num_beams": 1,
         "repetition_penalty": 1.0,
         **stop,
@@ -37,14 +37,14 @@ def generation_options(settings: GenerationSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """Completions of tokenized prompts."""
+    """Generator of completions for tokenized prompts."""
 
     tokenizer: Any
     pad: int
     """Padding id."""
     settings: GenerationSettings
     keeps_prompt: bool = True
-    """True if the model's output begins with the prompt, False if it has the start token only."""
+    """True if the output begins with the prompt; False if it begins with only the start token."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further values of ``GenerationConfig``."""
 
@@ -55,10 +55,10 @@ class TextGenerator:
             model: Model in evaluation mode.
             prompts: ``input_ids`` and ``attention_mask``, ``(batch, longest)``, on the model's
                 device.
-            seed: Numbers from which the random choices of sampling are derived.
+            seed: Numbers from which the seed of sampling is derived.
 
         Returns:
-            Completions without stop strings and surrounding whitespace.
+            Completions without special tokens, stop strings and surrounding whitespace.
 
         Raises:
             BackboneError: The model does not generate text.
@@ -74,7 +74,7 @@ class TextGenerator:
         return [self._before_stop(text).strip() for text in texts]
 
     def stream(self, model: Any, prompt: Batch, on_text: Callable[[str], None]) -> str:
-        """Complete one prompt, and pass on its text while it is generated.
+        """Complete one prompt, and pass the text to ``on_text`` while it is generated.
 
         Sampling uses torch's current random state.
 
@@ -123,7 +123,7 @@ class TextGenerator:
         )
 
     def _before_stop(self, text: str) -> str:
-        """Return the text before the first stop string."""
+        """Return the text before the first stop string, or all of it without one."""
         places = (text.find(stop) for stop in self.settings.stop_strings)
         return text[: min((place for place in places if place >= 0), default=None)]
 
@@ -131,8 +131,8 @@ class TextGenerator:
 class _Stream:
     """Streamer of ``model.generate`` that passes on text as soon as it can no longer change.
 
-    Text that may be the beginning of a stop string, whitespace that may be the last, and incomplete
-    characters are held back.
+    It holds back text that may begin a stop string, whitespace that may be trailing, and incomplete
+    characters.
     """
 
     def __init__(self, generator: TextGenerator, on_text: Callable[[str], None]) -> None:
@@ -141,7 +141,7 @@ class _Stream:
         self.text = ""
 
     def put(self, ids: Tensor) -> None:
-        """Take the prompt, then each generated token."""
+        """Skip the prompt (first call); add a generated token, and pass on finished text."""
         if self._ids is None:
             self._ids = []
             return
@@ -151,7 +151,7 @@ class _Stream:
         self._pass_on(text[: len(text) - longest + 1].rstrip().rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def end(self) -> None:
-        """Pass on what was held back."""
+        """Pass on the text that was held back."""
         self._pass_on(self._decoded())
 
     def _decoded(self) -> str:
@@ -167,7 +167,7 @@ class _Stream:
 
 
 def end_tokens(tokenizer: Any, model: Any) -> list[int]:
-    """Return the end tokens of the tokenizer and the model, such as the end of a turn.
+    """Return the ids of the tokenizer's and the model's end tokens, such as the end of a turn.
 
     Raises:
         BackboneError: The model does not generate text.

@@ -7,4 +7,4 @@ from fedmerge_peft.tasks.images import ImageTask
 
 
 class ImageClassificationTask(Classification, ImageTask):
-    """Classification of images; ``MediaTask`` has the arguments."""
+    """Classification of images; see ``MediaTask`` for the arguments."""

@@ -10,7 +10,7 @@ from fedmerge_peft.tasks.regression import PROBLEM_TYPE, Regression
 
 
 class ImageRegressionTask(Regression, ImageTask):
-    """Numbers from images; ``MediaTask`` has the arguments."""
+    """Prediction of numbers from images; see ``MediaTask`` for the arguments."""
 
     loading_code: ClassVar[str] = loading_code(
         ImageTask.auto_model, ImageTask.auto_processor, ', backend="pil"', PROBLEM_TYPE

@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBES = ((48, 64), (64, 48), (56, 40))
-"""Heights and widths of images that try a model."""
+"""Heights and widths of the images of ``probe``, in pixels."""
 _WHITE = 255
 _LARGEST = 50
-"""Largest absolute value of scaled and normalized pixels, with a wide margin."""
+"""Limit of the absolute value of scaled and normalized pixels, with a wide margin."""
 _PIXELS, _TABLES = "pixel_values", "pixel_tables"
 
 
 class ImageTask(MediaTask):
-    """Labels of images of any mode and size.
+    """Base of tasks that predict labels of images of any mode and size.
 
-    Images are decoded, converted to RGB and processed by the model's own image processor once.
-    Pixels are stored as 3 · height · width bytes if these restore them exactly (``PixelCode``).
-    ``MediaTask`` has the arguments.
+    Images are converted to RGB and processed by the model's own image processor once. Pixels are
+    stored as 3 · height · width bytes if these bytes restore them exactly (``PixelCode``). For the
+    arguments, see ``MediaTask``.
     """
 
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
@@ -73,7 +73,7 @@ class ImageTask(MediaTask):
     def probe(self) -> Examples | None:
         """Return three processed images; None if the processor keeps the sizes of images.
 
-        A warning names pixels that are not scaled.
+        Log a warning if the processor does not scale pixels.
 
         Raises:
             BackboneError: The image processor fails on an image.
@@ -109,11 +109,11 @@ class ImageTask(MediaTask):
         return Examples({**columns, "labels": labels})
 
     def encode(self, table: Dataset) -> Examples:
-        """Decode every image, and run the image processor on it alone.
+        """Decode all images, and run the image processor on each one separately.
 
         Raises:
-            DataError: An image is missing, cannot be decoded or processed, or its value of white is
-                unknown. The message names the row.
+            DataError: An image is missing or cannot be decoded or processed, or its value of white
+                is unknown. The message names the row.
             BackboneError: The image processor does not bring all images to one size.
         """
         labels = self.targets(self.recipe, table, self.labels)
@@ -155,7 +155,7 @@ class ImageTask(MediaTask):
             return outputs
 
     def _outputs(self, image: Image) -> dict[str, Tensor]:
-        """Return the image processor's output on one image, without the axis of the batch."""
+        """Return the image processor's output for one image, without the batch axis."""
         outputs = {}
         for name, values in self.processor([image], return_tensors="np").items():
             tensor = torch.from_numpy(np.array(values[0]))
@@ -165,7 +165,7 @@ class ImageTask(MediaTask):
 
     @cached_property
     def _pixel_code(self) -> PixelCode:
-        """Code of the processor's pixels, from its output on a black and a white image."""
+        """Byte code of processed pixels, derived from a black and a white image."""
         from PIL.Image import new
 
         black, white = (self._outputs(new("RGB", (64, 64), name)) for name in ("black", "white"))

@@ -1,4 +1,4 @@
-"""Class weights and the focal loss, for labels that are not equally frequent."""
+"""Class weights and the focal loss, for imbalanced labels."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 class WeightedClasses(Task):
-    """Base of tasks whose loss terms, -log p, have one class each."""
+    """Base of tasks with class weights and the focal loss, for loss terms -log p."""
 
     names_classes: ClassVar[bool] = True
     recipe: Any
 
     @abstractmethod
     def term_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute -log p of each term, of the shape of the labels; 0 for terms without a label.
+        """Compute -log p of each term, in the shape of the labels; 0 for terms without a label.
 
         Arguments are those of ``losses``.
         """
 
     def term_weights(self, labels: Tensor, class_weights: Tensor) -> Tensor:
-        """Return the weight of each term, of the shape of the labels; 0 for those without a label.
+        """Return the weight of each term, in the shape of the labels; 0 for terms without a label.
 
         Arguments are those of ``training_losses``.
         """
@@ -43,8 +43,8 @@ class WeightedClasses(Task):
     def balanced_weights(self, labels: Sequence[Tensor]) -> Tensor:
         """Compute w_c = n / (C · n_c), so that all classes have the same sum of weights.
 
-        n_c is the number of terms of class c, n that of all terms, and C the number of classes with
-        n_c > 0. These are scikit-learn's. The others have the weight 1.
+        n_c is the number of terms of class c, n the number of all terms, and C the number of
+        classes with n_c > 0. Classes with n_c = 0 have the weight 1. The formula is scikit-learn's.
 
         Args:
             labels: Labels of a client's training examples.
@@ -81,7 +81,7 @@ class WeightedClasses(Task):
 
 
 def focal(losses: Tensor, gamma: float) -> Tensor:
-    """Compute (1 - p)^γ · -log p of losses -log p (Lin et al., ICCV 2017)."""
+    """Compute (1 - p)^γ · -log p from losses -log p (Lin et al., ICCV 2017)."""
     if not gamma:
         return losses
     # For γ < 1 the slope of the power is infinite at p = 1.

@@ -1,7 +1,8 @@
 """Models that a Python program passes, with their tokenizer or image processor.
 
-A recipe names such a model by its fingerprint, ``backbone.model: memory:DIGEST``. The process keeps
-the objects for as long as the program does. They are never changed: runs train on copies.
+A recipe names such a model by its fingerprint, ``backbone.model: memory:DIGEST``. This module has
+only weak references, so the program must keep the ``PassedModel``. Runs train on copies and never
+change the objects.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.util.digest import digest
 
 IN_MEMORY = "memory"
-"""Value of ``backbone.model``, up to a colon, for a model that a Python program passes."""
+"""Prefix of ``backbone.model``, before a colon, for a model that a Python program passes."""
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Entries of a configuration that do not change what a model computes."""
 _SETTINGS = ("padding_side", "truncation_side", "model_max_length", "chat_template")
@@ -33,14 +34,15 @@ _STEPS = ("normalizer", "pre_tokenizer", "model", "post_processor")
 class PassedModel:
     """A model and its tokenizer or image processor, as a Python program passed them last.
 
-    A fingerprint cannot show everything that a forward pass depends on, such as the values that a
-    function has captured. The objects that were passed last therefore replace those before them.
+    A fingerprint does not cover everything that a forward pass depends on, such as the variables
+    that a function has captured. The objects that were passed last therefore replace earlier ones
+    with the same fingerprint.
     """
 
     model: nn.Module
     processor: Any
     name: str
-    """``memory:`` and the model's fingerprint."""
+    """``memory:`` and the fingerprint of the model and its processor."""
 
     def check_unchanged(self) -> None:
         """Raise ``BackboneError`` if the model has changed since it was passed."""
@@ -57,7 +59,7 @@ _PASSED: WeakValueDictionary[str, PassedModel] = WeakValueDictionary()
 def take_model(
     model: nn.Module | None, tokenizer: Any = None, processor: Any = None
 ) -> PassedModel | None:
-    """Return a model with its tokenizer or image processor; None if no model is passed.
+    """Check and register a model with its processor; return None if no model is passed.
 
     Args:
         model: A model of transformers, or any module whose ``forward(**batch)`` returns an object
@@ -67,8 +69,9 @@ def take_model(
             tensor ``(channels, height, width)``.
 
     Raises:
-        BackboneError: The model is not a module, is compiled, holds a PEFT adapter or has no
-            weights in memory; neither or both of tokenizer and processor are passed.
+        BackboneError: The model is not a module, is compiled, contains a PEFT adapter or has no
+            weights in memory; neither or both of tokenizer and processor are passed; one of these
+            is passed without a model.
     """
     given = [part for part in (tokenizer, processor) if part is not None]
     if model is None:
@@ -106,15 +109,15 @@ def is_passed(name: str) -> bool:
 
 
 def is_here(name: str) -> bool:
-    """Return True if the program holds the model of this name."""
+    """Return True if the model of this name is in memory."""
     return name in _PASSED
 
 
 def passed_model(name: str) -> PassedModel | None:
-    """Return the model in memory that ``backbone.model`` names; None if it names another one.
+    """Return the model that ``memory:DIGEST`` names; None for a folder or a hub id.
 
     Raises:
-        BackboneError: The program does not hold the model (any more).
+        BackboneError: The model is not, or no longer, in memory.
     """
     if not is_passed(name):
         return None
@@ -129,7 +132,7 @@ def passed_model(name: str) -> PassedModel | None:
 
 
 def passed_processor(name: str) -> Any:
-    """Return a copy of the processor of a model in memory; None for any other model."""
+    """Return a copy of the processor of a model in memory; None for a folder or a hub id."""
     passed = passed_model(name)
     if passed is None:
         return None
@@ -139,7 +142,7 @@ def passed_processor(name: str) -> Any:
 
 
 class ImageFunction:
-    """A function from a PIL image to ``(channels, height, width)``, as an image processor."""
+    """Image processor that calls a function from a PIL image to ``(channels, height, width)``."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
@@ -187,7 +190,8 @@ def _parts(model: nn.Module, processor: Any) -> Iterator[Tensor | str]:
 def behavior(module: nn.Module) -> list[str]:
     """Describe a module's computation apart from its weights, as texts.
 
-    These are its hooks, the settings of torch's own layers, and the source of other forward passes.
+    The texts are the settings of a layer of torch, the source of a forward pass that is neither
+    torch's nor transformers', and the source of attached functions.
     """
     library = type(module).__module__.partition(".")[0]
     settings = [module.extra_repr()] if library == "torch" else []
@@ -196,9 +200,9 @@ def behavior(module: nn.Module) -> list[str]:
 
 
 def attached(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return the functions that a program has attached to one module: hooks, and another forward.
+    """Return the functions that a program has attached to one module: hooks and a new ``forward``.
 
-    Those by which accelerate places the weights on devices do not count.
+    The list is empty for a module that accelerate places on devices (``_hf_hook``).
     """
     if hasattr(module, "_hf_hook"):
         return []
@@ -211,7 +215,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """Return the source of a function; without any, its name or that of its type."""
+    """Return the source of a function; if there is none, its name or the name of its type."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
@@ -219,7 +223,7 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 def _description(processor: Any) -> str:
-    """Return a tokenizer's tokens and settings, those of an image processor, or a source."""
+    """Return tokens and settings of a tokenizer, settings of a processor, or a source."""
     if hasattr(processor, "get_vocab"):
         tokens = sorted(processor.get_vocab().items())
         settings = [str(getattr(processor, name, None)) for name in _SETTINGS]

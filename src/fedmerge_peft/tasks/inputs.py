@@ -1,4 +1,4 @@
-"""Refusal of inputs that a task cannot predict."""
+"""Rejection of inputs that a task cannot predict."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from fedmerge_peft.util.text import shortened
 
 
 def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
-    """Raise ``DataError`` for the first of the inputs that a task does not accept."""
+    """Raise ``DataError`` for the first invalid input; return if there is none."""
     if invalid:
         raise DataError(f"an input must be {expected}, found {shortened(repr(invalid[0]), 200)}")

@@ -1,7 +1,7 @@
 """Metrics of sets of labels, computed by scikit-learn.
 
-Arguments are matrices of examples × labels. A label that no example has is left out of averages
-over labels, unless it is predicted. Scores of examples without any label are ``nan``.
+Arguments are matrices, ``(examples, labels)``. F1 is ``nan`` if no label is expected or predicted;
+average precision is ``nan`` if no label is expected.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def average_precision(
 
     Args:
         predicted: Probabilities.
-        expected: 0 or 1.
+        expected: 1 for the labels of an example, 0 for others.
     """
     from sklearn.metrics import average_precision_score
 

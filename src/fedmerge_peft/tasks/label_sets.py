@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 PROBLEM_TYPE = "multi_label_classification"
-"""Name of the loss in configurations of transformers; pipelines return sigmoids."""
+"""Name of the loss in transformers' configurations; pipelines then return sigmoids."""
 
 
 class LabelSets(WeightedClasses):
-    """Labels that are decided one by one, p = sigmoid(z)."""
+    """Base of tasks that predict each label independently, with p = sigmoid(z)."""
 
     names_classes: ClassVar[bool] = False
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
@@ -110,23 +110,23 @@ class LabelSets(WeightedClasses):
         )
 
     def term_weights(self, labels: Tensor, class_weights: Tensor) -> Tensor:
-        """Return the weight of a label in examples that have it, and 1 in the others."""
+        """Return the class weight of labels that an example has, and 1 for its other labels."""
         return torch.where(labels.to(class_weights.device) > 0, class_weights, 1.0)
 
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
         return self.count_terms(labels)  # as BCEWithLogitsLoss with pos_weight
 
     def balanced_weights(self, labels: Sequence[Tensor]) -> Tensor:
-        """Compute w_c = (n - n_c) / n_c for n examples, of which n_c have label c; 1 for 0 and n.
+        """Compute w_c = (n - n_c) / n_c, so that both values of a label have equal sums of weights.
 
-        With these weights, both values of a label have the same sum of weights.
+        n is the number of examples and n_c the number with label c. If n_c is 0 or n, w_c is 1.
         """
         n, counts = len(labels), torch.stack(list(labels)).sum(dim=0)
         known = (counts > 0) & (counts < n)
         return torch.where(known, (n - counts) / counts.clamp_min(1), 1.0)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the labels above the threshold and the true ones, and the probabilities."""
+        """Return predictions as 0 and 1, and as probabilities, each with the true labels."""
         expected = labels.long().tolist()
         return {
             "label_sets": (self._above(logits).long().tolist(), expected),
@@ -146,7 +146,7 @@ class LabelSets(WeightedClasses):
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the labels above the threshold, and the probability of each of them."""
+        """Return the labels with p ≥ threshold and their probabilities, for each example."""
         answers = []
         for scores, above in zip(logits.sigmoid().tolist(), self._above(logits), strict=True):
             places = torch.nonzero(above).flatten().tolist()
@@ -159,7 +159,7 @@ class LabelSets(WeightedClasses):
         return answers
 
     def _above(self, logits: Tensor) -> Tensor:
-        """Return a mask of the labels with p ≥ threshold, in terms of z."""
+        """Return a mask of the labels with p ≥ threshold, computed from z."""
         threshold = self.recipe.threshold
         return logits >= math.log(threshold) - math.log1p(-threshold)
 
@@ -170,7 +170,7 @@ def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
     reject_nulls(values, column)
     if is_text(values.type):
         with suppress(pa.ArrowInvalid):
-            values = values.cast(pa.bool_())  # True and 1 as pandas and spreadsheets write them
+            values = values.cast(pa.bool_())  # texts True and 1, from pandas and spreadsheets
     kind = values.type
     if len(values) and not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"task.labels: column {column!r} has the type {kind}, expected 0 and 1")

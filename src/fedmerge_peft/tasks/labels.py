@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANY_LABELS = 1_000
-"""Number of labels that data with any number of rows may have."""
+"""Number of labels that is always accepted. More labels require as many rows."""
 
 
 def blank_table(
     columns: Mapping[str, Any], rows: Sequence[Sequence[Any]], blanks: Mapping[str, tuple[Any, Any]]
 ) -> Dataset:
-    """Convert rows to a table with these feature types, and columns of one value each.
+    """Convert rows to a table, and add columns with a constant value.
 
     Args:
         columns: Feature types by column.
         rows: Values of the columns.
-        blanks: Feature type and value of further columns, which replace those of the same name.
+        blanks: Feature type and value of each added column. It replaces a column of its name.
     """
     from datasets import Dataset, Features
 
@@ -75,11 +75,12 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     Args:
         table: Training, validation and test rows of all clients.
         column: Label column.
-        num_labels: Number of labels in the recipe, or None.
+        num_labels: Number of labels in the recipe; None to infer it.
 
     Raises:
         DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
-            are more labels than ``num_labels``; ``num_labels`` exceeds 1,000 and the rows.
+            are more labels than ``num_labels``; there are no rows; the number of labels exceeds
+            both 1,000 and the number of rows.
     """
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
@@ -116,7 +117,7 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     """Convert labels to ids, int64 ``(rows,)``.
 
     Raises:
-        DataError: A label is not one of ``labels``. The message names row, value and column.
+        DataError: A label is not in ``labels``. The message names row, value and column.
     """
     values = _label_column(table, column)
     if not is_text(values.type):
@@ -203,7 +204,7 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
             "or a name: cast the column"
         )
     numbers = values.to_numpy()
-    if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would wrap
+    if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would overflow
         row = int(numbers.argmax())
         raise DataError(
             f"row {row} (of the rows in use): label {numbers[row]} in column {column!r} is too "
@@ -220,7 +221,7 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
 
 
 def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
-    """Create label names ``0`` to the largest id."""
+    """Create label names ``0`` to the largest id; warn of ids that do not occur."""
     row = int(ids.argmax())
     if num_labels is None and ids[row] >= max(MANY_LABELS, len(ids)):
         raise DataError(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ListColumn:
-    """Values of a column one after another, and their number in each row."""
+    """Values of a column of lists, concatenated, and their number in each row."""
 
     column: str
     key: str
@@ -38,12 +38,12 @@ class ListColumn:
     """Number of values in each row, ``(rows,)``."""
 
     def where(self, position: int) -> str:
-        """Return the row of a value, and the column, for error messages."""
+        """Return the row and the column of a value, for error messages."""
         row = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
         return f"row {row} (of the rows in use): column {self.column!r}"
 
     def rows(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Divide values, one for each in the column, by row."""
+        """Split a sequence with one entry per value of the column into rows."""
         ends = np.cumsum(self.lengths).tolist()
         return [
             list(values[end - size : end]) for end, size in zip(ends, self.lengths, strict=True)
@@ -105,7 +105,7 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
     the largest.
 
     Raises:
-        DataError: As ``read_lists``; or there are no labels, or negative ones.
+        DataError: As in ``read_lists``; there are no labels; one is empty, negative or too large.
     """
     lists = read_lists(table, column, key)
     if names := _class_names(table, column):
@@ -137,7 +137,7 @@ def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -
     Texts, and ids of a ``ClassLabel`` with other names, are looked up by name.
 
     Raises:
-        DataError: As ``read_lists``; or a label is not one of ``labels``.
+        DataError: As in ``read_lists``; or a label is not in ``labels``.
     """
     lists = read_lists(table, column, key)
     names = _class_names(table, column)
@@ -173,7 +173,7 @@ def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) 
 
 
 def reject_indicators(table: Dataset, column: str, key: str) -> None:
-    """Raise ``DataError`` if lists have a 0 or 1 for each label, not the ids of their labels."""
+    """Raise ``DataError`` if lists seem to have a 0 or 1 for each label instead of label ids."""
     lists = read_lists(table, column, key)
     if not len(lists.values) or is_text(lists.values.type) or _class_names(table, column):
         return
@@ -191,7 +191,7 @@ def _class_names(table: Dataset, column: str) -> list[str] | None:
 
 
 def _ids(lists: ListColumn, count: int | None) -> NDArray[np.int64]:
-    """Return ids from 0 to ``count`` - 1; raise ``DataError`` for others."""
+    """Return ids from 0 to ``count`` - 1 (None: no limit); raise ``DataError`` for others."""
     ids: NDArray[np.int64] = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
     wrong = ids < 0 if count is None else (ids < 0) | (ids >= count)
     if wrong.any():

@@ -1,4 +1,4 @@
-"""Base of tasks on files, images and audio, whose models have a head for labels."""
+"""Base of tasks on images or audio, with models that have a head for labels or numbers."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ processor = {processor}.from_pretrained({{processor}}{further})
 def loading_code(
     model: str, processor: str, further: str = "", problem_type: str | None = None
 ) -> str:
-    """Return ``Task.loading_code`` of a model with a processor of its inputs."""
+    """Return ``Task.loading_code`` of a model that needs a processor for its inputs."""
     problem = "" if problem_type is None else f'\n    problem_type="{problem_type}",'
     return _LOADING.format(model=model, processor=processor, further=further, problem=problem)
 
 
 class MediaTask(Task):
-    """Labels of images or sounds, which the model's own processor reads once.
+    """Prediction of labels or numbers from images or sounds.
+
+    The model's own processor converts each image or sound once.
 
     Args:
         recipe: Columns, labels and metrics.
@@ -59,10 +61,10 @@ class MediaTask(Task):
     auto_processor: ClassVar[str]
     """Transformers class that loads the processor."""
     processor_options: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of its ``from_pretrained``."""
+    """Arguments of the processor's ``from_pretrained``."""
     pipeline_argument: ClassVar[str]
     """Argument of ``transformers.pipeline`` for the processor."""
-    # PEFT's task types are for text models. Without one, the PEFT model accepts other inputs.
+    # PEFT's task types are for text models. Without a task type, PEFT models accept other inputs.
     peft_task_type: ClassVar[str | None] = None
 
     def __init__(
@@ -86,12 +88,15 @@ class MediaTask(Task):
     @classmethod
     @abstractmethod
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
-        """Return the names of the head's outputs. Raises ``DataError`` for unsuitable columns."""
+        """Return the names of the head's outputs.
+
+        Raises ``DataError`` if the columns do not match the recipe.
+        """
 
     @classmethod
     @abstractmethod
     def targets(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Tensor:
-        """Return the ``labels`` of all rows, ``(rows, ...)``.
+        """Return the tensor ``labels`` of all rows, ``(rows, ...)``.
 
         Raises ``DataError`` if the columns do not match the recipe.
         """
@@ -99,7 +104,7 @@ class MediaTask(Task):
     @classmethod
     @abstractmethod
     def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the type of each column with labels, and a valid value."""
+        """Return the feature type of each column with labels, and a valid value, by column."""
 
     @classmethod
     def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
@@ -112,10 +117,10 @@ class MediaTask(Task):
 
     @classmethod
     def load_processor(cls, backbone: BackboneRecipe, folder: str) -> Any:
-        """Return the model's processor, or the one that a Python program has passed with it.
+        """Return the processor that a Python program passed with the model, or load one.
 
         Raises:
-            BackboneError: It cannot be loaded.
+            BackboneError: The processor cannot be loaded.
         """
         import transformers
 

@@ -1,4 +1,4 @@
-"""Files of images and audio that the rows of a table name."""
+"""Reading of the image and audio files whose paths are in a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_file(path: str) -> bytes:
-    """Read a file. Raises ``ValueError`` if there is none at the path, such as for a URL."""
+    """Read a file. Raises ``ValueError`` if it cannot be read, or if the path is empty or a URL."""
     if not path:
         raise ValueError("there are neither bytes nor a path")
     if "://" in path:

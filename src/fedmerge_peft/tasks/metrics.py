@@ -39,8 +39,8 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 
     Returns:
         ``loss`` (mean in nats) and the metrics by name. Most metrics are fractions from 0 to 1;
-        correlations are from -1 to 1, perplexity is ``exp`` of the loss (``inf`` on overflow), and
-        errors of numbers have no limit. A value without examples is ``nan``.
+        correlations are from -1 to 1, perplexity is ``exp`` of the loss (``inf`` on overflow);
+        errors and reward margins are unbounded. A value without examples is ``nan``.
     """
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
@@ -59,16 +59,16 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 def own_scores(
     compute: ComputeMetrics, names: Iterable[str], predictions: Predictions
 ) -> dict[str, float]:
-    """Compute the metrics of a function that a Python program passes.
+    """Compute metrics with a function that a Python program passes.
 
     Args:
         compute: The function. Its arguments are texts if a metric of the task needs generated
             texts, else the first outputs of ``Task.predict``, such as class ids.
-        names: Metrics of the task, whose names it must not use.
+        names: Names of the task's metrics, which the function must not return.
         predictions: Outputs and references.
 
     Raises:
-        RecipeError: The result is not a dictionary of numbers by name.
+        RecipeError: The result is not a mapping from names to numbers, or a name is taken.
     """
     outputs = predictions.outputs
     result: Any = compute(*(outputs.get("texts") or next(iter(outputs.values()))))
@@ -85,7 +85,7 @@ def own_scores(
 
 
 def _compute(name: str, *arguments: Any) -> float:
-    """Call a metric's function. Raises ``PluginError`` that names a plugin's metric if it fails."""
+    """Call a metric's function. Raises ``PluginError`` if the function of a plugin fails."""
     entry = METRICS[name]
     with entry.named_in_errors("metric"):
         return float(entry.load()(*arguments))
@@ -104,7 +104,7 @@ def greater_score_is_better(name: str) -> bool:
 
 
 def is_fraction(score: str) -> bool:
-    """Return True if a score, such as ``test_accuracy``, is known to be from 0 to 1."""
+    """Return True if the range of a score, such as ``test_accuracy``, is 0 to 1."""
     name = score.partition("_")[2]
     return name in METRICS and METRICS[name].facts.get("range") == (0.0, 1.0)
 
@@ -112,7 +112,7 @@ def is_fraction(score: str) -> bool:
 def score_fault(
     scores: Mapping[str, float], metrics: Sequence[str], lowest_loss: float
 ) -> str | None:
-    """Return how scores from another machine differ from those of a task, or None.
+    """Return the first fault in scores from another machine; None if they match the task.
 
     Args:
         scores: Values by name, such as ``test_accuracy``.
@@ -186,7 +186,7 @@ def f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 
 def matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Compute the correlation of predicted and expected classes, from -1 to 1."""
+    """Compute the Matthews correlation of predicted and expected classes, from -1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
     if len(set(expected)) < 2 or len(set(predicted)) < 2:
@@ -214,8 +214,8 @@ def reward_margin(chosen: Sequence[float], rejected: Sequence[float]) -> float:
 def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
     """Compute the mean ROUGE-L F-measure (Lin 2004), without stemming.
 
-    ROUGE-L compares texts by their longest common subsequence of ``words``. Two texts without words
-    are compared as a whole.
+    ROUGE-L compares texts by their longest common subsequence of ``words``. Two texts without
+    words have the score 1 if they are equal, and 0 otherwise.
     """
     scorer = _rouge_scorer()
     return float(

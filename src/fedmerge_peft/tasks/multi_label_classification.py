@@ -11,13 +11,13 @@ from fedmerge_peft.tasks.texts import TextTask
 
 
 class MultiLabelClassificationTask(LabelSets, TextTask):
-    """Texts with any number of labels; ``EncoderTask`` has the arguments."""
+    """Texts with any number of labels. Arguments are those of ``EncoderTask``."""
 
     loading_code: ClassVar[str] = encoder.loading_code(TextTask.auto_model, PROBLEM_TYPE)
 
 
 class MultiLabelImageClassificationTask(LabelSets, ImageTask):
-    """Images with any number of labels; ``MediaTask`` has the arguments."""
+    """Images with any number of labels. Arguments are those of ``MediaTask``."""
 
     loading_code: ClassVar[str] = media.loading_code(
         ImageTask.auto_model, ImageTask.auto_processor, ', backend="pil"', PROBLEM_TYPE

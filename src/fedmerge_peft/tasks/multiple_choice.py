@@ -1,4 +1,4 @@
-"""Multiple choice: the right one of several texts that may follow a context."""
+"""Multiple choice: selection of the right text among several that may follow a context."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class MultipleChoiceTask(EncoderTask):
-    """Choice by one logit of each pair of context and choice; ``EncoderTask`` has the arguments.
+    """Multiple choice with one logit for each pair of a context and a choice.
 
-    In a batch, all rows have as many choices as the row with the most. The rest of them are single
-    tokens, which ``forward`` recognizes by their mask; their logits are the lowest number.
+    Arguments are those of ``EncoderTask``. In a batch, rows with fewer choices than the row with
+    the most are filled up. A filler is a single token, which ``forward`` recognizes by its mask;
+    its logit is the lowest number of the dtype.
     """
 
     auto_model: ClassVar[str] = "AutoModelForMultipleChoice"
@@ -49,7 +50,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     @classmethod
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
-        return []  # the head has one output, which is of no label
+        return []  # the head's only output does not belong to a label
 
     @classmethod
     def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
@@ -74,7 +75,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Dataset.from_list([{**given, recipe.label: 0} for given in inputs])
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize the context with each choice. ``Examples.cuts`` has truncated and empty ones.
+        """Tokenize the context with each choice.
+
+        ``Examples.cuts`` lists rows with truncated choices, equal choices, or an empty context.
 
         Raises:
             DataError: The columns do not match the recipe; the tokenizer fails on a text.
@@ -82,7 +85,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         contexts, choices, right = read_rows(table, self.recipe)
         tokens: dict[str, list[list[Any]]] = {name: [[] for _ in right] for name in self._columns}
         long: set[int] = set()
-        for place in range(max(map(len, choices), default=0)):  # so that errors name the row
+        # Each call has one choice of every row, so that errors name the row.
+        for place in range(max(map(len, choices), default=0)):
             own = [texts[place] if place < len(texts) else "" for texts in choices]
             encoded, truncated = self.tokenize([contexts, own])
             there = [row for row, texts in enumerate(choices) if place < len(texts)]
@@ -139,13 +143,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return {**batch, "labels": torch.stack(rows["labels"])}
 
     def forward(self, model: Any, inputs: Batch) -> Tensor:
-        """Return the logit of each choice, ``(batch, choices)``; the lowest number for none.
+        """Return the logit of each choice, ``(batch, choices)``; the lowest number for a filler.
 
-        Inputs ``(batch, length)`` have one choice each.
+        Inputs of the shape ``(batch, length)`` have one choice per row.
         """
         shaped = {name: rows if rows.ndim == 3 else rows[:, None] for name, rows in inputs.items()}
         absent = shaped["attention_mask"].sum(dim=-1) <= 1
-        read = {  # the first choice instead of none, because Longformer counts the separators
+        read = {  # fillers become the first choice, because Longformer counts the separators
             name: torch.where(absent[..., None], rows[:, :1], rows) for name, rows in shaped.items()
         }
         logits: Tensor = model(**read).logits
@@ -155,18 +159,18 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return [own[own != torch.finfo(own.dtype).min] for own in logits]
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of the choices ``(batch, choices)``, and 1, of each example."""
+        """Return each example's cross-entropy over the choices (nats), and ones, ``(batch,)``."""
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         return losses, torch.ones_like(losses)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the places of the most likely and the right choice of each example."""
+        """Return the indices of the most likely and the right choice of each example."""
         return {"classes": (logits.argmax(dim=-1).tolist(), labels.tolist())}
 
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the place of the most likely choice, its probability, and those of all choices."""
+        """Return the index and probability of the likeliest choice, and all probabilities."""
         counts = [len(examples.columns[SEQUENCES][index]) for index in indices]
         every = [own[:n].softmax(dim=0).tolist() for own, n in zip(logits, counts, strict=True)]
         return [{"choice": own.index(max(own)), "score": max(own), "scores": own} for own in every]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def split_batch(padding: Padding, examples: Examples, indices: NDArray[Any]) -> list[NDArray[Any]]:
-    """Split a batch into the parts that may share a pass of the model, in order."""
+    """Split a batch into parts, in order; the examples of a part may share a pass of the model."""
     if padding in ("right", "left"):
         return [indices]
     lengths = examples.lengths[indices] if padding == "none" else np.arange(len(indices))

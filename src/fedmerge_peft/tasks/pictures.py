@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 256
 
 _LONGEST_PATH = 300
-"""Characters of a path in messages. A longer one may be an image in base64."""
+"""Maximum number of characters of a path in messages. A longer path may be a base64 image."""
 
 
 def read_images(table: Dataset, column: str, white: float | None) -> Iterator[Image]:
@@ -34,7 +34,7 @@ def read_images(table: Dataset, column: str, white: float | None) -> Iterator[Im
         white: Value of white in images with more than 8 bits, as in ``as_rgb``.
 
     Raises:
-        DataError: An image is missing, cannot be decoded, or its value of white is unknown. The
+        DataError: An image is missing or cannot be decoded, or its value of white is unknown. The
             message names the row.
     """
     entries = table.select_columns([column]).with_format("arrow")
@@ -49,7 +49,7 @@ def _values(rows: Any, column: str) -> list[Any]:
     """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
 
     Raises:
-        DataError: The type is not one of images.
+        DataError: A column of this type does not contain images.
     """
     from datasets import Image
 
@@ -67,7 +67,7 @@ def _values(rows: Any, column: str) -> list[Any]:
 
 
 def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -> Image:
-    """Decode one value of an Arrow type to RGB."""
+    """Decode one value to an RGB image. Raises ``DataError`` that names the row if this fails."""
     from datasets import Image
 
     listed = isinstance(value, list)

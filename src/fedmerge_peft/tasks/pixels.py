@@ -1,4 +1,4 @@
-"""Pixels: conversion of images to 8-bit RGB, and exact storage of processed ones as bytes."""
+"""Conversion of images to 8-bit RGB, and exact storage of processed pixels as bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WHITE_8, _WHITE_12, _WHITE_16 = 255, 4095, 65535
 def as_rgb(image: Image, white: float | None = None) -> Image:
     """Convert an image of any Pillow mode to RGB.
 
-    Transparency is dropped, and gray is repeated. Images with more than 8 bits are scaled so that
-    ``white`` becomes 255.
+    Transparency is dropped, and gray is repeated in all three channels. Images with more than 8
+    bits are scaled so that ``white`` becomes 255.
 
     Args:
         image: Image.
-        white: Value of white in images with more than 8 bits. None for 65535 in 16-bit images.
+        white: Value of white in images with more than 8 bits. None to infer it (``array_image``).
 
     Raises:
         ValueError: The value of white is unknown, or a pixel exceeds it or is negative; Pillow
@@ -42,10 +42,12 @@ def array_image(values: NDArray[Any], white: float | None = None) -> Image:
 
     Args:
         values: ``(height, width)``, or ``(height, width, channels)`` with 1, 3 or 4 channels.
-        white: Value of white, as in ``as_rgb``. It is 255 in arrays of bytes.
+        white: Value of white; always 255 in uint8 arrays. None to infer it: 65535 if the largest
+            value is 0 or an integer from 4096 to 65535; 255 if it is an integer up to 255 and the
+            array has 3 or 4 channels.
 
     Raises:
-        ValueError: The shape is another one, or as ``as_rgb``.
+        ValueError: The shape is a different one, or a condition of ``as_rgb`` applies.
     """
     from PIL.Image import fromarray
 
@@ -69,7 +71,7 @@ def _to_bytes(values: NDArray[Any], white: float | None) -> NDArray[np.uint8]:
             white = _WHITE_16
         elif integers and values.ndim == 3 and high <= _WHITE_8:
             white = _WHITE_8
-        else:  # 12 bits are often stored in 16, in which they would be almost black
+        else:  # 12-bit values are often stored in 16 bits, and would be almost black
             raise ValueError(
                 f"its values are {values.dtype} from {low:g} to {high:g}, so the value of white is "
                 "not known; set task.white, such as 65535 for 16 bits, 4095 for 12, or 1.0"
@@ -83,14 +85,14 @@ def _to_bytes(values: NDArray[Any], white: float | None) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class PixelCode:
-    """Storage of processed pixels as bytes, in a quarter of the memory.
+    """Code that stores processed pixels as bytes, in a quarter of the memory.
 
-    A processor maps each byte of a channel to one number. These numbers lie evenly between those of
-    black and white, up to rounding. A table by channel and byte restores them exactly.
+    A processor maps each byte of a channel to one number. Up to rounding, these numbers are evenly
+    spaced between those of black and white. A table by channel and byte restores them exactly.
 
     Args:
         black: Pixel values of a black image, by channel, ``(channels,)`` float32.
-        white: Pixel values of a white image.
+        white: Pixel values of a white image, of the same shape.
     """
 
     black: Tensor
@@ -104,7 +106,8 @@ class PixelCode:
 
         Returns:
             uint8 codes of the same shape, and the pixel values by channel and code, ``(channels,
-            256)`` float32; the pixels and an empty table if codes would not restore them exactly.
+            256)`` float32. If codes would not restore the pixels exactly, the pixels themselves and
+            an empty table.
         """
         low, step = (
             values.view(-1, 1, 1) for values in (self.black, (self.white - self.black) / _WHITE_8)

@@ -1,4 +1,4 @@
-"""Outputs of a model and references, which metrics compare."""
+"""Outputs of a model, and the references with which metrics compare them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Compared = tuple[Sequence[Any], Sequence[Any]]
-"""Outputs and references, one pair per example or token."""
+"""Outputs and references: two sequences with one item per example or token."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Predictions:
     """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
 
     def add(self, compared: Mapping[str, Compared]) -> None:
-        """Append outputs and references of a batch, by kind."""
+        """Append the outputs and references of a batch to those of each kind."""
         for kind, (predicted, expected) in compared.items():
             known = self.outputs.setdefault(kind, ([], []))
             known[0].extend(predicted)

@@ -42,23 +42,23 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import BackboneRecipe
 
 _PASS = 4
-"""Examples in a pass of the reference."""
+"""Number of examples in a forward pass of the reference."""
 _SIDES = ("chosen", "rejected")
 
 
 class PreferenceTask(CausalLMTask):
     """Preference pairs: a prompt with a chosen and a rejected completion, as texts or messages.
 
-    A batch of n examples has 2n sequences, in which the two of an example are adjacent.
+    A batch of n examples has 2n sequences. The two sequences of an example are adjacent.
 
     Args:
-        recipe: Columns, lengths, β and metrics.
+        recipe: Columns, lengths, loss, β (λ for ORPO) and metrics.
         backbone: Location of the tokenizer.
         table: All rows of the federation.
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        FedMergeError: As ``CausalLMTask``.
+        FedMergeError: See ``CausalLMTask``.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PreferenceTask(CausalLMTask):
         )
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize both completions of every row behind the prompt.
+        """Tokenize the prompt of every row with each of its two completions.
 
         Arguments and errors are those of ``CausalLMTask.encode``.
         """
@@ -124,8 +124,9 @@ class PreferenceTask(CausalLMTask):
         """Return ``input_ids`` and ``attention_mask``, ``(2n, longest)``, and ``labels``.
 
         Returns:
-            ``labels`` is ``(n, 2, 1 + longest)`` float32: the reference's log-probability (nats),
-            then token ids, which float32 holds exactly; -100 marks positions without a loss.
+            ``labels`` is ``(n, 2, 1 + longest)`` float32: the reference's log-probability (nats; 0
+            without a reference), then token ids, which float32 represents exactly; -100 marks
+            positions without a loss.
         """
         columns = examples.columns
         pairs = {
@@ -155,13 +156,13 @@ class PreferenceTask(CausalLMTask):
 
     @torch.no_grad()
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add the reference's log-probabilities to the examples, ``(2,)`` each, if there is one.
+        """Add the reference's log-probabilities, ``(2,)`` per example, unless the loss is ORPO.
 
-        The reference is the model with its adapter off.
+        The reference is the model with its adapter disabled.
 
         Raises:
-            BackboneError: The outputs of the model depend on padding, which the two sequences of an
-                example need.
+            BackboneError: The outputs of the model depend on padding, which two sequences of
+                different lengths need.
         """
         if self.padding in ("none", "alone"):
             raise BackboneError(
@@ -183,13 +184,13 @@ class PreferenceTask(CausalLMTask):
                 labels = batch.pop("labels")
                 scores, _ = self._log_probabilities(self.forward(model, batch), labels)
                 reference[torch.from_numpy(rows)] = scores.float().cpu()
-        for parameter in model.parameters():  # PEFT makes all of an adapter trainable again
+        for parameter in model.parameters():  # PEFT makes the whole adapter trainable again
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         return replace(examples, columns={**examples.columns, "reference_scores": list(reference)})
 
-    # ---- logits to numbers -----------------------------------------------------------------------
+    # ---- losses and rewards from logits ----------------------------------------------------------
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss of each pair.
 
@@ -239,7 +240,7 @@ class PreferenceTask(CausalLMTask):
 
 
 def _log_odds(means: Tensor) -> Tensor:
-    """Return l − log(1 − exp l) for l < 0; for 0, the value at the largest number below it."""
+    """Return l − log(1 − exp l); l above −ε counts as −ε, with the machine epsilon ε."""
     below = means.clamp(max=-torch.finfo(means.dtype).eps)
     return below - torch.log(-torch.expm1(below))
 
@@ -252,10 +253,11 @@ def _token_ids(labels: Tensor) -> Tensor:
 def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset:
     """Return a table with the columns ``prompt`` and ``completion``, the chosen or rejected one.
 
-    Without a prompt, chats begin with the messages that both completions have in common.
+    Without a column of prompts, the prompt of two chats is the messages with which both begin.
 
     Raises:
-        DataError: A column does not exist or has nulls, or completions of text have no prompt.
+        DataError: A column does not exist or has nulls, completions of text have no prompt, or two
+            chats are invalid, begin with different messages, or have none after the shared ones.
     """
     columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
     for key, column in columns.items():

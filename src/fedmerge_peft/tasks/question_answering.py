@@ -44,9 +44,9 @@ DEFAULT_LENGTH = 384
 class QuestionAnsweringTask(Task):
     """Prediction of the first and the last token of an answer in a context.
 
-    An example is a row: its context is one window, or several that overlap. In a batch, all rows
-    have as many windows as the row with the most; the rest of them have no loss. Padding has no
-    probability, so an example's loss does not depend on its batch.
+    An example is a row of the table. Its context is divided into one or more overlapping windows.
+    In a batch, rows with fewer windows than the row with the most are filled up with windows that
+    have no loss. Padding has no probability, so an example's loss does not depend on its batch.
 
     Args:
         recipe: Columns, lengths and metrics.
@@ -132,7 +132,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row into windows. ``Examples.cuts`` has long and unanswered ones.
+        """Tokenize every row into windows.
+
+        ``Examples.cuts`` lists rows with a cut question, several windows, an answer that no window
+        contains, or an empty context.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; an answer is not in its
@@ -179,7 +182,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
 
     def show(self, table: Dataset) -> list[ShownExample]:
-        """Return the windows of each row; the answer of a window without one is its first token."""
+        """Return each row's windows. A window without an answer shows the token for no answer."""
         columns = self.encode(table).columns
         shown = []
         for ids, lengths, labels in zip(
@@ -219,7 +222,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         Returns:
             ``input_ids``, ``attention_mask`` and, if the model has token types, ``token_type_ids``,
             ``(batch · windows, longest)``, and ``labels`` ``(batch, windows, 2)``: first and last
-            token of the answer; -100 in windows that fill up a row.
+            token of the answer; -100 in filler windows.
         """
         rows = {
             name: [values[index] for index in indices] for name, values in examples.columns.items()
@@ -232,7 +235,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def forward(self, model: Any, inputs: Batch) -> Tensor:
         """Return logits of the first and the last token, ``(batch · windows, 2, longest)``.
 
-        Padding has the lowest number.
+        The logits of padding are the lowest number of the dtype.
         """
         output = model(**inputs)
         logits = torch.stack([output.start_logits, output.end_logits], dim=1)
@@ -246,7 +249,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return [own.movedim(1, 0)[:, mask] for own, mask in by_row]
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the mean of both cross-entropies over the windows of an example.
+        """Sum, over an example's windows, the mean cross-entropy of the first and the last token.
 
         Args:
             logits: ``(batch · windows, 2, length)``.
@@ -264,7 +267,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return int((labels[..., 0] != IGNORED).sum())
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return nothing: answers need the texts (``outputs``)."""
+        """Return an empty mapping, because answers need the texts (``outputs``)."""
         return {}
 
     def outputs(
@@ -280,8 +283,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Return the best answer of each context, with its place and probability in its window.
 
         The answer has the largest sum of both logits among all spans of at most
-        ``task.max_answer_length`` tokens. With ``task.no_answer``, it is empty if the sum of the
-        logits of no answer is larger, in the window where it is least.
+        ``task.max_answer_length`` tokens. With ``task.no_answer``, the answer is empty if the sum
+        of the logits of no answer, in the window where that is lowest, is larger.
         """
         rows = logits.float().cpu().view(len(indices), -1, *logits.shape[1:])
         return [

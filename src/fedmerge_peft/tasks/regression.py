@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FAR = 20.0
-"""Largest absolute value of targets that a new head, whose outputs start near 0, learns well."""
+"""Largest absolute target without a warning. The outputs of a new head start near 0."""
 
 _LARGEST = 1e12
-"""Largest absolute value of targets: a sum of 1,000,000 of their squared errors is a valid loss."""
+"""Largest accepted absolute target. A sum of 1,000,000 such squared errors is a valid loss."""
 
 PROBLEM_TYPE = "regression"
-"""Name of the loss in configurations of transformers; pipelines return the output."""
+"""Name of the loss in configurations of transformers; pipelines then return the raw output."""
 
 
 class Regression(Task):
@@ -52,7 +52,10 @@ class Regression(Task):
 
     @classmethod
     def targets(cls, recipe: RegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
-        """Return the numbers of a column. Of a ``ClassLabel``, such as folders, they are names."""
+        """Return the targets of all rows, ``(rows,)``. A ``ClassLabel`` has them as names.
+
+        Raises ``DataError`` for missing, non-numeric, non-finite or too large values.
+        """
         values = read_column(table, recipe.target, "task.target")
         reject_nulls(values, recipe.target)
         if names := getattr(table.features[recipe.target], "names", None):
@@ -125,12 +128,12 @@ class Regression(Task):
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the predicted number of each example, as transformers' pipeline does."""
+        """Return the predicted number of each example in the form of a transformers pipeline."""
         return [{"label": self.labels[0], "score": value} for value in logits[:, 0].tolist()]
 
 
 def _numbers(texts: Any, column: str) -> Any:
-    """Convert numbers that are written as text, such as 0.50, to float64."""
+    """Convert texts, such as 0.50, to float64. Raises ``DataError`` if one is not a number."""
     try:
         return pc.utf8_trim_whitespace(texts).cast(pa.float64())
     except pa.ArrowInvalid:

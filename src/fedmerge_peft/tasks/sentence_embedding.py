@@ -1,4 +1,4 @@
-"""Sentence embeddings: texts whose vectors are near those of their counterparts."""
+"""Sentence embeddings: vectors of texts, trained to be near the vectors of related texts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SentenceEmbeddingTask(Task):
     """Embedding of texts by mean pooling, with a contrastive loss on pairs or triplets.
 
     The vectors of an anchor and its positive are compared with those of the other texts in the
-    client's batch. Only clients' own texts are negatives, also if several share a pass.
+    client's batch. Texts of other clients are never negatives, even in a shared forward pass.
 
     Args:
         recipe: Columns, length, scale and metrics.
@@ -57,7 +57,7 @@ class SentenceEmbeddingTask(Task):
     peft_task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
     pipeline: ClassVar[str] = "feature-extraction"
     in_batch: ClassVar[bool] = True
-    mixes: ClassVar[bool] = False  # each model has a space of vectors of its own
+    mixes: ClassVar[bool] = False  # each model has its own vector space
     paddings: ClassVar[Sequence[Padding]] = ("right",)
     loading_code: ClassVar[str] = """{imports}from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
@@ -112,10 +112,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return {"tokenizer": tokenizer, "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row. Labels number the distinct texts of the table.
+        """Tokenize every row.
+
+        The labels of a row are numbers of its texts. Equal texts of the table have equal numbers.
 
         Raises:
-            DataError: A column does not exist, has nulls, or is not text; a text has no tokens.
+            DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
+                tokens that the model does not have.
         """
         columns, long, empty = [], set(), set()
         tokens: list[list[list[int]]] = []
@@ -174,8 +177,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Pad and stack the texts of examples.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, ``(batch · texts, longest)``, and ``labels``,
-            the number of each text, ``(batch, texts)``.
+            ``input_ids`` and ``attention_mask``, ``(batch · texts, longest)``, and ``labels``
+            ``(batch, texts)``: the number of each text.
         """
         columns = examples.columns
         texts = [
@@ -198,14 +201,15 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute ``-log softmax_c(s · cos(a, c))[positive]`` of each example in float32.
 
-        The candidates c of an anchor a are the positives and negatives of the batch, each distinct
-        text once. Texts that equal the anchor, and positives of the same anchor or the same text as
-        its own, are not negatives. This is InfoNCE (van den Oord 2018), and the
-        MultipleNegativesRankingLoss of sentence-transformers for batches without repeated texts.
+        The candidates c of an anchor a are its positive, as the target, and the other positives and
+        all negatives of the batch, each distinct text once. Texts that equal the anchor or any of
+        its positives in the batch are not candidates besides the target. This is InfoNCE (van den
+        Oord 2018). Without repeated texts, it equals sentence-transformers'
+        MultipleNegativesRankingLoss.
 
         Args:
             logits: Vectors, ``(batch · texts, width)``.
-            labels: Numbers of the texts, ``(batch, texts)``: anchor, positive and, of triplets,
+            labels: Numbers of the texts, ``(batch, texts)``: anchor, positive and, for triplets,
                 negative.
 
         Returns:
@@ -232,7 +236,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return len(labels)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return unit vectors of anchors, and numbers and unit vectors of all texts of a row."""
+        """Return unit vectors of the anchors, and numbers and unit vectors of each row's texts."""
         units = functional.normalize(logits.float(), dim=-1).view(*labels.shape, -1).cpu().numpy()
         held = zip(labels.tolist(), units, strict=True)
         return {"vectors": ([*units[:, 0]], [(numbers, vectors) for numbers, vectors in held])}

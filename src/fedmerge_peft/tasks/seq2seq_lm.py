@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 class Seq2SeqLMTask(TextGeneration):
     """Prediction of a target from a source, by models with an encoder and a decoder.
 
-    The model itself shifts the labels to the right, to get the inputs of its decoder.
+    The model itself creates the inputs of its decoder: it shifts the labels to the right.
 
     Args:
         recipe: Columns, prefix, lengths and metrics.
@@ -56,7 +56,7 @@ class Seq2SeqLMTask(TextGeneration):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: A length exceeds the model's limit, or the tokenizer has no languages.
+        DataError: A length exceeds the model's limit, or the tokenizer lacks a language.
         BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 
@@ -127,11 +127,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Dataset.from_dict({recipe.source: inputs, recipe.target: inputs})
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize sources, with the prefix, and targets. ``Examples.cuts`` has truncated ones.
+        """Tokenize sources, with the prefix, and targets.
+
+        ``Examples.cuts`` lists rows with truncated or empty texts.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
-                the tokenizer takes a part of it for a special token.
+                tokens that the model does not have; the tokenizer reads a part of a text as a
+                special token.
         """
         targets = read_texts(table, self.recipe.target, "task.target")
         examples = self.encode_prompts(read_texts(table, self.recipe.source, "task.source"))
@@ -152,7 +155,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
-        """Tokenize sources, with the prefix. Raises ``DataError`` as ``encode``."""
+        """Tokenize sources, with the prefix. Raises ``DataError`` for unsuitable sources."""
         reject_inputs([prompt for prompt in prompts if not isinstance(prompt, str)], "a text")
         texts = [self.recipe.prefix + text for text in prompts]
         tokens, long = truncated(self.processor, texts, max_length=self.max_source)
@@ -188,7 +191,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Check the tokenizer against the model, and set the decoder's start token.
 
         Raises:
-            BackboneError: They do not match, or the model has no start token.
+            BackboneError: Tokenizer and model do not match, or there is no start token.
         """
         self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=True)
         if model.config.decoder_start_token_id is None and self.recipe.target_language is not None:
@@ -230,7 +233,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def forward(self, model: Any, inputs: Batch) -> Tensor:
         """Return the logits of each target token, ``(batch, longest target, vocabulary)``.
 
-        The model shifts the labels itself. Its mean loss is not used.
+        The model itself shifts the labels. The mean loss that it returns is not used.
         """
         sources = {name: value for name, value in inputs.items() if name != "decoder_labels"}
         logits: Tensor = model(**sources, labels=inputs["decoder_labels"]).logits
@@ -259,7 +262,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return token_losses(logits, labels)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the most likely token and the label at each position of a target, if needed."""
+        """Return the most likely token and the label at each target position.
+
+        Return an empty mapping if ``accuracy`` is not one of the metrics.
+        """
         if "accuracy" not in self.metrics:
             return {}
         return likely_tokens(logits, labels)

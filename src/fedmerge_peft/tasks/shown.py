@@ -1,4 +1,4 @@
-"""Examples as a person reads them: their tokens, and which of them have a loss."""
+"""Tokenized examples in readable form, with the tokens that have a loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of an example that are treated alike."""
+    """Consecutive tokens of an example with the same role, loss and truncation."""
 
     role: str
     """Role of the message, or another name for this part of the example."""
@@ -31,14 +31,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """Row after tokenization and truncation."""
+    """Readable form of a row after tokenization and truncation."""
 
     segments: list[Segment]
     label: str | None = None
     """Label of the row, for tasks with labels."""
 
     def count(self, *, has_loss: bool | None = None, is_cut: bool = False) -> int:
-        """Count tokens, by default all that remain."""
+        """Count tokens. By default, these are all tokens that truncation keeps."""
         return sum(
             len(segment.tokens)
             for segment in self.segments
@@ -60,7 +60,7 @@ def split_into_segments(
         ids: Token ids, before truncation.
         roles: Role of each token.
         labeled: True for each token with a loss.
-        kept: Places of the tokens that truncation keeps. The first of them has no loss.
+        kept: Indices of the tokens that truncation keeps. The first kept token has no loss.
     """
     remaining = set(kept)
 

@@ -1,4 +1,4 @@
-"""Sound as arrays of samples: WAV files and arrays, decoded without further packages."""
+"""Reading of sounds as samples, from WAV files and arrays."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Samples = NDArray[np.float32]
-"""One channel, ``(n,)``, from -1 to 1."""
+"""Samples of one channel, ``(n,)``, from -1 to 1."""
 _LOUDEST = 32.0
-"""Largest sample of fractions. Recordings may exceed 1 a little; integers exceed it by far."""
+"""Largest accepted sample. Recordings may slightly exceed 1; unscaled integers far exceed it."""
 _STREAMED = 2**31 - 2**16
-"""Least length in the headers of WAV files whose length was not known when they were begun."""
+"""Lengths in WAV headers from this one on are placeholders, because the file was streamed."""
 _SHORTEST = 0.05
-"""Least length in seconds; convolutions of models with fewer samples have no output."""
+"""Shortest accepted sound in seconds. Models have no output for fewer samples."""
 
 
 def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
@@ -37,11 +37,11 @@ def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
 
     Args:
         table: Rows.
-        column: Column with values as of ``read_sound``.
+        column: Column with values that ``read_sound`` accepts.
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        DataError: A value is missing, too short, or no sound. The message names the row.
+        DataError: A value is missing, too short, or not a sound. The message names the row.
     """
     values = table.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
     reject_nulls(values, column)
@@ -66,16 +66,17 @@ def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
 def read_sound(value: Any, rate: int) -> Samples:
     """Return the samples of one value of a column.
 
-    Several channels are averaged. Integers are divided by their range.
+    Channels are averaged. Integers are scaled by the range of their type.
 
     Args:
-        value: Path of a WAV file, its bytes, ``{"path", "bytes"}`` as of datasets' Audio, an array
-            ``(n,)`` with ``rate`` samples per second, or ``{"array", "sampling_rate"}``.
+        value: Path of a WAV file, its bytes, ``{"path", "bytes"}`` as in datasets' Audio, an array
+            ``(n,)`` or ``(n, channels)`` with ``rate`` samples per second, or
+            ``{"array", "sampling_rate"}``.
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        ValueError: It is not a sound, has another sampling rate, has samples that are not finite,
-            or cannot be read.
+        ValueError: The value is not a sound, cannot be read, or has another sampling rate; a sample
+            is not finite or far exceeds 1.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, own = np.asarray(value["array"]), int(value.get("sampling_rate") or rate)
@@ -118,10 +119,10 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
     if length == 0 or length >= _STREAMED:
         length = max(0, len(content) - 8)
         content = content[:4] + length.to_bytes(4, order) + content[8:]
-    elif (missing := length + 8 - len(content)) > 1:  # 1 is padding
+    elif (missing := length + 8 - len(content)) > 1:  # one missing byte is padding
         raise ValueError(f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # chunks with names of songs and the like
+        warnings.simplefilter("ignore")  # unknown chunks, such as titles of songs
         try:
             rate, samples = wavfile.read(io.BytesIO(content))
         except (ValueError, EOFError, struct.error) as error:
@@ -130,7 +131,7 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
 
 
 def _scaled(samples: NDArray[Any]) -> Samples:
-    """Return the mean of the channels, from -1 to 1."""
+    """Return the mean of the channels, from -1 to 1. Raises ``ValueError`` for other arrays."""
     if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
         raise ValueError(f"it is not an array of samples: {samples.dtype}, {samples.ndim}-d")
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
@@ -141,7 +142,7 @@ def _scaled(samples: NDArray[Any]) -> Samples:
             "samples of 16 bits divided by 32768"
         )
     real: NDArray[np.floating] = samples.astype(np.float64)
-    if samples.dtype == np.uint8:  # WAV files with 8 bits have no sign
+    if samples.dtype == np.uint8:  # 8-bit WAV files are unsigned
         real = (real - 128) / 128
     elif samples.dtype.kind == "i":
         real = real / -float(np.iinfo(samples.dtype).min)

@@ -1,4 +1,4 @@
-"""Entities as spans of characters: their reading as tags of words, and their prediction."""
+"""Entities as spans of characters: conversion to tags of words, and predictions from tags."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Span(NamedTuple):
-    """Entity of a text: characters from start up to end."""
+    """Entity of a text: its characters from ``start`` to ``end``, without ``end``."""
 
     start: int
     end: int
@@ -33,10 +33,11 @@ class Span(NamedTuple):
 
 
 class SpanTags(TagSource):
-    """Texts, and lists of spans ``{start, end, label}``.
+    """Columns of texts, and of lists of spans ``{start, end, label}``.
 
-    Words are runs of letters and digits, and single other characters; borders of spans divide them.
-    A word has the tag B-X at the beginning of a span with label X, I-X inside it, and O elsewhere.
+    A word is a run of letters, digits and underscores, or one other character that is not a space.
+    Borders of spans divide words. A word has the tag B-X at the beginning of a span with the label
+    X, I-X inside it, and O elsewhere.
     """
 
     key: ClassVar[str] = "task.spans"
@@ -118,7 +119,7 @@ class SpanTags(TagSource):
         return {"spans": [{**span, "score": sum(part) / len(part)} for span, part in pairs]}
 
     def _rows(self, table: Dataset) -> Iterator[list[Span]]:
-        """Yield the spans of each row, ascending. Raises ``DataError`` for other values."""
+        """Yield the spans of each row, ascending. Raises ``DataError`` for unsuitable values."""
         if self.column not in table.column_names:
             raise DataError(
                 f"task.spans: there is no column {self.column!r}"
@@ -151,13 +152,13 @@ def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list
 
     Args:
         text: Text.
-        spans: Its spans, ascending.
+        spans: Spans of the text, ascending.
 
     Returns:
         Begin and end of each word, ``(words, 2)``, and their tags.
 
     Raises:
-        ValueError: A span is empty, not inside the text, without a word, or overlaps another.
+        ValueError: A span is empty, is not inside the text, contains no word, or overlaps another.
     """
     end = 0
     for span in spans:
@@ -186,7 +187,7 @@ def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list
 
 
 def entity_names(labels: Sequence[str]) -> list[str]:
-    """Return the labels of spans, from the tags O, B-X and I-X in the order of their ids."""
+    """Return the labels X of spans from the tags O, B-X and I-X, in the order of the tags."""
     return [label[2:] for label in labels if label.startswith("B-")]
 
 

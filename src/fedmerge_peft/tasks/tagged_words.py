@@ -1,4 +1,4 @@
-"""Words of texts with a tag each, where they lie, and the tokens at which they begin."""
+"""Tagged words of texts: their bounds in the text, and their first tokens."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class TaggedText:
 
 @dataclass(frozen=True)
 class TagSource(ABC):
-    """Columns with texts and tags, and the form of predictions."""
+    """Reader of columns with texts and tags. It also determines the form of predictions."""
 
     recipe: TokenClassificationRecipe
     key: ClassVar[str]
     """Recipe key of the column with tags."""
     probes: ClassVar[Sequence[Any]]
-    """Two inputs that all models accept."""
+    """Two inputs that all models of the task accept."""
 
     @property
     def column(self) -> str:
@@ -50,23 +50,29 @@ class TagSource(ABC):
 
     @abstractmethod
     def infer_tags(self, table: Dataset) -> list[str]:
-        """Return the names of the tags in the order of their ids. Raises ``DataError``."""
+        """Return the names of the tags in the order of their ids.
+
+        Raises ``DataError`` if the column does not match the recipe.
+        """
 
     @abstractmethod
     def read(self, table: Dataset, labels: Sequence[str]) -> list[TaggedText]:
-        """Return all rows. Raises ``DataError`` if they do not match the recipe."""
+        """Return the tagged text of each row. Raises ``DataError`` for unsuitable columns."""
 
     @abstractmethod
     def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Return rows from elsewhere with these tags. Raises ``DataError`` for another tag."""
+        """Convert the tags of another table to ids in ``labels``.
+
+        Raises ``DataError`` for a tag that is not one of them.
+        """
 
     @abstractmethod
     def blank(self, labels: Sequence[str]) -> tuple[Any, Any]:
-        """Return the type of the column with these tags, and a value without any."""
+        """Return the feature type of the column with these tags, and a value without tags."""
 
     @abstractmethod
     def input_table(self, labels: list[str], inputs: list[Any]) -> Dataset:
-        """Convert inputs of predictions to rows. Raises ``DataError`` for unsuitable ones."""
+        """Convert inputs of predictions to rows. Raises ``DataError`` for unsuitable inputs."""
 
     @abstractmethod
     def answer(
@@ -82,7 +88,7 @@ class TagSource(ABC):
 
 
 class ListedTags(TagSource):
-    """Lists of words, which are joined with spaces, and lists of their tags."""
+    """Columns of lists of words, which are joined with spaces, and of lists of their tags."""
 
     key: ClassVar[str] = "task.tags"
     probes: ClassVar[Sequence[Any]] = [["a"], ["another", "text,", "which", "is", "longer"]]
@@ -143,7 +149,7 @@ class ListedTags(TagSource):
 
 
 def joined_bounds(words: Sequence[str]) -> NDArray[np.int64]:
-    """Return begin and end of each word in a text joined with spaces, ``(words, 2)``."""
+    """Return begin and end of each word after words are joined with spaces, ``(words, 2)``."""
     ends = np.array([*accumulate((len(word) + 1 for word in words), initial=-1)][1:], np.int64)
     return np.stack([ends - np.array([len(word) for word in words], np.int64), ends], axis=1)
 
@@ -151,15 +157,15 @@ def joined_bounds(words: Sequence[str]) -> NDArray[np.int64]:
 def first_tokens(
     bounds: NDArray[np.int64], offsets: Sequence[tuple[int, int]]
 ) -> NDArray[np.int64]:
-    """Return the first token of each word; -1 for words without.
+    """Return the index of the first token of each word; -1 for words without tokens.
 
     Args:
         bounds: Begin and end of each word, ``(words, 2)``.
-        offsets: Begin and end of each token in the text; equal for tokens that are not in it. A
-            token that begins with the space before a word belongs to the word.
+        offsets: Begin and end of each token in the text; begin equals end for tokens that are not
+            in the text. A token that begins with the space before a word belongs to the word.
 
     Returns:
-        Places of tokens, ``(words,)``.
+        Indices of tokens, ``(words,)``.
     """
     begins, ends = bounds[:, 0], bounds[:, 1]
     first = np.full(len(bounds), -1, dtype=np.int64)

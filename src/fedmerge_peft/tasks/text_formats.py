@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 Paragraph = list[tuple[str, str | None]]
-"""Sequence of (literal text, name of the field after it or None)."""
+"""Pairs of a literal text, and the name of the field after it; None if no field follows."""
 
 
 def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     """Return the format of the recipe or, by default, the first format whose columns exist.
+
+    Columns of chats have the format ``messages``, also if they are a prompt and a completion.
 
     Raises:
         DataError: Columns of the format do not exist.
@@ -40,7 +42,7 @@ def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
         "text": [recipe.text],
     }
     if recipe.format is not None:
-        # The template determines the other columns of an instruction.
+        # The template determines the other columns that the format ``instruction`` needs.
         columns = [recipe.output] if recipe.format == "instruction" else required[recipe.format]
         missing = [column for column in columns if column not in table.column_names]
         if missing:
@@ -62,10 +64,10 @@ def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
 
 
 def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
-    """Return the part of an example with a loss, by default that of the format.
+    """Return the part of an example that has a loss; by default, the format determines it.
 
     Raises:
-        RecipeError: The format has no such part.
+        RecipeError: Examples of the format do not have the recipe's part.
     """
     loss = recipe.loss
     chats = format == "messages"
@@ -86,7 +88,7 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
 
 
 def check_columns(recipe: CausalLMRecipe, table: Dataset) -> None:
-    """Raise ``DataError`` if the columns of a table match no format, or values are missing."""
+    """Raise ``DataError`` if the columns of a table match no format or have unsuitable values."""
     kind = infer_format(recipe, table)
     if kind == "messages":
         read_chats(recipe, table)
@@ -148,7 +150,7 @@ def fill_template(template: list[Paragraph], values: Mapping[str, str]) -> str:
 
 
 def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
-    """Create the prompt of each row from the template."""
+    """Create the prompt of each row from the template. Raises ``DataError`` for missing columns."""
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}
     for field in dict.fromkeys(

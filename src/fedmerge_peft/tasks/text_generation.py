@@ -18,7 +18,7 @@ from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.tokenization import as_bytes, from_bytes
 
 IGNORED = -100
-"""Label of a position without loss."""
+"""Label of a position without a loss."""
 DEFAULT_LENGTH = 1024
 """Maximum length in tokens if the recipe sets none and the model's limit is larger."""
 
@@ -96,8 +96,8 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
 
     Args:
-        logits: ``(batch, length, vocabulary)`` or, at these positions only, ``(n, vocabulary)`` or
-            the cross-entropies themselves, ``(n,)``.
+        logits: ``(batch, length, vocabulary)``; or, for these n positions only,
+            ``(n, vocabulary)``, or the cross-entropies, ``(n,)``.
         targets: ``(batch, length)``.
 
     Returns:
@@ -116,7 +116,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def likely_tokens(logits: Tensor, targets: Tensor) -> Mapping[str, Compared]:
     """Return the most likely token and the target at each position whose target is not -100.
 
-    Arguments are those of ``token_losses``.
+    Arguments are those of ``token_losses``, but without cross-entropies.
     """
     inside = targets != IGNORED
     predicted = _inside(logits, inside).argmax(dim=-1)

@@ -22,7 +22,7 @@ def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
 
 
 def chrf(generated: Sequence[str], references: Sequence[str]) -> float:
-    """Compute the chrF of a corpus: n-grams of 6 characters, β = 2 (Popović 2015)."""
+    """Compute the chrF of a corpus: n-grams of 1 to 6 characters, β = 2 (Popović 2015)."""
     from sacrebleu.metrics import CHRF
 
     return float(CHRF().corpus_score([*generated], [[*references]]).score) / 100
@@ -36,7 +36,8 @@ def squad_exact_match(predicted: Sequence[str], answers: Sequence[Sequence[str]]
 def squad_f1(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
     """Compute the mean word-level F1 of answers, each against its best reference.
 
-    An empty answer has F1 1 if the reference is empty too (SQuAD 2, Rajpurkar 2018).
+    If no reference has words, F1 is 1 for an answer without words, and 0 for others (SQuAD 2,
+    Rajpurkar 2018).
     """
     return _best_of(predicted, answers, _f1)
 
@@ -86,8 +87,8 @@ def _ranks(anchors: Sequence[Any], rows: Sequence[Row]) -> NDArray[np.int64]:
     """Return the rank of each anchor's nearest positive, from 1.
 
     The candidates are the distinct positives and negatives of all rows, without the anchor's own
-    text. Positives of other rows with the same anchor are its positives too. Of equally near texts,
-    the positive is last.
+    text. Positives of other rows with the same anchor are its positives too. A positive ranks after
+    other texts that are equally near.
 
     Args:
         anchors: Unit vectors.

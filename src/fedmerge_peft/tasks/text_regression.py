@@ -10,6 +10,6 @@ from fedmerge_peft.tasks.texts import TextTask
 
 
 class TextRegressionTask(Regression, TextTask):
-    """Numbers from texts; ``EncoderTask`` has the arguments."""
+    """Prediction of numbers from texts. Arguments are those of ``EncoderTask``."""
 
     loading_code: ClassVar[str] = loading_code(TextTask.auto_model, PROBLEM_TYPE)

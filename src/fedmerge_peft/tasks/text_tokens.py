@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class TextTokens:
-    """Tokenizes texts with the special tokens that language models expect.
+    """Tokenizer of texts with the special tokens that language models expect.
 
     Args:
-        tokenizer: Tokenizer.
-        reading: Reading of special tokens that are written in texts: as characters, as tokens, or
-            None to refuse them (``reject_special``).
+        tokenizer: Tokenizer of transformers.
+        reading: Reading of special tokens that are written in texts: ``text`` for characters,
+            ``tokens`` for tokens, or None to refuse them (``reject_special``).
     """
 
     def __init__(self, tokenizer: Any, reading: Literal["text", "tokens"] | None) -> None:
@@ -29,7 +29,11 @@ class TextTokens:
         self._adds_eos = eos is not None and tokenizer("a")["input_ids"][-1:] == [eos]
 
     def reject_special(self, texts: Sequence[str]) -> None:
-        """Raise ``DataError`` for a text with special tokens if the recipe does not read them."""
+        """Raise ``DataError`` for the first text with refused special tokens.
+
+        If ``reading`` is None, all special tokens are refused. If it is ``text``, those that the
+        tokenizer does not read as characters are refused.
+        """
         if self._reading == "tokens":
             return
         special = SpecialTokens(self._tokenizer)
@@ -52,12 +56,12 @@ class TextTokens:
     def rows(
         self, texts: Sequence[str], *, special: bool = True, end: bool = False
     ) -> list[list[int]]:
-        """Tokenize texts.
+        """Return the token ids of each text.
 
         Args:
             texts: Texts.
             special: Add the tokenizer's initial special tokens.
-            end: Append the end-of-sequence token.
+            end: Append the end-of-sequence token, if the tokenizer has one.
         """
         eos = self._tokenizer.eos_token_id
         rows: list[list[int]] = []
@@ -68,10 +72,13 @@ class TextTokens:
         return rows
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokenize prompts.
+        """Return the token ids of each prompt.
 
-        An empty prompt is replaced by the begin-of-sequence token, because the model predicts the
-        first token of a completion from the token before it.
+        A prompt without tokens is replaced by the begin-of-sequence token, because the model
+        predicts the first token of a completion from the token before it.
+
+        Raises:
+            DataError: A prompt has no tokens, and the tokenizer has no begin-of-sequence token.
         """
         bos = self._tokenizer.bos_token_id
         rows = [ids or ([] if bos is None else [bos]) for ids in self.rows(prompts)]
@@ -86,14 +93,14 @@ class TextTokens:
     def pairs(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Tokenize prompts and their completions, which end with the end-of-sequence token."""
+        """Return the token ids of prompts and of completions with an end-of-sequence token."""
         starts = self.prompts(prompts)
         joined = self.rows(
             [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             end=True,
         )
-        # An empty prompt was replaced by a begin-of-sequence token, which not all tokenizers add to
-        # prompt + completion.
+        # A begin-of-sequence token has replaced each empty prompt. Not all tokenizers add it to
+        # prompt + completion, so the completion of an empty prompt is tokenized separately.
         mismatched = [
             row
             for row, start in enumerate(starts)
@@ -132,18 +139,18 @@ class TextTokens:
     def kept(
         self, ids: Sequence[int], labeled: Sequence[bool], length: int, *, whole: bool
     ) -> list[int]:
-        """Return the places of the tokens of an example that truncation keeps, in order.
+        """Return the indices of the tokens of an example that truncation keeps, in order.
 
-        Examples are truncated on the right. If that removes all tokens with a loss, the tokens
-        before the first of them are truncated on the left instead, after their begin-of-sequence
-        token, as far as the first part with a loss needs. One token remains before it, from which
-        the next is predicted.
+        Examples are truncated on the right if that keeps a token with a loss (except with
+        ``whole``), or if no token has a loss. Otherwise, the first part with a loss is kept, and
+        the context before it is truncated on the left, after a begin-of-sequence token. At least
+        one token of the context remains, because the model predicts the next token from it.
 
         Args:
             ids: Token ids.
             labeled: True for tokens with a loss.
             length: Maximum length.
-            whole: Keep the part with a loss as a whole, at the cost of the tokens before it.
+            whole: Keep the first part with a loss as a whole, at the cost of the context before it.
         """
         if len(ids) <= length or (not whole and any(labeled[1:length])) or not any(labeled):
             return list(range(min(len(ids), length)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TextTask(EncoderTask):
-    """Task with the columns ``text`` and ``text_pair`` of its section."""
+    """Task on the columns that ``text`` and ``text_pair`` in its section of the recipe name."""
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
@@ -34,7 +34,7 @@ class TextTask(EncoderTask):
     @classmethod
     @abstractmethod
     def targets(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Tensor:
-        """Return the ``labels`` of all rows, ``(rows, ...)``.
+        """Return the tensor ``labels`` of all rows, ``(rows, ...)``.
 
         Raises ``DataError`` if the columns do not match the recipe.
         """
@@ -78,11 +78,11 @@ class TextTask(EncoderTask):
         return {**super().pipeline_options(recipe, backbone, folder), "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row. ``Examples.cuts`` has truncated and empty ones.
+        """Tokenize every row. ``Examples.cuts`` lists truncated and empty rows.
 
         Raises:
-            DataError: A column does not exist, has nulls, or is not text; a text has no tokens; a
-                label is unknown.
+            DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
+                tokens that the model does not have; a label is unknown.
         """
         labels = self.targets(self.recipe, table, self.labels)
         texts = [read_texts(table, self.recipe.text, "task.text")]

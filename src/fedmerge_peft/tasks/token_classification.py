@@ -34,9 +34,10 @@ _IGNORED = -100
 
 
 class TokenClassificationTask(WeightedClasses, EncoderTask):
-    """Tags of words. The first token of a word has its tag; other tokens have no loss.
+    """Tagging of words. The first token of a word has the word's tag; other tokens have no loss.
 
-    Words are joined with spaces, as pipelines read a text. ``EncoderTask`` has the arguments.
+    Lists of words are joined with spaces, because pipelines read texts. Arguments are those of
+    ``EncoderTask``.
     """
 
     auto_model: ClassVar[str] = "AutoModelForTokenClassification"
@@ -91,11 +92,14 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         return tag_source(recipe).input_table(labels, inputs)
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row. ``Examples.cuts`` has texts and words that were cut.
+        """Tokenize every row.
+
+        ``Examples.cuts`` lists rows with truncated texts, dropped words, or inconsistent tags.
 
         Raises:
-            DataError: The columns do not match the recipe; no word of a row has tokens.
-            BackboneError: The tokenizer does not return the places of its tokens.
+            DataError: The columns do not match the recipe; no word of a row has tokens; a text has
+                tokens that the model does not have.
+            BackboneError: The tokenizer does not return the places of its tokens in a text.
         """
         if not getattr(self.processor, "is_fast", False):
             raise BackboneError(
@@ -155,7 +159,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
 
         Args:
             logits: ``(batch, length, tags)``.
-            labels: ``(batch, length)``; -100 marks tokens that begin no word.
+            labels: ``(batch, length)``; -100 marks tokens without a tag.
 
         Returns:
             Sum in nats and number of words, both float32 ``(batch,)``.
@@ -182,7 +186,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the tags of words or the spans, with their probabilities."""
+        """Return the predicted tags of words, or the predicted spans, with their probabilities."""
         scores, ids = torch.softmax(logits, dim=-1).max(dim=-1)
         source = tag_source(self.recipe)
         answers = []
@@ -201,5 +205,5 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
 
 
 def tag_source(recipe: TokenClassificationRecipe) -> TagSource:
-    """Return the columns that a section names: words and tags, or texts and spans."""
+    """Return the reader of the recipe's columns: words and tags, or texts and spans."""
     return ListedTags(recipe) if recipe.spans is None else SpanTags(recipe)

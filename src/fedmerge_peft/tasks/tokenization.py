@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_CALL = 1000
 
 _NO_LIMIT = 1_000_000
-"""Lengths from here on mean no limit. Tokenizers without a limit have ``model_max_length`` 1e30."""
+"""Smallest length that means no limit. Tokenizers without a limit have a length of 1e30."""
 
 
 def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, Any]:
-    """Load the tokenizer and the configuration of the model.
+    """Load the tokenizer and the configuration of the model, or return those passed with it.
 
     Args:
         backbone: Location of the tokenizer (default: the model's), revision of the model, and
@@ -57,7 +57,7 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
                 f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers"
             )
         return tokenizer, deepcopy(getattr(passed.model, "config", None))
-    # First, because a tokenizer reads the model's configuration, too.
+    # The configuration is loaded first, because the tokenizer reads it too.
     config = load_pretrained(AutoConfig, model_folder, backbone, backbone.revision)
     separate = backbone.tokenizer is not None
     tokenizer = load_pretrained(
@@ -102,7 +102,7 @@ def get_pad_token_id(tokenizer: Any) -> int:
     """Return the id of the pad token or, if there is none, of the end-of-sequence token.
 
     Raises:
-        BackboneError: The tokenizer has neither.
+        BackboneError: The tokenizer has neither token.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -114,7 +114,7 @@ def get_pad_token_id(tokenizer: Any) -> int:
 
 
 def token_limit(tokenizer: Any, config: Any) -> int | None:
-    """Return the maximum number of tokens, including special tokens, or None for no limit.
+    """Return the maximum number of tokens, including special tokens; None if there is no limit.
 
     The limit is the smaller of the limits of the tokenizer and the model.
 
@@ -148,11 +148,11 @@ def resolve_max_length(
     default: int | None = None,
     key: str = "task.max_length",
 ) -> int | None:
-    """Return the maximum length of an example in tokens.
+    """Return the maximum length of an example in tokens; None if there is no limit.
 
     Args:
-        max_length: Setting of the recipe, or None.
-        limit: Limit of the model, or None.
+        max_length: Setting of the recipe, if any.
+        limit: Limit of the model, if any.
         default: Upper bound if the recipe has no setting.
         key: Recipe key of the setting, for the error message.
 
@@ -167,7 +167,7 @@ def resolve_max_length(
 
 
 def read_texts(table: Dataset, column: str, key: str) -> list[str]:
-    """Read a column of text. A warning says that integers or booleans are read as text.
+    """Read a column of text. Integers and booleans are converted to text, with a warning.
 
     Args:
         table: Rows.
@@ -194,7 +194,7 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
 
 
 def tokenized(tokenizer: Any, *columns: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
-    """Tokenize parallel columns of texts; yield the columns of each row, such as ``input_ids``.
+    """Tokenize parallel columns of texts; yield the outputs for each row, such as ``input_ids``.
 
     Args:
         tokenizer: Tokenizer.
@@ -210,7 +210,7 @@ def tokenized(tokenizer: Any, *columns: Sequence[str], **options: Any) -> Iterat
             encoded = tokenizer(*chunk, verbose=False, **options)
         except STOPS:
             raise
-        except BaseException:  # one at a time, to find the row; Rust's panics are not Exceptions
+        except BaseException:  # row by row, to find the fault; a Rust panic is not an Exception
             yield from (
                 _tokenized_row(tokenizer, start + row, texts, options)
                 for row, texts in enumerate(zip(*chunk, strict=True))
@@ -243,15 +243,15 @@ def truncated(
     Args:
         tokenizer: Tokenizer.
         columns: Texts, or first and second texts of pairs.
-        max_length: Maximum length in tokens; None for no limit.
-        call: Function that calls the tokenizer; None for itself.
+        max_length: Maximum length in tokens; None if there is no limit.
+        call: Function that calls the tokenizer; None to call it directly.
         options: Arguments of the tokenizer.
 
     Returns:
-        The rows of each output of the tokenizer, and the numbers of the truncated rows.
+        Values of each output of the tokenizer by row, and the indices of the truncated rows.
 
     Raises:
-        DataError: The tokenizer fails on a text, or takes a part of it for a special token.
+        DataError: The tokenizer fails on a text, or reads a part of a text as a special token.
     """
     tokenize = call or tokenizer
     rows: dict[str, list[Any]] = {}
@@ -284,7 +284,7 @@ def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: st
 
 
 class SpecialTokens:
-    """Recognizes special tokens that are written in texts, such as ``</s>``.
+    """Search for special tokens that are written in texts, such as ``</s>``.
 
     Args:
         tokenizer: Tokenizer.
@@ -299,12 +299,12 @@ class SpecialTokens:
         self._ids.discard(tokenizer.unk_token_id)
 
     def first_in(self, text: str) -> str | None:
-        """Return the first special token that is written in a text, or None."""
+        """Return the first special token that is written in a text; None if there is none."""
         match = self._written.search(text) if self._written else None
         return match.group() if match else None
 
     def count(self, ids: Sequence[int]) -> int:
-        """Count the special tokens among ids, without those for unknown text."""
+        """Count the special tokens among ids, except the unknown token."""
         return sum(token_id in self._ids for token_id in ids)
 
 
@@ -316,12 +316,12 @@ def ragged(rows: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def as_bytes(texts: Sequence[str]) -> list[Tensor]:
-    """Convert texts to uint8 tensors, to hold them with other columns of examples."""
+    """Convert texts to uint8 tensors, so that columns of ``Examples`` can store them."""
     return [torch.tensor([*text.encode()], dtype=torch.uint8) for text in texts]
 
 
 def from_bytes(tensor: Tensor) -> str:
-    """Return the text of a tensor from ``as_bytes``."""
+    """Convert a tensor from ``as_bytes`` to its text."""
     return bytes(tensor.tolist()).decode()
 
 
@@ -333,7 +333,7 @@ def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"] = "ri
 def pad_tokens(
     rows: Sequence[Tensor], pad_token_id: int, side: Literal["left", "right"]
 ) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of rows of token ids, ``(batch, longest)``."""
+    """Pad rows of token ids; return ``input_ids`` and ``attention_mask``, ``(batch, longest)``."""
     return {
         "input_ids": pad(rows, pad_token_id, side),
         "attention_mask": pad([torch.ones_like(ids) for ids in rows], 0, side),
@@ -346,19 +346,19 @@ def pad_parts(
     pad_token_id: int,
     pad_token_type_id: int,
 ) -> dict[str, Tensor]:
-    """Split examples into their sequences; pad and stack these.
+    """Split examples into their sequences; pad and stack the sequences.
 
-    All examples get as many sequences as the one with the most; the further ones are one token.
+    Examples with fewer sequences than the one with the most are filled up with single tokens.
 
     Args:
-        columns: ``input_ids`` and perhaps ``token_type_ids`` of each example, its sequences one
-            after another. Others are left out.
+        columns: ``input_ids`` and, if needed, ``token_type_ids`` of each example: its sequences,
+            concatenated. Other columns are ignored.
         lengths: Lengths of the sequences of each example.
         pad_token_id: Id of padding.
         pad_token_type_id: Type of padding.
 
     Returns:
-        The two columns and ``attention_mask``, ``(examples · sequences, longest)``.
+        The one or two columns and ``attention_mask``, ``(examples · sequences, longest)``.
     """
     most = max(map(len, lengths))
     counts = torch.cat([functional.pad(own, (0, most - len(own)), value=1) for own in lengths])

@@ -1,7 +1,7 @@
 """Metrics of predicted numbers, computed by scikit-learn and SciPy.
 
-A correlation is ``nan`` if all true values are equal, or there is only one. If all predicted values
-are equal, it is 0: the predictions contain no information about the true values.
+A correlation is ``nan`` if the true values are all equal, or if there is only one. Otherwise, it is
+0 if the predicted values are all equal: they contain no information about the true values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pearson(predicted: Values, expected: Values) -> float:
 
 
 def spearman(predicted: Values, expected: Values) -> float:
-    """Compute Spearman's correlation, that of the ranks."""
+    """Compute Spearman's rank correlation."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predicted, expected)

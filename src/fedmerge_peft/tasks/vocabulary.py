@@ -14,7 +14,7 @@ from fedmerge_peft.errors import BackboneError, DataError
 logger = logging.getLogger(__name__)
 
 _MANY_UNKNOWN = 0.2
-"""Share of unknown tokens that a warning names."""
+"""Smallest share of unknown tokens that causes a warning."""
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls")
 """Special tokens that are added to texts, or replace parts of them."""
 _MOST_RESERVED = 8
@@ -22,17 +22,19 @@ _MOST_RESERVED = 8
 
 
 def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) -> int | None:
-    """Return the number of token ids that the model knows; None if it has no table of tokens.
+    """Check a tokenizer against a model; return the number of token ids that have an embedding.
+
+    Return None if the model has no table of token embeddings.
 
     Args:
         tokenizer: Tokenizer.
         model: Model of transformers, with or without an adapter.
         name: Name of the model, for error messages.
-        reads_end: The task generates texts, or the model reads its output at the end token.
+        reads_end: True if the task generates texts, or the model reads its output at the end token.
 
     Raises:
-        BackboneError: The tokenizer has no ordinary tokens, or tokens that the model does not know;
-            the model takes ordinary tokens for the end of a text, or for padding.
+        BackboneError: The tokenizer has no ordinary tokens, or tokens without an embedding; the
+            model treats an ordinary token as the end of a text or as padding.
     """
     if not any(_is_ordinary(tokenizer, token_id) for token_id in range(len(tokenizer))):
         raise BackboneError(
@@ -72,7 +74,7 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
 
 
 def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
-    """Raise ``DataError`` for the first row with a token id that the model does not know."""
+    """Raise ``DataError`` for the first row with a token id that has no embedding."""
     if size is None:
         return
     for row, ids in enumerate(rows):
@@ -85,9 +87,9 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
 
 
 def warn_of_unknown(rows: Sequence[list[int]], tokenizer: Any) -> None:
-    """Log a warning if a tokenizer does not know a fifth of the tokens of texts or more.
+    """Log a warning if at least a fifth of the tokens of texts are the unknown token.
 
-    Tokenizers that have no token for unknown text only, such as those of bytes, know all.
+    Tokenizers without a token for unknown text alone, such as byte-level ones, are not checked.
     """
     unknown = tokenizer.unk_token_id
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -112,10 +114,11 @@ def special_strings(tokenizer: Any) -> list[str]:
 
 
 def position_limit(config: Any) -> int | None:
-    """Return the number of tokens that have positions, or None for no limit.
+    """Return the number of tokens that have positions; None if there is no limit.
 
-    RoBERTa and its relatives number positions from behind the padding id, so that fewer tokens fit
-    than ``max_position_embeddings`` says. The tables of a model without weights show it.
+    RoBERTa and its relatives number positions from the id after that of padding, so fewer tokens
+    than ``max_position_embeddings`` fit. The position tables of a model without weights, created
+    from the configuration, have the actual size.
     """
     positions = getattr(_text_config(config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
@@ -125,7 +128,7 @@ def position_limit(config: Any) -> int | None:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = AutoModel.from_config(config)
-    except Exception:  # a model without a base class, or whose code is missing
+    except Exception:  # the model has no base class, or its code is missing
         return positions
     limits = [positions]
     for size, table in _position_tables(model):
@@ -137,7 +140,7 @@ def position_limit(config: Any) -> int | None:
 
 
 def _position_tables(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """Yield tables of absolute positions with their numbers of rows."""
+    """Yield the number of rows and the module of each table of absolute positions."""
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         weight = getattr(module, "weight", None)
@@ -149,13 +152,14 @@ def _position_tables(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 def _text_config(config: Any) -> Any:
     try:
         return config.get_text_config()
-    # Several, such as an encoder's and a decoder's; or a module that is not of transformers.
+    # Several text configurations, such as those of an encoder and a decoder, or a configuration
+    # that is not one of transformers.
     except (AttributeError, ValueError):
         return config
 
 
 def _vocabulary_size(model: Any) -> int | None:
-    """Return the number of rows of the token embeddings."""
+    """Return the number of token embeddings; None if the model has no table of them."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -168,9 +172,9 @@ def _vocabulary_size(model: Any) -> int | None:
 
 
 def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
-    """Return the tokens with ids from ``size`` on that a text without special tokens may have.
+    """Return the tokens with ids from ``size`` on that texts may have, and their ids, ascending.
 
-    Additional special tokens do not count, such as the image token of a model for texts.
+    Additional special tokens are left out, such as the image token of a model for texts.
     """
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in _NAMED}
     spare = {
@@ -185,7 +189,7 @@ def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
 
 
 def _end_ids(model: Any) -> Iterator[int]:
-    """Yield the end tokens of a model's configurations."""
+    """Yield the ids of the end tokens in a model's configurations."""
     for config in (
         model.config,
         _text_config(model.config),
@@ -196,7 +200,7 @@ def _end_ids(model: Any) -> Iterator[int]:
 
 
 def _is_ordinary(tokenizer: Any, token_id: int) -> bool:
-    """Return True for a token of the vocabulary that is not special."""
+    """Return True if an id is that of a token in the vocabulary that is not special."""
     if token_id in tokenizer.all_special_ids or not 0 <= token_id < len(tokenizer):
         return False
     added = tokenizer.added_tokens_decoder.get(token_id)

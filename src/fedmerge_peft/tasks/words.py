@@ -32,7 +32,7 @@ _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, folded to one case and one form of accents.
+    """Return the words of a text, with case folded and Unicode normalized (NFKC).
 
     A word is a run of letters, digits and the marks on them. Letters of scripts without spaces
     between words (Chinese, Japanese, Thai, ...) and symbols such as emoji are a word each, together
@@ -47,7 +47,11 @@ def words(text: str) -> list[str]:
 
 @cache
 def _role(character: str) -> str:
-    """Return L for a letter or digit, M for a mark, S for a single word, joiner, or a space."""
+    """Return the role of a character.
+
+    Roles are L for a letter or digit, M for a mark, S for a word of one character, ``joiner`` for
+    an invisible format character, and a space for a separator of words.
+    """
     kind = category(character)
     if kind == "Cf" and character != _ZERO_WIDTH_SPACE:  # also marks of direction
         return "joiner"

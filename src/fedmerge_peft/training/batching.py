@@ -23,18 +23,19 @@ from fedmerge_peft.util.seeds import seeded
 log = logging.getLogger(__name__)
 
 _FEWEST, _MOST = 3, 16
-"""Adapters that ``auto`` puts into one pass; two save too little (3 % on a CPU)."""
+"""Fewest and most adapters that ``auto`` puts into one pass. Two save too little (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
-"""Examples in a pass with ``auto``. On a CPU, larger passes cost more in padding than they save."""
+"""Most examples in a pass with ``auto``, by type of device. On a CPU, larger passes cost more in
+padding than they save."""
 
 
 def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
-    """Check that strategy and batches suit the task's loss; warn of clients with fewer examples.
+    """Check that strategy and batches suit the task's loss; warn of clients with too few examples.
 
     Raises:
-        RecipeError: ``training.batch_size`` is too small, or a strategy mixes outputs that have no
-            mixture.
-        DataError: All clients have fewer examples than a batch needs.
+        RecipeError: ``training.batch_size`` is too small, or a strategy mixes the outputs of
+            several adapters, which the task does not support.
+        DataError: All clients have fewer examples than the smallest batch of the task.
     """
     mixing = [
         strategy for strategy in (recipe.strategy, *recipe.baselines) if not strategy.single_adapter
@@ -70,8 +71,8 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
 def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices) -> int:
     """Return the number of adapters to train in one pass: the recipe's, or 1 if that is not exact.
 
-    The reason for 1 is logged. After a check of the modules, a trial on two examples compares
-    gradients that are computed in one pass and separately.
+    The modules are checked first. A trial on two examples then compares the gradients of one shared
+    pass with those of separate passes. If either fails, the reason is logged.
 
     Args:
         runtime: Model, task and examples.
@@ -96,7 +97,7 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
 
 
 def requested_clients(training: TrainingRecipe, device: str) -> int:
-    """Return the number of adapters in one pass that a recipe asks for on a type of device."""
+    """Return the number of adapters in one pass that a recipe requests for a type of device."""
     if training.clients_per_batch != "auto":
         return training.clients_per_batch
     count = min(_MOST, _EXAMPLES.get(device, 8) // training.batch_size)
@@ -104,9 +105,10 @@ def requested_clients(training: TrainingRecipe, device: str) -> int:
 
 
 def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
-    """Compare gradients of two adapters, computed in one pass and in one pass each.
+    """Compare the gradients of two adapters from one shared pass and from separate passes.
 
-    The trial uses the shortest and the longest example. Returns the reason if they disagree.
+    The trial uses the shortest and the longest example. Return the reason why the gradients
+    disagree, or None.
     """
     backbone = runtime.backbone
     sizes = runtime.examples.lengths[rows]

@@ -1,8 +1,8 @@
 """Memory of a run and bytes on the wire, computed from the model's configuration alone.
 
-A training step and an evaluation batch run on tensors without data (``FakeTensorMode``). The sum of
-the storages that are alive at a time is the memory of the pass; its maximum includes activations,
-logits, gradients and temporary tensors. No weights are read.
+A training step and an evaluation batch run on tensors without data (``FakeTensorMode``). The memory
+of a pass is the largest sum of the storages that are alive at the same time. It includes
+activations, logits, gradients and temporary tensors. No weights are read.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import Recipe
 
 FLOAT32 = 4
-"""Bytes of a number of an adapter."""
+"""Bytes of one parameter of an adapter."""
 _LONGEST = 1024
-"""Length in tokens without ``task.max_length``, unless the model's limit is smaller."""
+"""Tokens of an example without ``task.max_length``, unless the model's limit is smaller."""
 _BLOCK, _DOUBLE_BLOCK = 64, 256
 """Weights that share a scale in 4-bit quantization, and scales that share a scale (QLoRA, arXiv
 2305.14314)."""
@@ -49,7 +49,7 @@ _BLOCK, _DOUBLE_BLOCK = 64, 256
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory in bytes, on the device unless stated otherwise."""
+    """Memory of a run on the device, in bytes, and the numbers that determine it."""
 
     parameters: int
     """Number of the backbone's parameters."""
@@ -74,7 +74,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Peak on the device."""
+        """Peak memory on the device."""
         return self.backbone + self.adapters + max(self.training, self.evaluation)
 
     @property
@@ -87,7 +87,7 @@ def load_config(backbone: BackboneRecipe) -> Any:
     """Load the configuration of the model.
 
     Raises:
-        BackboneError: It cannot be loaded.
+        BackboneError: The configuration cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -97,9 +97,9 @@ def load_config(backbone: BackboneRecipe) -> Any:
 
 
 def expected_device(recipe: Recipe) -> str:
-    """Return cuda or cpu: the recipe's device, or the one that auto selects on this machine.
+    """Return the type of the recipe's device, or of the one that auto selects on this machine.
 
-    Quantized weights need a CUDA GPU, which may be on another machine.
+    For quantized weights, auto gives cuda: they need a CUDA GPU, which another machine may have.
     """
     if recipe.training.device == "auto":
         needs_cuda = recipe.backbone.quantization is not None
@@ -112,19 +112,19 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of a run.
 
-    All tokens are taken to have a loss, and no example to be shorter than ``length``. The frozen
-    prefix's cache (``training.prefix_cache``), the allocator's fragmentation and the
-    libraries themselves are not included.
+    The estimate assumes that every example has ``length`` tokens and that every token has a loss.
+    It does not include the frozen prefix's cache (``training.prefix_cache``), the allocator's
+    fragmentation and the libraries themselves.
 
     Args:
-        recipe: The recipe. Its task reads texts.
+        recipe: Recipe whose task reads texts.
         config: Configuration of the model.
         length: Tokens of an example. Default: ``task.max_length``, or the smaller of 1024 and the
             model's limit.
         device: cpu or cuda, for the automatic settings.
 
     Raises:
-        RecipeError: The task does not read texts.
+        RecipeError: The task does not read texts, or the model does not run without data.
         BackboneError: The model or the adapter is not supported.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -198,7 +198,7 @@ def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
 def _replace_tensors(model: nn.Module) -> None:
     """Replace tensors on the meta device by tensors without data on the CPU.
 
-    On the meta device, attention would use another kernel than on a CPU or GPU.
+    On the meta device, attention would use a different kernel than on a CPU or GPU.
     """
     made: dict[int, Any] = {}  # modules may share tensors
 
@@ -219,8 +219,8 @@ def _replace_tensors(model: nn.Module) -> None:
 def _rows(training: TrainingRecipe, clients: int) -> float:
     """Return the number of vectors ``(P,)``: the slot, K rows, gradients, optimizer states.
 
-    A single client trains in the slot. Several have rows and gradients of their own, and a copy of
-    the gradients while they are added. Moments of 8 bits count as a quarter of a vector.
+    A single client trains in the slot. Each of several clients has a row, a gradient, and a copy of
+    the gradient while gradients are added. A moment of 8 bits counts as a quarter of a vector.
     """
     if training.optimizer == "sgd":
         states = float(training.momentum > 0)
@@ -250,8 +250,8 @@ def _weight_bytes(
 def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
     """Return the bytes of a quantized weight with its scales.
 
-    8 bits: a scale for each row. 4 bits: a scale for each block of 64 weights, of 32 bits or, with
-    double quantization, of 8 bits and a scale of 32 bits for 256 of them.
+    With 8 bits, each row has a scale of 32 bits. With 4 bits, each block of 64 weights has one.
+    Double quantization stores these scales in 8 bits, with a scale of 32 bits for 256 of them.
     """
     numbers = weight.numel()
     if backbone.quantization == "8bit":
@@ -264,7 +264,7 @@ def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
 def _autocast(
     training: TrainingRecipe, backbone: BackboneRecipe, device: str
 ) -> torch.dtype | None:
-    """Return the dtype of autocast on a device, or None."""
+    """Return the dtype of autocast on a device; None without autocast."""
     chosen = training.mixed_precision
     if chosen == "auto":
         chosen = "bf16" if device == "cuda" else "no"
@@ -274,7 +274,7 @@ def _autocast(
 def _pass(
     model: Any, task: Task, batch: int, length: int, dtype: torch.dtype | None, *, train: bool
 ) -> int:
-    """Return the peak of further memory in a pass on a batch, in bytes."""
+    """Return the peak of a pass on a batch in bytes, without weights and their gradients."""
     model.train(train)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -304,7 +304,7 @@ def _pass(
 def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
     """Return the head that may compute losses in chunks; None for other models and tasks.
 
-    ``training/labeled_head.py`` compares numbers, which tensors without data do not have.
+    The trial of ``training/labeled_head.py`` compares values, which tensors without data lack.
     """
     layer = frozen_output_layer(model)
     if layer is None or task.token_targets(inputs["input_ids"]) is None:
@@ -318,9 +318,9 @@ def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
 
 
 def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the losses, of all tokens but the first for a language model.
+    """Return the losses of a batch; for a language model, those of all tokens but the first.
 
-    ``token_losses`` selects tokens by their labels, which tensors without data do not have.
+    ``token_losses`` selects tokens by the values of labels, which tensors without data lack.
     """
     if logits.ndim == 1:
         return logits

@@ -34,7 +34,7 @@ def evaluate(
 
     Raises:
         RecipeError: A metric needs generated text, which mixtures do not support, or
-            ``compute_metrics`` returned no numbers by name.
+            ``compute_metrics`` did not return a mapping of names to numbers.
     """
     return evaluate_parts(runtime, served, [indices], batch_size)[0]
 
@@ -45,8 +45,8 @@ def evaluate_parts(
 ) -> list[dict[str, float]]:
     """Return the scores (``evaluate``) of several sets of examples, such as validation and test.
 
-    The sets fill batches together, so that a client with few examples of each needs fewer passes.
-    Their scores equal those of separate calls up to rounding.
+    A batch may contain examples of several sets, so that a client with small sets needs fewer
+    passes. The scores equal those of separate calls up to rounding.
 
     Args:
         runtime: Model, task and examples.
@@ -55,7 +55,7 @@ def evaluate_parts(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: As ``evaluate``.
+        RecipeError: As in ``evaluate``.
     """
     task = runtime.task
     if not parts:
@@ -82,9 +82,9 @@ def evaluate_parts(
 def _joined(
     examples: Examples, parts: Sequence[Indices], batch_size: int
 ) -> tuple[Indices, Indices]:
-    """Return the rows of all parts in batches of similar lengths, and the part of each row.
+    """Return the rows of all parts, ordered for batches of similar lengths, and each row's part.
 
-    Within a batch, the rows of a part are adjacent, and parts ascend.
+    Within a batch, the rows are sorted by their part.
     """
     rows = np.concatenate(list(parts))
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -98,7 +98,7 @@ def _of_examples(runtime: Runtime, logits: Tensor, labels: Tensor, start: int, s
     """Return the logits of consecutive examples of a batch, as a view."""
     targets = None if runtime.head is None else runtime.task.token_targets(labels)
     if targets is None:
-        per_example = len(logits) // len(labels)  # rows of an example
+        per_example = len(logits) // len(labels)  # rows of logits
         return logits[start * per_example : stop * per_example]
     ends = np.cumsum([0, *(targets != -100).view(len(labels), -1).sum(dim=1).tolist()])
     return logits[ends[start] : ends[stop]]
@@ -112,7 +112,7 @@ def _add(
     logits: Tensor,
     labels: Tensor,
 ) -> None:
-    """Add losses and outputs of some examples."""
+    """Add losses, outputs and, if the metrics need them, generated texts of some examples."""
     task = runtime.task
     sums, counts = task.losses(logits, labels)
     predictions.loss_sum += float(sums.double().sum())
@@ -173,7 +173,7 @@ def confusion(
         batch_size: Examples in a pass.
 
     Returns:
-        True class, predicted class and their number, for pairs that occur, in ascending order.
+        ``[true class, predicted class, count]`` for each pair that occurs, in ascending order.
     """
     rows = indices[_by_length(runtime.examples, indices)]
     pairs = []
@@ -195,7 +195,7 @@ def _by_length(examples: Examples, indices: Indices) -> Indices:
 def _forward(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> Iterator[tuple[Indices, Tensor, Tensor]]:
-    """Yield rows, logits and labels of each batch. A mixture's logits are those of ``mix``."""
+    """Yield rows, logits and labels of each batch; ``Task.mix`` combines a mixture's logits."""
     backbone = runtime.backbone
     backbone.eval()
     rows = (served.rows if isinstance(served, Mixture) else served[None]).to(backbone.device)

@@ -26,8 +26,8 @@ def run_plans(
         losses: ``losses(position, row)`` returns the summed losses (nats) of that client's training
             examples with an adapter, ``(n,)``.
         statistics: ``statistics(position, row)`` returns the class statistics of that client's
-            training examples with an adapter, ``(classes, d + 2)``. Needed if a plan measures
-            adapters.
+            training examples with an adapter, ``(classes, d + 2)``. Without this function, results
+            have no statistics.
 
     Returns:
         Each client's result, or the exception that ended its plan; the other plans continue.
@@ -66,7 +66,7 @@ def run_plan(
     losses: Callable[[Tensor], Tensor],
     statistics: Callable[[Tensor], Tensor] | None = None,
 ) -> ClientResult:
-    """Run one client's plan.
+    """Run one client's plan; raise the exception that ends it.
 
     Args:
         plan: The plan.
@@ -74,7 +74,8 @@ def run_plan(
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the summed losses (nats) of the client's training examples
             with an adapter, ``(n,)``.
-        statistics: ``statistics(row)`` returns their class statistics, ``(classes, d + 2)``.
+        statistics: ``statistics(row)`` returns the class statistics of these examples with an
+            adapter, ``(classes, d + 2)``.
     """
     (outcome,) = run_plans(
         [(plan, seed)],

@@ -23,8 +23,8 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
     A pass over n examples appends one tensor ``(n, d)``, in the order of the examples.
 
     Raises:
-        RecipeError: The model has no last layer in its adapter, or that layer has no single input
-            for each example.
+        RecipeError: The adapter does not contain the model's last layer, or this layer does not
+            read one vector per example.
     """
     vectors: list[Tensor] = []
 

@@ -18,12 +18,12 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     """Return a cut of the model's last layer to the first token, if its head reads no other.
 
     A trial on the shortest and the longest example decides. The gradient of the losses must vanish
-    at all other positions of the last layer, and the losses must agree with and without them, also
-    for an example of odd length: Longformer pads to a multiple of its window, and removes this
-    padding from the end of the last layer's output.
+    at all other positions of the last layer, and the losses must agree with and without these
+    positions. An example of odd length is tried as well: Longformer pads to a multiple of its
+    window, and removes this padding from the end of the last layer's output.
 
-    Results then agree up to rounding. Dropout masks are drawn for all positions, so they are the
-    same.
+    With the cut, results are equal up to rounding. Dropout masks are drawn for all positions, so
+    the cut does not change them.
 
     Args:
         runtime: Model, task and examples.
@@ -35,7 +35,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":
         return None
-    if getattr(layer, "gradient_checkpointing", False):  # would be computed again without the cut
+    if getattr(layer, "gradient_checkpointing", False):  # would compute again without the cut
         return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]
@@ -49,7 +49,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
             trials = [(chunk, losses.detach())]
             if len(odd):
                 trials.append((odd, _losses(runtime, odd).detach()))
-    except Exception as error:  # training reports it, with the client
+    except Exception as error:  # training reports it with the client
         log.info("the last layer computes all tokens: %s: %s", type(error).__name__, error)
         return None
     finally:

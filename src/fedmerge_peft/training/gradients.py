@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step, for one adapter or for several in the same passes."""
+"""Gradient of one optimizer step, for one adapter or for several in the same passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def accumulate(
         steps: For each adapter, the micro-batches of one step, as rows of the table.
         example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None if
             all are 1.
-        alignments: For each adapter, the penalty on the features; None for none.
+        alignments: For each adapter, the penalty on the features; None if there is none.
         objectives: Training loss of each adapter's client. Default: the task's.
 
     Returns:
@@ -93,7 +93,7 @@ def _accumulate_stack(
     features: list[Tensor],
     objectives: Sequence[Objective],
 ) -> Tensor:
-    """Run the n-th micro-batches of all adapters in one pass.
+    """Compute the gradients of K adapters; their n-th micro-batches share one pass.
 
     Shorter batches are filled up with examples of weight 0.
     """

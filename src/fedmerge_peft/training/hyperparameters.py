@@ -13,10 +13,10 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 MAX_LEARNING_RATE = 10.0
 """Largest learning rate that a federation chooses."""
 MAX_EPOCHS = 4
-"""Most passes per round that a federation chooses. Further passes mostly overfit a client's few
+"""Most passes per round that a federation chooses. More passes mostly overfit a client's few
 examples, and move the clients' adapters apart before they are merged."""
 _STEPS_PER_RUN = 200
-"""Optimizer steps of a client in a whole run. The shipped recipes take 96 to 200."""
+"""Target for a client's optimizer steps in a whole run. The shipped recipes take 96 to 200."""
 _STEPS_PER_ROUND = 10
 """Fewest optimizer steps of a client per round. A step of AdamW changes a parameter by about the
 learning rate, and its state is new in each round, so fewer steps hardly change the adapter."""
@@ -24,7 +24,7 @@ learning rate, and its state is new in each round, so fewer steps hardly change 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Values for the keys of ``training`` that are ``auto``; None for the recipe's own values."""
+    """Values for the keys of ``training`` that are ``auto``; None keeps the recipe's own value."""
 
     learning_rate: float | None = None
     epochs: int | None = None
@@ -63,7 +63,7 @@ class Hyperparameters:
 
 
 def automatic_epochs(training: TrainingRecipe, rounds: int, sizes: Sequence[int]) -> int:
-    """Return the passes over a client's examples per round for ``training.epochs: auto``.
+    """Compute the passes over a client's examples per round for ``training.epochs: auto``.
 
     A client of median size takes about 200 optimizer steps in the whole run, and at least 10 per
     round, in 1 to 4 passes. With R rounds, and s = ⌈n / (batch_size · gradient_accumulation)⌉ steps

@@ -1,8 +1,8 @@
-"""Trial of the loaded model on two examples: does it process a batch as it processes one example?
+"""Trial of the loaded model on three examples, which compares a batch with single examples.
 
-Models differ in their reading of padding. Some have no attention mask, some read the last position,
-some number the positions of the padding, and recurrent decoders run through it. The trial compares
-passes with and without padding, and chooses how batches are formed.
+Models treat padding differently. Some have no attention mask, some read the last position, some
+count padding in the position numbers, and recurrent decoders process it. The trial compares passes
+with and without padding, and chooses how batches are formed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Run = Callable[[Indices], Outputs]
 
 
 def tolerance(backbone: Backbone, accelerator: Accelerator) -> float:
-    """Return the largest relative difference between logits of the same examples."""
+    """Return the largest allowed relative difference between logits of the same examples."""
     exact = accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
     return _TOLERANCE if exact else _HALF_TOLERANCE
 
@@ -49,7 +49,7 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
 
     Args:
         task: Task of the model.
-        backbone: Model. Its slot keeps its adapter.
+        backbone: Model. Its adapter is restored after the trial.
         accelerator: Precision of the passes.
         name: Name of the model, for error messages.
 
@@ -109,9 +109,9 @@ def _choose(
     tolerance: float,
     name: str,
 ) -> None:
-    """Set the first padding with which examples have the same outputs as alone.
+    """Set the first padding with which examples have the same outputs in a batch as alone.
 
-    Raises ``BackboneError`` if there is none.
+    Raises ``BackboneError`` if there is none, or if the model fails on a single example.
     """
     rows = np.arange(3)  # a short and a long example, and another one of the same length
     with library_errors(

@@ -1,4 +1,4 @@
-"""Offsets of the logits in the training loss, from the labels of one client."""
+"""Offsets of the logits in the training loss, computed from the labels of one client."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def label_offset(logits: Logits, counts: Tensor) -> Tensor | None:
     restricted:  μ_c = 0 if n_c > 0, else −∞
     adjusted:    μ_c = log(n_c / n)
 
-    FedRS (Li & Zhan, KDD 2021) scales the logits of missing labels, where ``restricted`` removes
-    them. ``adjusted`` is the balanced softmax (Ren et al. 2020, arXiv 2007.10740).
+    FedRS (Li & Zhan, KDD 2021) scales the logits of missing labels; ``restricted`` removes them.
+    ``adjusted`` is the balanced softmax (Ren et al. 2020, arXiv 2007.10740).
 
     Args:
         logits: Value of ``training.logits``.

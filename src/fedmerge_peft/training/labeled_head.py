@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
     """Return the head of a decoder for labeled positions; None if the model needs all positions.
 
-    A trial on two short examples decides: the losses must agree with those of a plain pass. Another
-    sets ``LabeledHead.unchanged``: the model must return the layer's output bit for bit, unlike one
-    that scales or caps it, and the task's losses must need cross-entropies only.
+    A trial on two short examples decides: the losses must agree with those of a plain pass. A
+    second trial sets ``LabeledHead.unchanged``. It requires that the model returns the layer's
+    output bit for bit, neither scaled nor capped, and that the task's losses need only
+    cross-entropies.
 
     Args:
         runtime: Model, task and examples.
@@ -44,7 +45,7 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             with head.applied(labeled):
                 logits = task.forward(model, inputs)
             labeled_losses = task.losses(logits[0], labels)[0]
-    except Exception as error:  # training reports it, with the client
+    except Exception as error:  # training reports it with the client
         log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
         return None
     if not torch.allclose(labeled_losses, expected, rtol=1e-3, atol=1e-3):

@@ -43,7 +43,7 @@ class Job:
     seed: int
     """Seed of the order of examples and, with the seeds of other jobs, of the dropout masks."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
-    """Values for the keys of ``training`` that are auto; jobs in one pass may have different ones.
+    """Values for the keys of ``training`` that are auto; they may differ between jobs in one pass.
     """
 
 
@@ -59,7 +59,7 @@ class _TrainState:
     row: Tensor
     """θ, ``(P,)`` on the device."""
     anchor: Tensor | None
-    """``(P,)``; None without a proximal term."""
+    """Center of the proximal term, ``(P,)``; None without a proximal term."""
     proximal: float
     example_weights: Tensor | None
     """Weight of each row of the whole table, ``(n,)``; None if all are 1."""
@@ -71,11 +71,11 @@ class _TrainState:
 def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> list[Trained]:
     """Train adapters, each on its own examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
 
-    ``Objective`` has the weights and logits of the loss ℓ of a classifier.
+    For a classifier, ``Objective`` defines the class weights and the logits' offsets in the loss ℓ.
 
     A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
     (``AdapterStack``); the results equal those of sequential training up to rounding. Each job has
-    its own examples and their order, mean loss, clipping and learning rate. A job leaves the batch
+    its own examples, their order, a mean loss, clipping and a learning rate. A job leaves the batch
     after its last step.
 
     Dropout masks are drawn for a whole pass, from the seeds of all of its jobs. The same jobs get
@@ -85,7 +85,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
         runtime: Model, task and examples. Several jobs need a model for which
             ``stacking_obstacle`` returns None, and no gradient scaler.
         training: Optimizer, schedule, batch size and other settings.
-        jobs: At least one.
+        jobs: Adapters to train, at least one.
     """
     backbone = runtime.backbone
     if runtime.cache is not None:
@@ -138,7 +138,7 @@ def _train_phase(
     *,
     shared: bool,
 ) -> None:
-    """Run one pass of local training for each job. Jobs with the most steps come first."""
+    """Run one phase of local training for all jobs. Jobs with the most steps come first."""
     adapters: Adapters
     if shared:
         adapters = AdapterStack(runtime.backbone, torch.stack([state.row for state in states]))
@@ -232,7 +232,7 @@ class GradientRules:
     ) -> None:
         masks = [state.job.train.phases[phase] for state in states]
         self.columns: Tensor | None = None
-        """Columns that train, a mask ``(K, P)``; None for all."""
+        """Mask ``(K, P)`` of the columns that train; None if all columns train."""
         if any(mask is not None for mask in masks):
             all_columns = torch.ones_like(states[0].row, dtype=torch.bool)
             self.columns = torch.stack(
@@ -250,7 +250,7 @@ class GradientRules:
             adapters.gradient.mul_(self.columns[: len(adapters)])
         if self._max_norm is not None:
             norms = torch.linalg.vector_norm(adapters.gradient, dim=1, keepdim=True)
-            scale = (self._max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            scale = (self._max_norm / (norms + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
             adapters.gradient.mul_(scale)
 
     def restore(self, adapters: Adapters, before: Tensor) -> None:

@@ -13,15 +13,15 @@ from fedmerge_peft.tasks.base import Task
 
 @dataclass(frozen=True)
 class Objective:
-    """Training loss of one client, as it differs from the task's."""
+    """Difference between one client's training loss and the task's loss."""
 
     offset: Tensor | None = None
-    """Added to the logits, ``(classes,)``; None for 0."""
+    """Offsets that are added to the logits, ``(classes,)``; None if all are 0."""
     class_weights: Tensor | None = None
     """Weights of the classes, ``(classes,)``; None if all are 1."""
 
     def divisor(self, task: Task, labels: Tensor) -> float:
-        """Return what the losses of a batch with these labels are divided by."""
+        """Return the divisor of the summed losses of a batch with these labels."""
         return task.loss_divisor(labels, spread([self], len(labels), labels.device))
 
 
@@ -37,7 +37,7 @@ def training_losses(
         task: Task.
         logits: Output of ``Task.forward`` for K · width examples.
         labels: Their labels.
-        objectives: Loss of each client.
+        objectives: Training loss of each client.
 
     Returns:
         ``(K, width)``.
@@ -54,7 +54,7 @@ def training_losses(
 def spread(objectives: Sequence[Objective], width: int, device: torch.device) -> Tensor | None:
     """Return the class weights of each example of K parts, ``(K · width, classes)``.
 
-    Return None if all are 1.
+    Return None if all weights are 1.
     """
     known = [objective.class_weights for objective in objectives]
     first = next((weights for weights in known if weights is not None), None)

@@ -77,10 +77,10 @@ _BITSANDBYTES = {
 
 
 def check_optimizer(optimizer: str, device: torch.device) -> None:
-    """Check that an optimizer of bitsandbytes has its GPU and its package.
+    """Check that a CUDA GPU and bitsandbytes are available if the optimizer needs them.
 
     Raises:
-        DeviceError: It does not.
+        DeviceError: One of them is missing.
     """
     if optimizer not in _BITSANDBYTES:
         return
@@ -108,8 +108,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return a new optimizer for flat adapters, ``(K, P)``.
 
-    All but those that ``mixes_rows`` names are elementwise: a step on flat rows equals steps on
-    each row's own tensors.
+    Optimizers are elementwise, except those for which ``mixes_rows`` is True: a step on flat rows
+    equals steps on each row's own tensors.
     """
     rate = learning_rate(training)
     if training.optimizer == "adamw":
@@ -145,7 +145,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, st
 def fresh_scaler(accelerator: Accelerator) -> Any:
     """Reset and return fp16's gradient scaler, so that no client inherits another's loss scale.
 
-    The result is None in other precisions.
+    Return None in other precisions.
     """
     if accelerator.scaler is None:
         return None

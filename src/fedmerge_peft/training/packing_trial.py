@@ -37,7 +37,8 @@ def require_packing(runtime: Runtime, rows: Indices, recipe: Recipe) -> None:
 def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     """Return the reason why batches cannot be packed, or None.
 
-    The trial has two short and two long examples, for one adapter and for two.
+    The trial packs the shortest example twice, the median one and the longest one, for one adapter
+    and for two.
     """
     order = rows[np.argsort(runtime.examples.lengths[rows], kind="stable")]
     chunk = order[[0, -1, len(order) // 2, 0]]
@@ -58,7 +59,7 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     for adapters in (1, 2):
         try:
             outputs = logits(True, adapters)
-        except Exception as error:  # models that take no positions raise any error
+        except Exception as error:  # a model without position inputs raises any error
             return f"the model fails ({type(error).__name__}: {error})"
         wanted = expected[inside] if by_token else expected
         difference = (outputs[inside] if by_token else outputs) - wanted

@@ -101,7 +101,7 @@ class Plan(ABC):
         return slice(None)
 
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
-        """Return how a reply's choice or weights are invalid for this plan, or None."""
+        """Return the reason why a reply's choice or weights do not fit this plan, or None."""
         return None
 
     @property
@@ -110,9 +110,9 @@ class Plan(ABC):
         return None
 
     def measured_rows(self, trained: Sequence[Trained]) -> Sequence[Tensor]:
-        """Return the adapters ``(P,)`` whose class statistics belong to the result (``features``).
+        """Return the adapters ``(P,)`` whose class statistics the result contains.
 
-        They are measured after the training.
+        ``features.class_statistics`` computes the statistics after the training.
         """
         return ()
 
@@ -140,22 +140,22 @@ class Train(Plan):
     row: Tensor
     """θ as sent, ``(P,)``."""
     phases: tuple[Tensor | None, ...] = (None,)
-    """Passes of local training, each a mask ``(P,)`` of the trained columns; None for all."""
+    """Phases of local training. Each is a mask ``(P,)`` of the trained columns; None for all."""
     proximal: float | None = None
     """μ; None for the recipe's ``training.proximal``."""
     anchor: Tensor | None = None
-    """``(P,)``; None for the row itself."""
+    """Center of the proximal term, ``(P,)``; None for ``row``."""
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None if all are 1."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""
     alignment: Alignment | None = None
-    """Penalty on the features; None for none."""
+    """Penalty on the features; None if there is none."""
     logits: Logits | None = None
     """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
     compared: Tensor | None = None
-    """Another adapter ``(P,)``, whose validation loss the client reports too; None for none."""
+    """Another adapter ``(P,)``, whose validation loss the client also reports; None if absent."""
 
     @property
     def sent(self) -> Tensor:
@@ -195,7 +195,7 @@ class MeasuredTrain(Train):
 
 @dataclass(frozen=True)
 class InTurn(Plan):
-    """Train several adapters, each from its own row. The first one is shared."""
+    """Train several adapters, each from its own row. The first adapter is shared."""
 
     jobs: tuple[Train, ...]
 
@@ -230,7 +230,7 @@ class Choose(Plan):
     """
 
     rows: Tensor
-    """``(d, P)``."""
+    """The adapters to choose from, ``(d, P)``."""
 
     @property
     def sent(self) -> Tensor:
@@ -272,7 +272,7 @@ class Choose(Plan):
 
 @dataclass(frozen=True)
 class Mixture(Plan):
-    """Mixture p(y | x) = Σ_k π_k p_k(y | x). Its plan is one EM step on the training examples.
+    """Mixture p(y | x) = Σ_k π_k p_k(y | x); its plan is one EM step on the training examples.
 
     FedEM's client step (Marfoq et al. 2021, arXiv 2108.10252, section 3), over examples (x, y):
 
@@ -329,4 +329,4 @@ class Mixture(Plan):
 
 
 Served = Tensor | Mixture
-"""A client predicts with this: one adapter ``(P,)``, or a mixture of several."""
+"""Model that a client predicts with: one adapter ``(P,)``, or a mixture of several."""

@@ -29,32 +29,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POSITIONS = 4096
-"""Positions of a batch whose states are computed in one pass."""
+"""Most positions in a pass that computes states, unless one example has more."""
 
 
 class PrefixCache:
     """Cache of the hidden states that enter layer l, the first trainable layer.
 
-    The cache covers the clients' examples. Passes on them skip the layers before l. The states of a
-    group of examples are computed together, before the first pass on one of them, in batches of
-    similar lengths. They therefore depend on the group alone, not on the passes, and on the disk
-    they have the same bits as in memory.
+    The cache covers the clients' examples. Passes on them skip the layers before l. Each group of
+    examples is divided into parts of similar lengths. The states of a part are computed in one
+    pass, before the first other pass on one of its examples. They therefore depend on the groups
+    alone, not on later passes, and have the same bits on the disk as in memory.
 
     A trial batch of the shortest and the longest example first checks whether the model supports
     the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
     layers.
 
-    Batches must be padded on the right to their longest example, or hold one length. Otherwise, the
-    trial disables the cache.
+    Batches must be padded on the right to their longest example, or contain examples of one length.
+    Otherwise, the trial disables the cache.
 
     Args:
         backbone: Model whose ``prefix`` is not None.
         task: Task that collates batches and computes losses.
         examples: Encoded table.
-        groups: Rows of the table that one client holds for one purpose, for example its training
-            examples.
+        groups: Rows of the table in groups. Each group has one client's examples for one purpose,
+            for example training.
         gigabytes: Largest size of the stored states, on the model's device.
-        disk: Cache on disk of states from earlier runs; None for none.
+        disk: Cache of states on the disk, which runs share; None to keep states in memory only.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class PrefixCache:
         self._disk = disk
         self._tried = False
         self.used = False
-        """True after a trial that found the cache to be exact."""
+        """True once the trial has found that the model supports the cache."""
         self._lengths = np.zeros(len(examples), dtype=np.int64)
-        """Positions of each example, in all of its sequences."""
+        """Number of positions of each example, summed over its sequences."""
         self._parts: list[Indices] = []
         """Rows of the batches whose states are computed in one pass."""
         self._states: dict[int, Tensor] = {}
-        """States of each part that was needed so far, its examples one after another,
-        ``(positions, width)``."""
+        """States of each part that was needed so far, ``(positions, width)``. The examples of the
+        part are concatenated."""
         self._part_of = np.full(len(examples), -1)
-        """Part of each example; -1 for examples of no client."""
+        """Index of each example's part; -1 for examples that belong to no group."""
         self._starts = np.zeros(len(examples), dtype=np.int64)
         """First position of each example in the states of its part."""
 
@@ -101,7 +101,7 @@ class PrefixCache:
 
         Args:
             rows: Rows of the table.
-            packing: Places of their tokens in a packed batch; None for a padded one.
+            packing: Positions of their tokens in a packed batch; None for a padded batch.
         """
         self.prepare(rows)
         prefix = self._backbone.prefix
@@ -111,10 +111,10 @@ class PrefixCache:
         return prefix.replay(states if packing is None else packing.pack(states))
 
     def prepare(self, rows: Indices) -> None:
-        """Provide the states of these examples; the first call tries the model.
+        """Provide the states of these examples; the first call runs the trial.
 
-        Call it under the autocast of the passes. Several adapters share passes later: computing
-        states needs the model with a single adapter.
+        Call it under the autocast of the passes, and before several adapters share a pass:
+        computing states needs the model with a single adapter.
         """
         prefix = self._backbone.prefix
         if not self._tried:
@@ -135,7 +135,7 @@ class PrefixCache:
     # ---- the states of one part ------------------------------------------------------------------
 
     def _load_or_compute(self, prefix: Prefix, rows: Indices) -> Tensor:
-        """Return the states of these examples one after another, ``(positions, width)``."""
+        """Return the concatenated states of these examples, ``(positions, width)``."""
         inputs = self._task.collate(self._examples, rows)
         del inputs["labels"]
         if self._disk is None:
@@ -160,7 +160,7 @@ class PrefixCache:
         return torch.cat([own[:length] for own, length in zip(states, lengths, strict=True)])
 
     def _key(self, inputs: Batch) -> str:
-        """Return a digest of all that the bits of the states depend on."""
+        """Return a digest of everything that determines the bits of the states."""
         content = [part for name in sorted(inputs) for part in (name, inputs[name])]
         return digest([self._identity, *computation(self._backbone.device), *content]).hex()
 
@@ -178,9 +178,9 @@ class PrefixCache:
         return pad_sequence(views, batch_first=True)
 
     def _sequence_lengths(self, rows: Indices) -> list[list[int]]:
-        """Return the positions of each sequence of these examples.
+        """Return the number of positions of each sequence, a list for each of these examples.
 
-        All have as many sequences as the example with the most; the further ones are empty.
+        All lists are as long as that of the example with the most sequences, filled up with zeros.
         """
         if self._examples.sequences is None:
             return [[length] for length in self._lengths[rows].tolist()]
@@ -253,8 +253,8 @@ class PrefixCache:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Enable evaluation mode with gradients; restore the model's mode and generators
-        afterwards.
+        """Enable evaluation mode with gradients; restore the model's mode and the random
+        generators afterwards.
 
         Gradients reveal whether the states depend on trainable tensors.
         """
@@ -282,11 +282,11 @@ class PrefixCache:
     def _positions(
         self, inputs: Batch, states: Tensor, held: Indices, rows: Indices
     ) -> Tensor | None:
-        """Determine the number of positions of each example.
+        """Set the number of positions of each example.
 
         Returns:
-            Positions of the batch that are not padding, ``(sequences, length)``; None if its
-            positions are not its tokens, padded on the right.
+            Mask of the positions in the batch that are not padding, ``(sequences, length)``; None
+            if the model's positions are not the batch's tokens, padded on the right.
         """
         mask, known = inputs.get("attention_mask"), self._examples.positions
         if known is None and mask is None and len(np.unique(self._examples.lengths[held])) > 1:
@@ -299,7 +299,7 @@ class PrefixCache:
             return None
         if mask is None or known is not None:
             return inside
-        there = own > 0  # sequences that fill up an example have a mask too
+        there = own > 0  # the empty sequences that fill up an example have a mask too
         shaped = mask.flatten(0, -2) > 0
         return inside if torch.equal(shaped[there], inside[there]) else None
 

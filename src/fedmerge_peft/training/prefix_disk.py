@@ -1,4 +1,4 @@
-"""Place of the prefix cache on disk, and the conditions under which states have the same bits."""
+"""Location of the prefix cache on disk, and the conditions under which states are bit-identical."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ log = logging.getLogger(__name__)
 
 DISK_VARIABLE = "FEDMERGE_PREFIX_DISK"
 _FORMAT = 1
-"""Version of the meaning of stored states."""
+"""Version of the format of stored states."""
 
 
 def disk_cache(recipe: Recipe) -> TensorCache | None:
-    """Return the cache on disk for this recipe; None if it is switched off.
+    """Return the cache on disk for this recipe, or None.
 
-    ``FEDMERGE_PREFIX_DISK`` replaces the recipe's limit. Models that bring code of their own have
-    no cache on disk, because their weights and settings do not determine their states.
+    ``FEDMERGE_PREFIX_DISK`` replaces the recipe's limit. The result is None if the limit is 0 or
+    the user has no home directory. It is also None for models with code of their own and models in
+    memory, because their weights and settings do not determine their states.
 
     Raises:
         RecipeError: The variable is not a number of gigabytes.
@@ -44,7 +45,7 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
         return None
     try:
         folder = cache_folder() / "prefix"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         log.warning("states are not kept on disk without a home directory; set FEDMERGE_CACHE")
         return None
     return TensorCache(folder, gigabytes * 1e9)

@@ -47,13 +47,13 @@ class Runtime:
     examples: Examples
     """The encoded table."""
     cache: PrefixCache | None = None
-    """Cache that skips the layers before the first trainable one; None if there are none."""
+    """Cache that skips the layers before the first trainable one; None if the run has no cache."""
     first_token: FirstToken | None = None
-    """Cut of the last layer to the only token that the head reads; None if it reads others."""
+    """Cut of the last layer to the first token; None if the head reads other tokens."""
     head: LabeledHead | None = None
-    """Head of a decoder at labeled positions; None if it needs all positions."""
+    """Head of a decoder at labeled positions; None if logits are computed at all positions."""
     packed: bool = False
-    """True if examples share rows in a pass; ``packing_trial.py`` checks the model."""
+    """True if the examples of a pass share rows; ``packing_trial.py`` checks the model."""
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +76,7 @@ class Runtime:
     def to_device(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's labels and the model's inputs, on the device.
 
-        The labels are not passed to the model, because its own loss would average over clients.
+        The labels are not inputs of the model, because its own loss would average over clients.
         """
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         return inputs.pop("labels"), inputs
@@ -120,7 +120,10 @@ class Runtime:
 
     @contextmanager
     def forward_pass(self, rows: Indices, packing: Packing | None = None) -> Iterator[None]:
-        """Run a pass on these examples under autocast, prefix cache and cut to the first token."""
+        """Apply autocast, the prefix cache and the cut to the first token inside the context.
+
+        The context contains one forward pass on these examples.
+        """
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
             if self.cache is not None:

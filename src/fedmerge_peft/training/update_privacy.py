@@ -17,12 +17,12 @@ class UpdatePrivacy:
     """Clipping δ · min(1, clip / ‖δ‖₂), plus Gaussian noise in the trained columns."""
 
     clip: float
-    """Bound on the L2 norm; infinite for none."""
+    """Bound on the L2 norm; infinite without clipping."""
     noise: float
-    """Standard deviation of the noise on each value; 0 for none."""
+    """Standard deviation of the noise on each value; 0 without noise."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for numbers that would not protect the client."""
+        """Raise ``ValueError`` if a number is out of range."""
         if not self.clip > 0:
             raise ValueError(f"clip: found {self.clip}, expected a positive number")
         if not 0 <= self.noise < math.inf:

@@ -2,12 +2,12 @@
 
 document   JSON object whose last entry ``sha256`` covers the text before it
 text       text whose last line, ``# sha256: ...``, covers the lines before it
-records    one JSON object per line, whose last entry ``sha256`` covers the line before it and the
-           sum of the previous line, so that the last sum covers the whole file
+records    one JSON object per line, whose last entry ``sha256`` covers the rest of the line and
+           the sum of the previous line, so that the last sum covers the whole file
 tensors    safetensors with a sum in the metadata, over names, dtypes, shapes, values and a note
 
-A file and its sum are one write, so no interruption can separate them. The sums detect accidents.
-They do not authenticate: whoever writes a file can write its sum.
+One write contains both content and sum, so no interruption can separate them. The sums detect
+accidents. They do not authenticate: whoever writes a file can write its sum.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedmerge_peft.util import files, strict_json
 T = TypeVar("T")
 
 _KEY = "fedmerge"
-"""Key of the metadata of a file of tensors."""
+"""Metadata key, in a safetensors file, of the sum and the note."""
 _END_OF_DOCUMENT = re.compile(rb'\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _END_OF_TEXT = re.compile(rb"# sha256: ([0-9a-f]{64})\n\Z")
 _END_OF_RECORD = re.compile(rb' "sha256": "([0-9a-f]{64})"}\Z')
@@ -41,15 +41,15 @@ class Records(NamedTuple):
 
     records: list[dict[str, Any]]
     sha256: str
-    """Sum of the last line; empty text for no line."""
+    """Sum of the last line; an empty text if the file has no lines."""
 
 
 class DamagedError(RunError):
-    """File that is not as it was written."""
+    """File that has changed since it was written."""
 
 
 def damaged(path: Path, reason: str) -> DamagedError:
-    """Return the error for a file that is not as it was written."""
+    """Return the error for a file that has changed since it was written."""
     return DamagedError(
         f"{path} is damaged: {reason}. Restore the file from a copy, or start a new run"
     )
@@ -73,7 +73,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text that ends with a line feed. Raise ``RunError`` on failure."""
+    """Write text, which must end with a line feed. Raise ``RunError`` on failure."""
     files.write_text(path, f"{text}# sha256: {_sum(text.encode())}\n")
 
 
@@ -92,7 +92,7 @@ def append_record(path: Path, record: Mapping[str, Any], previous: str) -> tuple
     Args:
         path: File.
         record: Object with at least one entry.
-        previous: Sum of the line before; empty text for the first line.
+        previous: Sum of the previous line; an empty text for the first line.
 
     Returns:
         The length of the file in bytes, and the sum of the new line.
@@ -110,11 +110,11 @@ def append_record(path: Path, record: Mapping[str, Any], previous: str) -> tuple
 
 
 def read_records(path: Path, content: bytes | None = None) -> Records:
-    """Read and verify the complete lines of a file; a last line without line feed is ignored.
+    """Read and verify the complete lines of a file; ignore a last line without line feed.
 
     Args:
         path: File. A missing file has no records.
-        content: Its content, if that has been read before.
+        content: Content of the file, if it has been read already.
 
     Raises:
         RunError: A line is damaged.
@@ -160,7 +160,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def stored_sum(path: Path) -> str:
-    """Return the sum that a safetensors file states, unverified. Raise ``RunError`` on failure."""
+    """Return the sum stored in a safetensors file, unverified. Raise ``RunError`` on failure."""
 
     def read() -> str:
         with safe_open(path, framework="pt") as file:
@@ -211,7 +211,7 @@ def _read(path: Path) -> bytes:
 
 
 def _verified(path: Path, content: bytes, end: re.Pattern[bytes], previous: str = "") -> bytes:
-    """Return the part of the content that its sum covers. Raises ``RunError``."""
+    """Return the part of the content that its sum covers. Raise ``RunError`` on a mismatch."""
     match = end.search(content)
     if match is None:
         raise damaged(path, "it does not end with its SHA-256 sum")

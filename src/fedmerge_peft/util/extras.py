@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, requires
 def install_command(extra: str) -> str:
     """Return the command that installs the requirements of an extra, by their own names.
 
-    The name of this package is not on the index, where anyone may register it: a command that
-    installs by it could run a stranger's code.
+    This package is not on the package index, where anyone may register its name. A command with
+    that name could therefore run a stranger's code. If the requirements are unknown, the command
+    installs the extra from a source checkout.
     """
     from packaging.requirements import Requirement
 

@@ -39,8 +39,8 @@ def translated_write_errors(path: Path) -> Iterator[Path]:
 def locked_directory(path: Path) -> Iterator[None]:
     """Create a directory, and lock it against other processes and threads inside the context.
 
-    The lock is reentrant. Without support by the operating system or the file system, the directory
-    is not locked.
+    The lock is reentrant. If the operating system or the file system does not support locks, the
+    directory is not locked.
 
     Raises:
         RunBusyError: Another process or thread has locked the directory.
@@ -75,12 +75,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that ``path`` always contains the complete old or the complete new file.
 
     ``write`` writes a temporary file in the same folder, which then replaces ``path``. The file is
-    flushed to disk before it is renamed, and the folder after it, so this also holds after a power
-    failure.
+    flushed to disk before it is renamed, and the folder afterwards, so the guarantee also holds
+    after a power failure.
 
     Args:
         path: File.
-        write: Function that writes the file at the path that it is called with.
+        write: Function that is called with the path of the temporary file, and writes it.
 
     Raises:
         RunError: The file cannot be written.
@@ -137,9 +137,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; other types become text, and numbers that are not finite null.
+    """Write JSON atomically. Raise ``RunError`` on failure.
 
-    Raises ``RunError`` on failure.
+    NaN becomes null. Infinity and values of types that JSON lacks become text.
     """
     write_text(path, strict_json.dumps(value, indent=2) + "\n")
 
@@ -152,7 +152,7 @@ def write_tensors(
     Args:
         path: File.
         tensors: Tensors by name.
-        metadata: Single key with its value. Safetensors does not fix the order of several keys.
+        metadata: A single key and its value, as safetensors does not fix the order of several keys.
 
     Raises:
         RunError: The file cannot be written.

@@ -25,8 +25,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder so that it has all of its files or does not exist.
 
-    The context yields a temporary folder next to it, which is then renamed. The remains of an
-    earlier process that was killed are removed.
+    The context yields a temporary folder next to ``folder``, and renames it at the end. Remains of
+    an earlier process that was killed are removed.
 
     Args:
         folder: A new or empty folder.
@@ -36,7 +36,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         RunError: The folder cannot be written.
     """
     target = folder.resolve()
-    short = sha256(os.fsencode(target.name)).hexdigest()[:16]  # names may not get longer
+    short = sha256(os.fsencode(target.name)).hexdigest()[:16]  # a longer name may be invalid
     partial = target.with_name(f".{short}.partial")
     with translated_write_errors(folder):
         if partial.is_symlink():
@@ -57,7 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_sums(folder: Path) -> None:
-    """Write ``SHA256SUMS`` of a folder. Raise ``RunError`` on failure."""
+    """Write a folder's ``SHA256SUMS``. Raise ``RunError`` on failure."""
     sums = {name: _digest(folder / name) for name in _covered(folder)}
     if unread := [name for name, digest in sums.items() if digest is None]:
         raise RunError(f"{folder / unread[0]} cannot be read; repeat the export")
@@ -66,9 +66,9 @@ def write_sums(folder: Path) -> None:
 
 
 def faults(folder: Path) -> list[str]:
-    """Return one sentence for each file that does not agree with ``SHA256SUMS``.
+    """Return one sentence for each file, also in subfolders, that does not match ``SHA256SUMS``.
 
-    The folder may come from somebody else: links and special files are not opened.
+    The folder may come from an untrusted source, so links and special files are not opened.
     """
     problems: list[str] = []
     folders = [folder]

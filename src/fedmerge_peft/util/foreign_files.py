@@ -1,4 +1,4 @@
-"""Files whose content is not what their name says, such as a web page that was saved as a table."""
+"""Files whose content does not match their name, such as a web page that was saved as a table."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ _BEGINNINGS = (
     (b"<!doctype html", "a web page, such as an error of a download; download the file again"),
     (b"<html", "a web page, such as an error of a download; download the file again"),
 )  # fmt: skip
-"""First bytes of files, in lower case for text, and what such a file is."""
+"""First bytes of a kind of file, in lower case for text, and a description of the kind."""
 
 
 def foreign_content(path: Path, own: bytes | None = None) -> str | None:
-    """Return what a file is, and what to do, if its first bytes are those of another kind of file.
+    """Describe a file, with advice, if its first bytes are those of an unexpected kind of file.
+
+    Return None otherwise.
 
     Args:
         path: File.
-        own: First bytes of files of the expected kind; None if there are none, as in text.
+        own: First bytes of files of the expected kind; None if that kind has none, such as text.
     """
     with path.open("rb") as file:
         start = file.read(64)

@@ -1,7 +1,7 @@
 """Gaussian noise from a seed, for simulations, or from the operating system's generator.
 
-A seeded generator does not protect: anyone with the seed, or with enough of its output, computes
-the rest. Noise that protects somebody comes from ``os.urandom``.
+Seeded noise does not protect privacy: anyone with the seed, or with enough of the generator's
+output, can compute the rest. Noise that protects privacy comes from ``os.urandom``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _CHUNK = 1 << 20
-"""Numbers that are drawn at a time, which bounds memory."""
+"""Limit on the numbers that are drawn at a time, to bound memory."""
 
 
 def add_noise(values: Tensor, deviation: float, seed: int | None) -> Tensor:
@@ -24,9 +24,9 @@ def add_noise(values: Tensor, deviation: float, seed: int | None) -> Tensor:
     Args:
         values: Any shape, on the CPU.
         deviation: σ.
-        seed: Seed of a simulation. None to draw from the operating system; the sum is then computed
-            in float64 and rounded once, so that the last digits of the result do not depend on the
-            value below the noise (Mironov 2012, CCS).
+        seed: Seed of a simulation. None draws from the operating system. The sum is then computed
+            in float64 and rounded once, so that the last digits of the result do not reveal the
+            value without noise (Mironov 2012, CCS).
     """
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -38,7 +38,7 @@ def add_noise(values: Tensor, deviation: float, seed: int | None) -> Tensor:
 def secret_normal(count: int) -> NDArray[np.float64]:
     """Draw standard normal numbers ``(count,)`` from the operating system's generator.
 
-    Box and Muller 1958: √(−2 ln u) · (cos 2πv, sin 2πv) for u in (0, 1] and v in [0, 1).
+    Method of Box and Muller (1958): √(−2 ln u) · (cos 2πv, sin 2πv), u in (0, 1], v in [0, 1).
     """
     drawn = np.empty(count)
     for start in range(0, count, _CHUNK):

@@ -1,8 +1,9 @@
 """Privacy loss of Gaussian mechanisms, without approximation.
 
-A mechanism that adds N(0, σ²) to a vector of L2 sensitivity S is μ-GDP with μ = S / σ. Several of
-them, also chosen one after another, are together μ-GDP with μ² = Σ_k μ_k² (Dong, Roth and Su 2022,
-arXiv 1905.02383, corollary 3.3). μ-GDP is equivalent to (ε, δ(ε)) for all ε ≥ 0, with
+A mechanism that adds N(0, σ²) to a vector of L2 sensitivity S is μ-GDP with μ = S / σ. The
+composition of several such mechanisms, even if adaptive, is μ-GDP with μ² = Σ_k μ_k² (Dong, Roth
+and Su 2022, arXiv 1905.02383, corollary 3.3). μ-GDP is equivalent to (ε, δ(ε))-DP for all ε ≥ 0,
+with
 
     δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)         (Balle and Wang 2018, arXiv 1805.06530)
 """
@@ -14,11 +15,11 @@ import math
 from scipy.special import log_ndtr
 
 _STEPS = 200
-"""Halvings of the interval, more than the bits of a float."""
+"""Number of bisection steps, more than a float has bits."""
 
 
 def epsilon_of(mu_squared: float, delta: float) -> float:
-    """Return the smallest ε at δ for a total of Σ_k μ_k²; infinite if the total is.
+    """Return the smallest ε at δ for a total of Σ_k μ_k²; infinite if the total is infinite.
 
     Args:
         mu_squared: Σ_k (S_k / σ_k)².

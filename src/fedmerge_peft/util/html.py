@@ -1,4 +1,4 @@
-"""HTML for notebooks: tables whose texts, which may come from data, are escaped."""
+"""HTML for notebooks. Texts, which may come from data, are escaped."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ _STYLE = """<style>
 
 
 def page(title: str, *parts: str) -> str:
-    """Return parts of HTML under a title of text."""
+    """Join parts of HTML under a title, with the style sheet."""
     return f'<div class="fedmerge">{_STYLE}<b>{text(title)}</b>{"".join(parts)}</div>'
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of texts."""
+    """Return an HTML table with a header; cells are texts."""
     head = "".join(f"<th>{text(column)}</th>" for column in columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>"
 
 
 def facts(pairs: Iterable[Sequence[str]]) -> str:
-    """Return a table of names and values."""
+    """Return an HTML table of names and values."""
     return f'<table class="facts"><tbody>{_rows(pairs)}</tbody></table>'
 
 
 def details(summary: str, content: str) -> str:
-    """Return HTML that opens with a click on its summary."""
+    """Return HTML content that a click on its summary opens."""
     return f"<details><summary>{text(summary)}</summary>{content}</details>"
 
 
 def lines(content: str) -> str:
-    """Return text with its line breaks and spaces."""
+    """Return HTML that shows text with its line breaks and spaces."""
     return f"<pre>{chr(10).join(text(line) for line in content.splitlines())}</pre>"
 
 
 def text(value: object) -> str:
-    """Return text with HTML's characters, control and direction characters escaped."""
+    """Escape the special characters of HTML, control characters and direction characters."""
     return escape(printable(str(value)))
 
 

@@ -1,4 +1,4 @@
-"""Errors of other libraries as errors of this package, with one line and a place."""
+"""Convert errors of other libraries to errors of this package, with a reason of one line."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error's message, with its type if it is a builtin one.
+    """Return the first line of an error's message.
 
-    A line that ends with a colon is joined with the next one.
+    A line that ends with a colon is joined with the next one. Builtin errors other than ``OSError``
+    and ``ValueError`` are preceded by their type. Without a message, the type is the reason.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__

@@ -24,9 +24,9 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def configure_logging(console: Console, *, engines_only: bool = False) -> None:
-    """Print this package's warnings to ``console``, and silence the libraries' deprecations.
+    """Print this package's warnings to ``console``, and silence the libraries' ``FutureWarning``.
 
-    Values that a run chooses for keys that are ``auto`` are printed too.
+    The results of the modules in ``_SHOWN``, such as values chosen for ``auto``, are printed too.
 
     Args:
         console: Destination of the warnings.

@@ -1,4 +1,4 @@
-"""Memory that this machine has left."""
+"""Available memory of this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that can be allocated: those available, or a container's limit.
+    """Return the bytes of available memory, at most a container's limit.
 
-    On systems without ``/proc``, all of the machine's memory counts.
+    On systems without ``/proc``, all of the machine's memory counts as available.
     """
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path, pattern, unit in (
@@ -30,7 +30,7 @@ def available_memory() -> int:
 
 
 def shortage(numbers: int) -> str | None:
-    """Return why this many float32 numbers do not fit into memory; None if they do."""
+    """Return the reason why ``numbers`` float32 values do not fit into memory; None if they do."""
     needed, available = 4 * numbers, available_memory()
     if needed <= available:
         return None

@@ -16,7 +16,7 @@ def make_private(folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    if os.name != "posix":  # access does not follow from the mode
+    if os.name != "posix":  # the mode does not control access
         return
     if not is_own(folder):
         raise PermissionError(errno.EPERM, "it is a link, or belongs to another user")
@@ -28,7 +28,7 @@ def is_own(path: Path) -> bool:
     """Return True for a file or folder of this user that is not a link.
 
     Raises:
-        OSError: It does not exist, or cannot be examined.
+        OSError: The path does not exist, or cannot be examined.
     """
     facts = path.lstat()
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):

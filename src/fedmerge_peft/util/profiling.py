@@ -1,4 +1,4 @@
-"""Wall time of a run by phase: ``timed`` marks a phase, ``collect_timings`` sums them up."""
+"""Wall time of a run by phase: ``timed`` marks a phase, ``collect_timings`` adds up the times."""
 
 from __future__ import annotations
 

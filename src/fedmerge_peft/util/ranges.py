@@ -16,7 +16,7 @@ from fedmerge_peft.util.text import printable, shortened
 
 MAX_COUNT = 10**9
 MAX_NORM = 1e9
-"""Largest L2 norm of an update. Its square fits into float32, also after a million such steps."""
+"""Largest L2 norm of an update. The squared norm of a million such steps fits into float32."""
 MAX_SCORE = 1e30
 MAX_SECONDS = 1e9
 MAX_NAME = 256
@@ -34,7 +34,7 @@ def _without_control(text: str) -> str:
 
 
 def real(low: float, high: float) -> object:
-    """Return the metadata of a finite number from ``low`` to ``high``."""
+    """Return pydantic's metadata for a finite number from ``low`` to ``high``."""
     return Field(strict=True, ge=low, le=high, allow_inf_nan=False)
 
 
@@ -43,9 +43,9 @@ Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 Name = Annotated[str, Field(strict=True, max_length=MAX_NAME), AfterValidator(_without_control)]
 """Name of a client, group, label or column, without control and direction characters."""
 Number = Annotated[float, Field(strict=True)]
-"""Number of a file, which may be infinite or nan, such as a score of a diverged model."""
+"""Number in a file; it may be infinite or nan, such as a score of a diverged model."""
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**62)]
-"""Number of rounds, examples, values or bytes of a file."""
+"""Count in a file: of rounds, examples, values or bytes."""
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Loss = Annotated[float, real(-MAX_SCORE, MAX_SCORE)]
@@ -54,7 +54,7 @@ Seconds = Annotated[float, real(0.0, MAX_SECONDS)]
 
 
 def first_fault(invalid: ValidationError) -> str:
-    """Describe the first of the faults that pydantic found: the field, its value, the range."""
+    """Describe the first fault that pydantic found: the field, its value and the valid range."""
     fault = invalid.errors(include_url=False, include_context=False)[0]
     where = printable(shortened(".".join(map(str, fault["loc"])), 120))
     if not where and fault["type"] == "value_error":

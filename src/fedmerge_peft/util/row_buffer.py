@@ -48,7 +48,7 @@ class RowBuffer:
         return stored.copy_(rows)
 
     def _allocate(self, size: int) -> Tensor:
-        """Allocate a block for the expected number of appends of ``size`` floats, or a chunk."""
+        """Allocate a block for the expected appends of ``size`` floats, at least a chunk."""
         numel = size * max(self._expected_calls, CHUNK_BYTES // (4 * size))
         self._memory_left -= 4 * numel
         if self._memory_left >= 0:

@@ -1,4 +1,4 @@
-"""State of an object across rounds, as tensors and JSON values by name."""
+"""State of an object across rounds: tensors and counters by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Stateful:
 
     A field is a tensor of fixed shape and dtype, a counter, or another ``Stateful``. A ``Stateful``
     field may be set to None, which is permanent. All other attributes follow from the recipe and
-    the seed. Loading the ``state_dict()`` of one object into a newly constructed one restores it.
+    the seed. A new object that loads the ``state_dict()`` of another one has the same state.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()

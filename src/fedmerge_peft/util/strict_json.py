@@ -13,8 +13,8 @@ def dumps(value: Any, *, indent: int | None = None, default: Callable[[Any], Any
 
     Args:
         value: Value.
-        indent: Spaces of a level. None writes one line.
-        default: Conversion of other types.
+        indent: Spaces per level. None writes a single line.
+        default: Function that converts a value of a type that JSON lacks.
     """
     try:
         return json.dumps(
@@ -44,7 +44,7 @@ def loads(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     escape: Any = b"\\ud" if isinstance(text, bytes) else "\\ud"
     if escape in text.lower():
-        dumps(value).encode()  # an unpaired surrogate is a UnicodeEncodeError
+        dumps(value).encode()  # an unpaired surrogate raises UnicodeEncodeError
     return value
 
 

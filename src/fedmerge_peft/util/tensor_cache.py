@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 _TENSOR, _SUM = "tensor", "blake2b"
 _RESERVE = 10**9
-"""Bytes of the disk that stay free."""
+"""Bytes of the disk that the cache leaves free."""
 _SMALL = 2**20
-"""Bytes below which a tensor is copied: a process has a limited number of mappings."""
+"""Bytes below which a tensor is copied, as a process has a limited number of mappings."""
 _RESCANS = 20
-"""Parts of the limit after which the folder is read again, because other processes write too."""
+"""The folder is read again after 1/20 of the limit is written, as other processes write too."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches: FEDMERGE_CACHE, or below the user's cache."""
+    """Return the folder of all caches: FEDMERGE_CACHE, or a subfolder of the user's cache."""
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FEDMERGE_CACHE") or Path(user) / "fedmerge-peft")
 
@@ -41,9 +41,9 @@ class TensorCache:
     Files are written under another name and renamed, so that processes can read and write at the
     same time. A damaged file counts as missing. The least recently used files are removed to stay
     within the limit, but none that this object has read or written. Only the user may open folder
-    and files: tensors can reveal examples, and a file from somebody else would change results. A
-    folder or a file that is a link or belongs to another user is not used. A failure to write is
-    logged and ends writing.
+    and files, because tensors can reveal examples, and a file from somebody else would change
+    results. A folder or a file that is a link or belongs to another user is not used. A failure to
+    write is logged, and nothing is written afterwards.
 
     Args:
         folder: Folder, created on the first write with mode 0700.
@@ -64,7 +64,7 @@ class TensorCache:
         """Bytes written since the folder was last read."""
 
     def get(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Return a tensor on the CPU, memory-mapped if it is large; None if there is none.
+        """Return a tensor on the CPU, memory-mapped if it is large; None if it is not in the cache.
 
         Args:
             key: Letters and digits.
@@ -98,7 +98,7 @@ class TensorCache:
         return tensor.clone() if tensor.nbytes < _SMALL else tensor
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Store a tensor, unless there is no room for it."""
+        """Store a tensor, unless there is no room for it or an earlier write failed."""
         if not self._writes or not self._is_private(create=True):
             return
         stored = tensor.detach().cpu().contiguous()
@@ -124,7 +124,7 @@ class TensorCache:
         self._unscanned += stored.nbytes
 
     def _is_private(self, *, create: bool = False) -> bool:
-        """Return True if only this user can open the folder; check it once."""
+        """Return True if only this user can open the folder. The check runs once."""
         if self._private is None and (create or self.folder.exists()):
             try:
                 make_private(self.folder)

@@ -12,7 +12,7 @@ _SHORTEST = 3
 """Shortest word that is compared with others letter by letter."""
 
 _LONGEST = 200
-"""Longest such word."""
+"""Longest word that is compared with others letter by letter."""
 
 _SEPARATORS = re.compile(r"[-_. ]")
 _PUNCTUATION = str.maketrans("", "", "-_. ")
@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 def spreadsheet_cell(text: str) -> str:
     """Return text that a spreadsheet shows as it is, instead of evaluating it as a formula.
 
-    Texts that begin like a formula get an apostrophe in front, as OWASP recommends for CSV.
+    A text that begins like a formula is prefixed with an apostrophe, as OWASP recommends for CSV.
     """
     cell = printable(text)
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
@@ -45,7 +45,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def folded_form(name: str) -> str:
-    """Return a name without case, invisible characters and surplus spaces, in Unicode's form NFC.
+    """Normalize a name: Unicode form NFC, no case, no invisible characters, no surplus spaces.
 
     Names with equal results look alike, such as ``Zürich`` in the forms NFC and NFD.
     """
@@ -64,8 +64,8 @@ def lookalikes(names: Iterable[str]) -> list[list[str]]:
 def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the word that a misspelled word most likely stands for; None if none is close.
 
-    Close words are equal except for case and punctuation, or differ by at most one edit in four
-    letters, or are the beginning of each other. An edit inserts, deletes or replaces a letter, or
+    Close words are equal except for case and punctuation, or differ by at most one edit per four
+    letters, or one is the beginning of the other. An edit inserts, deletes or replaces a letter, or
     exchanges two neighbors (optimal string alignment). Each part of a compound has to be close:
     ``token-cat`` is not close to ``image-cat``.
     """

@@ -1,4 +1,4 @@
-"""Finiteness and norms of long vectors, at memory bandwidth and without float32 rounding error."""
+"""Finiteness and norms of long vectors, at memory bandwidth and with sums in float64."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def norm_fault(rows: Tensor) -> str | None:
-    """Return how rows ``(k, P)`` leave the range of adapters and updates, or None.
+    """Return the reason why rows ``(k, P)`` are out of range for adapters and updates, or None.
 
-    The range is an L2 norm of at most ``MAX_NORM``. A row with a value that is not finite has no
-    finite norm.
+    Rows are in range if all values are finite and the L2 norm is at most ``MAX_NORM``.
     """
     if not len(rows):
         return None
@@ -58,7 +57,7 @@ def norm_fault(rows: Tensor) -> str | None:
 
 
 def tensor_mismatch(value: object, shape: tuple[int, ...]) -> str | None:
-    """Return how a value differs from a finite, dense float32 CPU tensor of this shape, or None."""
+    """Describe a value unless it is a finite, dense float32 CPU tensor of ``shape``; else None."""
     if not isinstance(value, Tensor):
         return f"of type {type(value).__name__}, expected a tensor"
     if value.layout is not torch.strided or value.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Processes of NVIDIA FLARE, which exit with the process that started them.
+"""NVIDIA FLARE's processes, which run behind the gate and exit with their parent process.
 
 python -m fedmerge_peft.sites.flare.child server KIT
 python -m fedmerge_peft.sites.flare.child client KIT SITE
@@ -45,7 +45,7 @@ def run_main_process(kind: str, arguments: list[str]) -> None:
 
     Args:
         kind: ``server`` or ``client``.
-        arguments: The kit, and the name of the site.
+        arguments: The kit; for ``client``, also the name of the site.
     """
     kit, *site = arguments
     names = [f"uid={site[0]}"] if site else []

@@ -1,9 +1,9 @@
-"""Places where NVIDIA FLARE's processes find configuration: ``startup/`` and ``local/`` of a kit.
+"""Restriction of NVIDIA FLARE's search for configuration to ``startup/`` and ``local/`` of a kit.
 
-FLARE searches a whole kit for the names of its files, and at the operator the current folder, at
-any depth. The first file that it finds counts, in any of its formats. A ``comm_config.json`` among
-the data, adapters or run directories there would make it import modules from a folder of its
-choice.
+By default, FLARE searches a whole kit, and at the operator the current folder, for configuration
+files by name, at any depth and in several formats. It uses the first match. A ``comm_config.json``
+among the data, adapters or run directories could make FLARE import modules from any folder that the
+file names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _initialize = ConfigService.initialize
 
 
 def search_only_own_files() -> None:
-    """Let FLARE find no ``comm_config`` at all, and other files in ``startup/`` and ``local/``."""
+    """Disable FLARE's ``comm_config``, and limit its search to ``startup/`` and ``local/``."""
     CommConfigurator._config_loaded, CommConfigurator._configuration = True, None
     ConfigService.initialize = _initialize_from_own_files
 
@@ -31,6 +31,6 @@ def _initialize_from_own_files(
 
 
 def configuration_folders(folder: str) -> list[str]:
-    """Return the folders of a kit that hold configuration; the folder itself if it is not a kit."""
+    """Return a kit's configuration folders; return the folder itself if it is not a kit."""
     parts = [str(Path(folder, part)) for part in ("startup", "local")]
     return parts if Path(parts[0]).is_dir() else [folder]

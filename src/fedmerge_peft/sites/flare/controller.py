@@ -31,8 +31,7 @@ from fedmerge_peft.util.exit_with_parent import exit_with_parent
 _POLL_INTERVAL = 0.05
 """Seconds between two checks of the reply queue."""
 _FETCH_TIMEOUT, _BUSY_FETCH_TIMEOUT = 30.0, 3.0
-"""Seconds that a site has to fetch a task: after it replied to its last task, and after it did
-not."""
+"""Seconds that a site has to fetch a task: if it replied to its last task, and if it did not."""
 _GRACE = 30
 """Seconds by which FLARE's timeout of a task exceeds the deadline."""
 
@@ -40,9 +39,9 @@ _GRACE = 30
 class FlareTransport:
     """Transport that sends messages as FLARE tasks, one at a time for each site.
 
-    An idle site fetches its task at once. Other sites are disconnected, or still busy with a round
-    that continued without them. The transport waits only until this is clear. A site rejoins in the
-    first round in which it fetches its task.
+    An idle site fetches its task at once. Any other site is disconnected, or still busy with a
+    round that continued without it. The transport gives up such a site after a short timeout. The
+    site rejoins in the first round in which it fetches its task in time.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class FlareTransport:
         self._fl_ctx = fl_ctx
         self._abort = abort
         self._fetch_timeouts: dict[str, float] = {}
-        """Seconds that a site has to fetch a task; the whole deadline before its first reply."""
+        """Seconds that each site has to fetch a task; a site without an entry has the deadline."""
 
     def send_and_receive(
         self, requests: Mapping[str, Sequence[Request]], deadline: float
@@ -151,12 +150,12 @@ class FederationController(Controller):  # type: ignore[misc]
         self._sites: list[str] = []
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Exit with the server's main process, and register the operator's commands."""
+        """Register the operator's commands; from now on, exit with the server's main process."""
         exit_with_parent()
         fl_ctx.get_engine().register_app_command(TOPIC, self._handle_command)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Run the job."""
+        """Run the job and write its outcome."""
         engine = fl_ctx.get_engine()
         workspace = engine.get_workspace()
         kit = self._kit(fl_ctx)

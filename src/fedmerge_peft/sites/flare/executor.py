@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """Executor that forwards messages to the site's trainer, or to its own (``process: job``)."""
+    """Executor that forwards messages to the site's trainer process.
+
+    With ``process: job``, it creates a trainer in the process of the job.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """Return the reply to a message, or the reason why there is none."""
+        """Return the trainer's reply to a message, or the reason for its absence."""
         end = time.monotonic() + float(shareable.get(DEADLINE, 0))
 
         def cancelled() -> bool:

@@ -1,16 +1,16 @@
-"""Admission of messages to NVIDIA FLARE's processes, by their connection.
+"""Gate that admits messages to NVIDIA FLARE's processes by the connection on which they arrive.
 
-FLARE hands a message to the handler that its headers name, and trusts the headers about its sender.
-The gate decides before any of it is parsed. The sender is the party at the other end of the
+FLARE passes a message to the handler that its headers name, and trusts the sender in the headers.
+The gate decides before FLARE processes the message. The sender is the party at the other end of the
 connection: the name in its certificate, or a process of the same user behind a Unix socket.
-Requests pass only if this package needs them, and no message is passed on between sites:
+Requests pass only if this package needs them, and no message is forwarded between sites:
 
     process          admits requests from
     site             the server: administration (``site_requests``); its own job: end of the job
     job at a site    the server: replies and the end of the run, also through its site; its site:
                      abort
     server           sites: registration, heartbeats, tasks; the operator: commands; its own job
-    job at server    the server's process, which has admitted them
+    job at server    the server's main process, whose gate has admitted them
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Request = tuple[str, str]
 
 _GOODBYE: Request = (CellChannel.CELLNET, "bye")
 _REPLIES: Request = (CellChannel.RETURN_ONLY, "*")
-"""Replies to own requests, which FLARE sends as streams."""
+"""Replies to requests of the receiving process, which FLARE sends as streams."""
 _STREAM_CONTROL = (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC)
 
 SITE_FROM_SERVER: frozenset[Request] = frozenset({(CellChannel.CLIENT_MAIN, "admin"), _GOODBYE})
@@ -89,16 +89,16 @@ class Peer:
     """The other end of a connection."""
 
     endpoint: str
-    """Name that it uses in FLARE's network, such as ``site-1`` or ``site-1.JOB``."""
+    """Name that the peer uses in FLARE's network, such as ``site-1`` or ``site-1.JOB``."""
     local: bool
     """True for a process of the same machine and user, connected by a Unix socket."""
     certificate: str | None = None
-    """Common name in its certificate; None at the connecting end, where TLS has checked the
+    """Common name in the peer's certificate; None at the connecting end, where TLS has checked the
     server's host name."""
 
 
 def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
-    """Return the reason why a process refuses a message; None if it admits it.
+    """Return the reason why a process refuses a message; None if it admits the message.
 
     Args:
         here: Name of this process in FLARE's network: ``server``, ``site-1``, or one of these with
@@ -153,9 +153,9 @@ def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
 
 
 def close_gate() -> None:
-    """Admit only what ``refusal`` lets pass, in every cell of this process from now on.
+    """From now on, drop messages that ``refusal`` refuses, in every cell of this process.
 
-    Refused messages are dropped and logged, each kind once.
+    Each pair of sender and reason is logged once.
     """
     process = CoreCell.process_message
     known: set[tuple[str, str]] = set()
@@ -175,7 +175,7 @@ def close_gate() -> None:
 
 
 _MAX_LOGGED = 100
-"""Number of refusals that a process logs."""
+"""Largest number of refusals that a process logs."""
 
 
 def _peer(endpoint: Endpoint, connection: Connection) -> Peer:
@@ -187,7 +187,7 @@ def _peer(endpoint: Endpoint, connection: Connection) -> Peer:
 
 
 def _request(headers: Mapping[str, Any]) -> Request:
-    """Return channel and topic of a request, or those inside a stream."""
+    """Return channel and topic of a request; for a stream, those of the streamed request."""
     request = tuple(
         str(headers.get(key)) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC)
     )

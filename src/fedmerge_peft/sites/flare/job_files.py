@@ -18,7 +18,7 @@ CLIENT_CONFIG: dict[str, Any] = {
     "task_result_filters": [],
     "components": [],
 }
-"""A site's part. Each site writes it itself; see ``site_requests``."""
+"""Configuration of a job at a site. Each site writes it itself; see ``site_requests``."""
 SERVER_CONFIG: dict[str, Any] = {
     "format_version": 2,
     "server": {"heart_beat_timeout": 600, "task_request_interval": _FETCH_INTERVAL},

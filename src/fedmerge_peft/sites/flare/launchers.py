@@ -1,4 +1,4 @@
-"""Launchers of NVIDIA FLARE's jobs, which start them behind the gate."""
+"""Launchers that start NVIDIA FLARE's jobs behind the gate (``gate``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SiteJobLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
     """Launcher of a site's jobs."""
 
     def get_command(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> str:
-        """Return the command of a job's process."""
+        """Return the command that starts a job's process behind the gate."""
         return str(super().get_command(job_meta, _behind_gate(fl_ctx)))
 
 
@@ -23,12 +23,12 @@ class ServerJobLauncher(ServerProcessJobLauncher):  # type: ignore[misc]
     """Launcher of the server's jobs."""
 
     def get_command(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> str:
-        """Return the command of a job's process."""
+        """Return the command that starts a job's process behind the gate."""
         return str(super().get_command(job_meta, _behind_gate(fl_ctx)))
 
 
 def _behind_gate(fl_ctx: FLContext) -> FLContext:
-    """Start the module of the job's process through ``flare.child``."""
+    """Change the arguments of the job's process so that ``flare.child`` starts its module."""
     arguments = fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS)
     option, module = arguments[JobProcessArgs.EXE_MODULE]
     if not str(module).startswith("fedmerge_peft."):

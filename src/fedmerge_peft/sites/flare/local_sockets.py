@@ -1,8 +1,8 @@
 """Unix sockets between the NVIDIA FLARE processes of one machine.
 
-By default FLARE's parent process listens on a TCP port of the loopback interface, without
-authentication, and hands everything that it receives there to the same handlers as the server's
-messages. A Unix socket in a folder of mode 0700 can be opened by one user only.
+By default, FLARE's parent process listens on a TCP port of the loopback interface, without
+authentication. The handlers of the server's messages also process everything that arrives there.
+Only one user can open a Unix socket in a folder of mode 0700.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedmerge_peft.sites.config import SOCKETS_VARIABLE
 
 SCHEME = "unix"
 _SCHEME_VARIABLE = "NVFLARE_INTERNAL_CONN_SCHEME"
-"""FLARE's setting of the scheme between its parent process and its jobs."""
+"""FLARE's environment variable for the URL scheme between its parent process and its jobs."""
 
 
 def use_local_sockets() -> None:
@@ -41,7 +41,7 @@ def use_local_sockets() -> None:
 class _Server(ThreadingUnixStreamServer):
     daemon_threads = True
     ssl_context = None
-    """FLARE's handler reads it; a Unix socket has no TLS."""
+    """Attribute that FLARE's handler reads; None, because a Unix socket has no TLS."""
 
     def __init__(self, driver: UnixDriver, connector: ConnectorInfo) -> None:
         self.driver, self.connector = driver, connector
@@ -65,7 +65,7 @@ class UnixDriver(BaseDriver):  # type: ignore[misc]
 
     @staticmethod
     def capabilities() -> dict[str, Any]:
-        """Return the abilities of the driver: no TLS, which it does not need."""
+        """Return the driver's capabilities: heartbeats, but no TLS, which it does not need."""
         return {DriverCap.SEND_HEARTBEAT.value: True, DriverCap.SUPPORT_SSL.value: False}
 
     @staticmethod
@@ -73,7 +73,7 @@ class UnixDriver(BaseDriver):  # type: ignore[misc]
         """Return the URL of a new socket, for the connecting and for the listening side.
 
         Raises:
-            KeyError: The environment names no folder.
+            KeyError: ``FEDMERGE_SOCKETS`` is not set.
             PermissionError: Other users may open the folder.
         """
         folder = Path(os.environ[SOCKETS_VARIABLE])

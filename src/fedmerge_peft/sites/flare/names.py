@@ -1,4 +1,4 @@
-"""Names shared by operator, server and sites, without importing the named classes."""
+"""Names shared by operator, server and sites; the named classes are not imported here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ EXECUTOR = "fedmerge_peft.sites.flare.executor.SiteExecutor"
 TOPIC = "fedmerge"
 """Topic of the commands to a running job: ``{"command": "status"}``, ``"stop"`` or ``"pause"``."""
 OUTCOME_FILE = "outcome.json"
-"""Outcome of a job, among its files at the server."""
+"""File with a job's outcome, among the job's files at the server."""
 PAYLOAD, ERROR, DEADLINE = "payload", "error", "deadline"
-"""Keys of a FLARE task: a message's bytes, the reason for none, the seconds to wait for a reply."""
+"""Keys in FLARE's tasks and results: the bytes of a message, the reason for the absence of a reply,
+and the seconds to wait for a reply."""

@@ -41,9 +41,9 @@ _POLL_INTERVAL = 0.5
 _SITE_CHECK_INTERVAL = 5.0
 """Seconds between two checks for sites that joined late."""
 _MAX_ATTEMPTS = 3
-"""Jobs in a row that may end without an outcome."""
+"""Number of consecutive jobs without an outcome after which ``run`` fails."""
 _FETCH_TIME = 3.0
-"""Seconds before a shutdown in which ``run`` fetches the outcome of a job that has just ended."""
+"""Seconds between the end of a job and a shutdown, in which ``run`` can fetch the outcome."""
 _END_TIMEOUT = 120.0
 """Seconds that a job may take to end after its last round."""
 
@@ -69,13 +69,14 @@ def run(
         wait: Seconds to wait for all sites before starting with those that are connected.
         min_sites: Smallest number of sites to start with.
         reconnect_timeout: Seconds to wait for a server that does not respond.
-        on_poll: Called at every check; an exception ends the wait.
+        on_poll: Called at every check; an exception that it raises ends the function.
 
     Returns:
         The last job's ``outcome.json``.
 
     Raises:
-        FederateError: The server remains unreachable, or a job left no outcome.
+        FederateError: The server remains unreachable or refuses a request, or several consecutive
+            jobs left no outcome.
     """
     last_contact: float = time.monotonic()
     failures = 0
@@ -118,8 +119,8 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each action.
-        now: Stop at once, without waiting for the end of the round.
-        everything: Shut down the server and all sites too, when the jobs have ended.
+        now: Stop at once, without waiting for the end of the round, which then has no effect.
+        everything: After the jobs have ended, shut down the server and all sites too.
 
     Raises:
         FederateError: The server does not respond, or a job does not end in time; then nothing is
@@ -142,7 +143,7 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
 
 
 def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
-    """Ask a job to stop, as soon as it has started. Raises ``FederateError``."""
+    """Stop a job as soon as it has started. Raises ``FederateError`` after the time ``end``."""
 
     def request() -> bool:
         if now:
@@ -155,7 +156,7 @@ def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
 
 
 def _shut_down(session: Session) -> bool:
-    """Shut down the server and all sites; return False if the server still ends a job."""
+    """Shut down the server and all sites; return False if the server is still ending a job."""
     try:
         with no_output():
             session.shutdown("all", wait=False)
@@ -265,7 +266,10 @@ def _follow_job(
 
 
 def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[str, Any]:
-    """Return a job's reply to a command; empty if the job is starting or has just ended."""
+    """Send a command to a job and return its reply.
+
+    The reply is empty if the job is starting or has just ended.
+    """
     with no_output():
         try:
             return read_status(session.do_app_command(job, TOPIC, command))
@@ -275,7 +279,10 @@ def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[s
 
 
 def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
-    """Download a job's outcome. Raises ``FederateError`` if there is none."""
+    """Download a job's outcome. Raises ``FederateError`` if there is none.
+
+    An aborted job without an outcome counts as stopped.
+    """
     with no_output():
         status = session.get_job_meta(job).get("status", "")
         outcome = download_outcome(session, job)
@@ -318,7 +325,7 @@ def _has_finished(session: Session, job: str) -> bool:
 
 
 def _unfinished_jobs(session: Session) -> list[str]:
-    """Return the jobs that the server runs now, and those that it will run."""
+    """Return the jobs that the server runs now, then the submitted jobs that have not started."""
     with no_output():
         submitted = [
             str(job["job_id"]) for job in session.list_jobs() if job["status"] == "SUBMITTED"

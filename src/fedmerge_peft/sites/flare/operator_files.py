@@ -1,10 +1,10 @@
 """Files that pass between the operator and the server: jobs to submit, and the outcome of a job.
 
-NVIDIA FLARE's client takes the server's word for which of its own functions a command runs, for the
-names of the files that a download writes, and for the folder of the result, which is then moved and
-removed. A hostile server could write, upload and remove any file of the operator. Here the server
-names nothing: the only command that handles files uploads the job that the operator has written,
-and a download goes to one file of a temporary folder, from which one document is read.
+In NVIDIA FLARE's client, the server chooses the client function that a command runs, the names of
+the files that a download writes, and the folder of the result, which is then moved and removed. A
+hostile server could write, upload and remove any file of the operator. Here the server chooses none
+of these. The only command that handles files uploads the job that the operator has written. A
+download writes one file in a temporary folder, from which one document is read.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fedmerge_peft.util.text import printable, shortened
 _MAX_OUTCOME = 2**24
 """Largest number of bytes of ``outcome.json``."""
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, BadZipFile)
-"""Exceptions for a reply or an archive of another form than FLARE's server sends."""
+"""Exceptions that a malformed reply or archive of the server causes."""
 _LOST = (APIStatus.ERROR_SERVER_CONNECTION, APIStatus.ERROR_INACTIVE_SESSION)
-"""States of a request that is worth repeating in another session."""
+"""Statuses of failed requests that may succeed in another session."""
 _for_any_command = FileTransferModule.generate_module_spec
 
 
 class JobOutcome(Section):
-    """``outcome.json``, which a job leaves at the server."""
+    """Content of ``outcome.json``, which a job writes at the server."""
 
     state: Literal["ended", "paused", "stopped", "failed"]
     rounds: Count
@@ -60,7 +60,7 @@ class JobStatus(Section):
 
 
 def restrict_file_commands() -> None:
-    """Let the server use no function of FLARE's client for files but the upload of a job."""
+    """Disable all file commands of FLARE's client except the upload of a job."""
     FileTransferModule.generate_module_spec = _for_submissions
 
 
@@ -72,13 +72,15 @@ def _for_submissions(module: FileTransferModule, command: Any) -> Any:
 
 
 def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
-    """Return a job's outcome; None if the job has left none.
+    """Download a job's outcome; return None if the job has written none.
 
-    Raises ``WireError`` if the server sends something else, and FLARE's ``NoConnection``.
+    Raises:
+        WireError: The server sends a malformed reply, archive or outcome.
+        NoConnection: FLARE's exception for a lost connection or session.
     """
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         archive = Path(scratch) / WORKSPACE_ZIP
-        # A session only knows commands that map to functions of the client.
+        # A session accepts only commands that map to functions of the client.
         reply = session.api.server_execute(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
         if reply.get(ResultKey.STATUS) in _LOST:
             raise NoConnection(f"the files of job {job} did not arrive")
@@ -98,7 +100,10 @@ def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
 
 
 def _outcome_in(archive: Path) -> bytes | None:
-    """Return the bytes of the outcome in a job's archive, without unpacking it."""
+    """Read a job's outcome from its archive, which is not unpacked; return None if it has none.
+
+    Raises ``ValueError`` if the outcome is larger than ``_MAX_OUTCOME``.
+    """
     if not archive.exists():
         return None
     with ZipFile(archive) as files:
@@ -113,7 +118,7 @@ def _outcome_in(archive: Path) -> bytes | None:
 
 
 def read_status(reply: Any) -> dict[str, Any]:
-    """Return a job's reply to a command. Raises ``WireError`` if it is something else."""
+    """Check and return a job's reply to a command. Raises ``WireError`` if it is malformed."""
     try:
         return JobStatus.model_validate(reply).model_dump()
     except ValidationError as invalid:

@@ -21,7 +21,7 @@ ALLOWED_CLASSES = "fedmerge_peft.sites.flare."
 """Prefix of the classes that a job's configuration may name, at the server and at the sites."""
 PROJECT_FILE = "project.yml"
 AUTHORITY_CERTIFICATE, AUTHORITY_KEY = "rootCA.pem", "rootCA.key"
-"""Files of the authority: its certificate, and the key that signs all others."""
+"""Files of the authority: its certificate, and the key that signs all other certificates."""
 _ORGANIZATION = "federation"
 _BUILDERS = [
     {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
@@ -65,7 +65,7 @@ _ROLES = {
     },
     "member": {"view": "any", **_FORBIDDEN},
 }
-"""Rights of NVIDIA FLARE's roles in every kit: none includes shell commands or custom code."""
+"""Rights of NVIDIA FLARE's roles in every kit: no role may run shell commands or custom code."""
 
 
 def provision(federation: FederationFile, out: Path) -> None:
@@ -113,9 +113,10 @@ def provision(federation: FederationFile, out: Path) -> None:
 
 
 def _keep_authority(state: Path, folder: Path) -> None:
-    """Write the authority's certificate and signing key into files of their own.
+    """Write the authority's certificate and signing key into one file each.
 
-    FLARE's state also has copies of all participants' private keys, which stay in their kits only.
+    FLARE's state also contains copies of all participants' private keys. These are not written:
+    each of them is in its participant's kit only.
     """
     certificates = json.loads(state.read_text(encoding="utf-8"))
     folder.mkdir(mode=0o700)
@@ -178,7 +179,7 @@ def write_roles(kit: Path) -> None:
 
 
 def _store_inside(resources: dict[str, Any], folder: Path) -> None:
-    """Store jobs and snapshots in a folder of the kit, not in a shared temporary folder."""
+    """Make FLARE store jobs and snapshots in ``folder``, not in a shared temporary folder."""
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(
         folder / "snapshots"
     )

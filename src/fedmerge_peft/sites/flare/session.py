@@ -1,4 +1,4 @@
-"""The operator's session with the server, whose failures are errors of this package."""
+"""The operator's session with the server; FLARE's exceptions become errors of this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REFUSED = (
     api_spec.NoReply,
     RuntimeError,  # any other status of a reply
 )
-"""Exceptions of FLARE's client, which have no common base."""
+"""Exceptions of FLARE's client for refused requests; they have no common base class."""
 
 
 class ServerUnreachableError(FederateError):
@@ -46,10 +46,10 @@ class ConnectionLostError(FederateError):
 
 @contextmanager
 def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
-    """Connect to the server as the operator, within a block.
+    """Connect to the server as the operator; close the session at the end of the block.
 
     Raises:
-        ServerUnreachableError: There is no server to connect to.
+        ServerUnreachableError: No server of the federation responds.
         ConnectionLostError: The server stopped responding within the block.
         FederateError: The server refused a request of the block.
     """

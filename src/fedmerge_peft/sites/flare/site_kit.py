@@ -1,11 +1,11 @@
-"""The startup kit of a site, which is data from the organizer of the federation.
+"""Startup kit of a site: untrusted data from the organizer of the federation.
 
-NVIDIA FLARE reads classes, modules and loggers from the files of a kit, and would run what they
-name. Before each start, the site therefore writes these files itself. What remains of the
-organizer's are the certificates, the site's key and name, and the address of the server.
+The files of a kit name classes, modules and loggers, which NVIDIA FLARE would run. Before each
+start, the site therefore writes these files itself. Only the certificates, the site's key and name,
+and the address of the server come from the organizer.
 
-startup/   certificates and key, as they are; fed_client.json, written again
-local/     removed, and written again: resources, roles, logging
+startup/   certificates and key are unchanged; fed_client.json is rewritten
+local/     is removed and rewritten: resources, roles, logging
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STARTUP = {
     "stop_fl.sh",
     "sub_start.sh",
 }
-"""Files of ``startup/``. The scripts are FLARE's, and are not used."""
+"""Files of ``startup/``. The scripts come from FLARE and are not used."""
 _COMPONENTS = [
     {
         "id": "resource_manager",
@@ -49,7 +49,7 @@ gate."""
 
 
 def site_name(kit: Path) -> str:
-    """Return the site's name in a kit. Raises ``FederateError`` if it is not a site's kit."""
+    """Return the name of a kit's site. Raises ``FederateError`` if it is not a site's kit."""
     try:
         text = (kit / "startup" / "fed_client.json").read_text(encoding="utf-8")
         return str(json.loads(text)["client"]["fqsn"])
@@ -65,11 +65,11 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
 
     Args:
         kit: The site's kit.
-        data: The site's own examples, which may be links or hold some.
+        data: Path of the site's own examples, which may be a link or contain links.
 
     Raises:
         FederateError: The kit is incomplete, contains links or files that do not belong to it, or
-            is not one of the federation that it names.
+            its site is not in its ``federation.json``.
     """
     name, federation = site_name(kit), FederationFile.read(kit)
     check_names(federation.sites)
@@ -105,7 +105,7 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
 def _refuse_links(kit: Path, data: Path | None) -> None:
     """Raise ``FederateError`` for a link in the kit outside the site's own data.
 
-    What a site writes would otherwise end, or begin, elsewhere.
+    Through a link, the site would read or write files outside its kit.
     """
     own = None if data is None else data.absolute()
     for folder, folders, files in os.walk(kit):
@@ -119,7 +119,7 @@ def _refuse_links(kit: Path, data: Path | None) -> None:
 
 
 def _connection(federation: FederationFile, name: str) -> dict[str, Any]:
-    """Return FLARE's ``fed_client.json``."""
+    """Return the content of FLARE's ``fed_client.json``."""
     service = {"target": f"{federation.host}:{federation.port}", "scheme": "grpc"}
     return {
         "format_version": 2,
@@ -136,7 +136,7 @@ def _connection(federation: FederationFile, name: str) -> dict[str, Any]:
 
 
 def _resources() -> dict[str, Any]:
-    """Return FLARE's ``resources.json``. Logs are not streamed to the server."""
+    """Return the content of FLARE's ``resources.json``. Logs are not streamed to the server."""
     return {
         "format_version": 2,
         "class_list_enforcement_mode": "enforce",

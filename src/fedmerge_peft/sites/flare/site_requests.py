@@ -1,10 +1,10 @@
-"""Administrative requests that a site executes for the server, and nothing else.
+"""The only administrative requests that a site executes for the server.
 
 FLARE's client executes about twenty requests, among them shell commands and the configuration of
-its logs. It checks the sender's rights only if the sender asks for it, and reads them from the
-sender's headers. A site therefore registers only the requests of this module. Their sender is
-checked by the gate, their job's name here. The job itself is the site's own: what the server
-deploys is ignored.
+its logs. It checks the sender's rights only if the sender requests the check, and reads them from
+the sender's headers. A site therefore registers only the requests of this module. The gate checks
+their sender, and this module checks the id of their job. The site writes the job's files itself and
+ignores those that the server deploys.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_CLIENTS = 10_000
 
 
 class SiteRequest(RequestProcessor):  # type: ignore[misc]
-    """One of FLARE's requests, for a valid job only."""
+    """One of FLARE's requests, which is refused if the id of its job is invalid."""
 
     def __init__(self, processor: RequestProcessor) -> None:
         self._processor = processor
@@ -51,7 +51,7 @@ class SiteRequest(RequestProcessor):  # type: ignore[misc]
         return list(self._processor.get_topics())
 
     def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
-        """Execute the request with the site's own description of the job."""
+        """Execute the request with a reduced description of the job (``job_description``)."""
         job = req.get_header(RequestHeader.JOB_ID)
         if job is not None:
             if not is_job_id(job):
@@ -108,7 +108,7 @@ def restrict_requests() -> None:
 
 
 def is_job_id(value: object) -> bool:
-    """Return True for a UUID in its usual form, which cannot point outside a folder."""
+    """Return True for a UUID in canonical form, which cannot be a path to another folder."""
     try:
         return isinstance(value, str) and str(UUID(value)) == value
     except ValueError:
@@ -116,7 +116,10 @@ def is_job_id(value: object) -> bool:
 
 
 def job_description(request: Message) -> dict[str, Any]:
-    """Return the job's description in a request, without anything that could change its start."""
+    """Return a job's description from a request, reduced to the job's id, name and clients.
+
+    Other entries are dropped, because they could change the start of the job.
+    """
     theirs = request.get_header(RequestHeader.JOB_META)
     clients = theirs.get(JobMetaKey.JOB_CLIENTS.value) if isinstance(theirs, dict) else None
     description = {

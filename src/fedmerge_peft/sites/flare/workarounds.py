@@ -10,8 +10,8 @@ from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 class UniqueList(list[Any]):
     """List that ignores objects it already contains.
 
-    When FLARE sends a task again, it adds the task a second time. Its monitor then crashes at the
-    end of the task.
+    When FLARE sends a task again, it appends the task to this list a second time. FLARE's monitor
+    then crashes at the end of the task.
     """
 
     def append(self, item: Any) -> None:
@@ -23,6 +23,6 @@ class UniqueList(list[Any]):
 def disable_payload_repr() -> None:
     """Stop FLARE from formatting the bytes of each incoming message for its debug log.
 
-    It formats them even if the log is off: 400 MB of text for a message of 100 MB.
+    FLARE formats them even if the log is off: 400 MB of text for a message of 100 MB.
     """
     ConsumableBufferList.__repr__ = object.__repr__

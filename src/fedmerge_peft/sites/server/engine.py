@@ -1,4 +1,4 @@
-"""The engine of a federation across sites: its clients train and evaluate at their sites."""
+"""Engine of a federation across sites: clients train and are evaluated at their sites."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ServerModel:
-    """Interface of the model for the round loop at the server."""
+    """Model for the server's round loop: configuration, device, and additions to the backbone."""
 
     config: Any
     device: torch.device
     base: Mapping[str, Tensor]
-    """Additions to the backbone, sent to the sites with every assignment."""
+    """Additions to the backbone, ΔW by module name; sent to the sites with every assignment."""
 
     def set_base(self, base: Mapping[str, Tensor]) -> None:
         """Store the additions; see ``engines.base.Model``."""
@@ -67,7 +67,7 @@ class ServerModel:
 
 
 class RemoteEngine:
-    """Engine whose clients are at sites.
+    """Engine that sends the work of each client to the client's site.
 
     A client whose site is absent fails in every round of the job; the site can join the next job.
     """
@@ -94,7 +94,7 @@ class RemoteEngine:
         )
         self.backbone = ServerModel(backbone.config, backbone.device, {})
         self.absent = absent
-        """Sites that take no part in this job, with the reasons."""
+        """Sites that do not take part in this job, with the reasons."""
         self._model = backbone
         self._roster = roster
         self.clients = _clients(federation, roster)
@@ -139,7 +139,7 @@ class RemoteEngine:
             with failures_to(absent, site):
                 clients = summaries[site].clients
                 counts = (
-                    None  # private sites send none
+                    None  # with this mode, sites send no counts
                     if recipe.privacy.mode == "local"
                     else parse_label_counts(message, clients, counted, one_each=one_each)
                 )
@@ -163,10 +163,10 @@ class RemoteEngine:
         return make_strategy_context(self._model, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Return the training examples with each label, clients × labels.
+        """Return the number of training examples with each label, clients × labels.
 
-        Rows of clients that have not enrolled yet are zero. None for a task without labels, and
-        with ``privacy.mode: local``.
+        Rows of clients that have not enrolled yet are zero. Return None if the task counts no
+        labels, or with ``privacy.mode: local``.
         """
         if not self.recipe.task.counts_labels or self.recipe.privacy.mode == "local":
             return None
@@ -177,7 +177,7 @@ class RemoteEngine:
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Train each client at its site; a missing or late reply yields a ``ClientError``."""
+        """Train each client at its site; a missing, late or invalid reply yields an error."""
         lazily = Assignments.of(assignments)
         plans: dict[int, Plan] = {}
 
@@ -209,7 +209,10 @@ class RemoteEngine:
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Evaluate the adapter of each client at its site; yield scores by client index."""
+        """Evaluate each client's adapter at its site; yield scores or errors by client index.
+
+        Private sites send no scores; nothing is yielded for their clients.
+        """
         lazily = Assignments.of(served)
 
         def payload(index: int) -> bytes:
@@ -231,7 +234,7 @@ class RemoteEngine:
         yield from sorted(results.items(), key=lambda result: result[0])
 
     def _check_scores(self, *scores: Mapping[str, float] | None) -> None:
-        """Raise ``WireError`` for scores that the task does not have, or out of their ranges."""
+        """Raise ``WireError`` if the task lacks a score, or if a score is out of its range."""
         name = self.recipe.task.name
         lowest_loss = 0.0 if TASKS[name].origin == "built-in" else -math.inf
         for values in scores:
@@ -241,7 +244,7 @@ class RemoteEngine:
     def send_adapter(
         self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]
     ) -> str | None:
-        """Send a client its adapter; return the reason if it was not stored.
+        """Send a client its adapter; return the reason if its site did not store it, else None.
 
         Args:
             client: Name of the client.
@@ -275,7 +278,7 @@ class RemoteEngine:
     def _send_and_receive(
         self, payloads: Mapping[int, Callable[[], bytes]]
     ) -> Iterator[tuple[int, bytes | str]]:
-        """Send payloads by client index; yield the replies, or the reasons for none."""
+        """Send payloads by client index; yield each reply, or the reason for its absence."""
         requests: dict[str, list[Request]] = {}
         for index, payload in payloads.items():
             site = self.federation.site_of(self.clients[index].name)
@@ -288,7 +291,7 @@ class RemoteEngine:
 
 
 def _clients(federation: FederationFile, roster: Roster) -> list[Client]:
-    """Return all clients with their reported sizes; zero for clients that have not enrolled."""
+    """Return all clients with their reported sizes; a client that has not enrolled has size 0."""
     entries = [(name, roster.clients.get(name, NOT_ENROLLED)) for name in federation.clients]
     return [
         Client(
@@ -303,8 +306,8 @@ def _clients(federation: FederationFile, roster: Roster) -> list[Client]:
 
 
 def _indices(number: int) -> Indices:
-    """Return placeholders for rows that are at a site: only their number is used.
+    """Return placeholders for the rows at a site; only the number of rows is used.
 
-    They take no memory, whatever number a site has declared.
+    All placeholders share the memory of one value, however many rows a site reports.
     """
     return np.broadcast_to(np.int64(0), number)

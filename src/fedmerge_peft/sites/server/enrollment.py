@@ -1,4 +1,4 @@
-"""Start of a job at the server: agreement with the sites on task and model, and their replies."""
+"""Start of a job at the server: agreement on task and model, and checks of the sites' replies."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def agree_and_load(
 ) -> tuple[Task, Backbone]:
     """Agree on the format of the data, and load task and model.
 
-    Sites whose data do not match are added to ``absent``. In the first job, these are also the
-    sites whose columns the task refuses, so that one of them does not end the job.
+    Sites whose data do not match are added to ``absent``. In the first job, sites whose columns
+    the task refuses are added too, so that they do not end the job.
 
     Raises:
         FederateError: No site can take part.
@@ -88,7 +88,7 @@ def parse_reply(reply: bytes | str, kind: str) -> Message:
     """Parse a reply of the transport.
 
     Args:
-        reply: The bytes of a message, or the reason why there is none.
+        reply: The bytes of a message, or the reason for its absence.
         kind: The expected kind.
 
     Raises:
@@ -106,7 +106,7 @@ def parse_reply(reply: bytes | str, kind: str) -> Message:
 
 
 def _reason(text: str) -> str:
-    """Return a site's reason for a failure, with control characters escaped."""
+    """Return a site's reason for a failure, shortened and with control characters escaped."""
     return printable_lines(shortened(text, MAX_REASON).split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""One job at the server: a segment of rounds from the last checkpoint; at the end, the adapters."""
+"""One job at the server: run a segment of rounds; after the last round, send the adapters."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Outcome:
     """Result of a job."""
 
     state: State
-    """ended: all rounds are done. paused: the next job continues. stopped: on request. failed: see
-    ``error``."""
+    """ended: all rounds are complete. paused: the next job continues the run. stopped: the operator
+    stopped the job. failed: ``error`` contains the reason."""
     rounds: int
     """Rounds on disk, including those of the baselines."""
     total: int
@@ -45,7 +45,7 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)
     """Sites that could not take part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
-    """Clients whose adapters were sent; the reason if one did not arrive, else None."""
+    """Result for each client whose adapter was sent: None, or the reason if it was not stored."""
 
 
 class _EndOfJob(Exception):  # noqa: N818 (a normal end, not an error)
@@ -64,12 +64,12 @@ def run_job(
     Args:
         kit: The server's kit; its ``run`` is the run directory.
         transport: The connection to the sites.
-        requested_state: Called after each round; a state other than None ends the job with it.
+        requested_state: Called after each round. If it returns a state, the job ends in this state.
         report: Called with a line of text for each event that the operator should see.
 
     Returns:
-        The outcome. Errors are part of it and are not raised; completed rounds are on disk in any
-        case.
+        The outcome. Errors are part of the outcome and are not raised; completed rounds are on disk
+        in any case.
     """
     absent: dict[str, str] = {}
     try:
@@ -107,7 +107,7 @@ def _continue_run(
     requested_state: Callable[[], State | None],
     report: Callable[[str], None],
 ) -> None:
-    """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain."""
+    """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain, or on request."""
     done = 0
 
     def on_start(federation: Federation, started: RunDirectory) -> None:
@@ -139,9 +139,9 @@ def _continue_run(
 def _send_adapters(
     run: RunDirectory, engine: RemoteEngine, report: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """Send each client its adapter; return the reason if one did not arrive, by client.
+    """Send each client its adapter; return None, or the reason for a failure, by client.
 
-    Strategies whose clients have no single adapter of the run's rank send none.
+    Nothing is sent if the strategy's clients have no single adapter of the run's rank.
     """
     strategy = run.recipe.strategy
     if not strategy.single_adapter or strategy.adds_to_backbone:
@@ -170,7 +170,7 @@ def _send_adapters(
 
 
 def progress(kit: Path) -> tuple[int, int]:
-    """Return rounds on disk and rounds of the recipe, including those of the baselines."""
+    """Return the numbers of rounds on disk and in the recipe, including those of baselines."""
     recipe, run = Recipe.load(kit / RECIPE_FILE), kit / RUN_FOLDER
     pairs = [
         (len(RunDirectory(path).records), part.rounds) for part, path in with_baselines(recipe, run)

@@ -1,4 +1,4 @@
-"""The server's record of the clients: names, and the counts that their sites have reported."""
+"""The server's record of a federation: clients with their counts, labels, columns and format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RosterEntry(TypedDict):
     validation: Count
     test: Count
     counts: list[Count] | None
-    """Training examples by label; None for a task without labels."""
+    """Training examples per label. None if the task counts no labels, or with ``mode: local``."""
 
 
 NOT_ENROLLED = RosterEntry(group="", train=0, validation=0, test=0, counts=None)
@@ -52,22 +52,28 @@ NOT_ENROLLED = RosterEntry(group="", train=0, validation=0, test=0, counts=None)
 
 @dataclass
 class Roster:
-    """Clients and labels of the federation, stored in the server's kit across restarts."""
+    """Clients, labels, columns and text format of the federation.
+
+    A file in the server's kit preserves the roster across restarts.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     labels: Labels | None = None
     """Names of the labels in the order of their ids; fixed by the sites of the first job."""
     format: TextFormat | None = None
-    """Text format of the federation."""
+    """Text format of the federation. None if the task has no formats."""
     columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
-    """Columns of the data."""
+    """Column names of the data; empty before the first job."""
     clients: dict[str, RosterEntry] = field(default_factory=dict)
     """Entries by client name."""
 
     @classmethod
     def read(cls, kit: Path) -> Roster:
-        """Read a server kit's roster; empty before the first job. Raises ``FederateError``."""
+        """Read the roster of a server's kit; return an empty roster before the first job.
+
+        Raises ``FederateError`` if the file is damaged.
+        """
         document = read_json(kit / ROSTER_FILE)
         try:
             return cls() if document is None else TypeAdapter(cls).validate_python(document)
@@ -82,17 +88,20 @@ class Roster:
         write_json(kit / ROSTER_FILE, asdict(self))
 
     def agree_on_format(self, summaries: Mapping[str, Enrolled], recipe: Recipe) -> dict[str, str]:
-        """Fix columns, labels and text format in the first job; then check the sites against them.
+        """Fix columns, labels and format in the first job; then check labels and format.
 
-        Columns and format are those of most sites, and of the first of them if several are equally
-        frequent.
+        The first job fixes the most frequent columns and the most frequent format; the earliest
+        site decides a tie. Columns are not checked.
 
         Args:
             summaries: The summary of each site.
             recipe: Recipe of the federation.
 
         Returns:
-            The reason, by site, for each site that does not match.
+            The reason for each site that does not match, by site.
+
+        Raises:
+            FederateError: In the first job, all examples have the same label.
         """
         task = recipe.task
         refused: dict[str, str] = {}
@@ -133,7 +142,7 @@ class Roster:
     def add_clients(
         self, clients: Sequence[EnrolledClient], counts: Sequence[Sequence[int]] | None
     ) -> None:
-        """Add a site's clients. Raises ``WireError`` if a client has changed its counts."""
+        """Add a site's clients. Raises ``WireError`` if the entry of a known client differs."""
         added: dict[str, RosterEntry] = {}
         for position, client in enumerate(clients):
             entry = RosterEntry(
@@ -162,22 +171,22 @@ T = TypeVar("T")
 
 
 def _most_frequent(values: Sequence[T]) -> T:
-    """Return the most frequent value, the first of equally frequent ones."""
+    """Return the most frequent value; of equally frequent values, the first."""
     return Counter(values).most_common(1)[0][0]
 
 
 def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dict[str, str]:
-    """Choose sites to leave out until the others together have an allowed number of labels.
+    """Exclude sites until the remaining sites together do not exceed the number of labels.
 
-    The site with the most labels that no other site has is the next to be left out; of equal ones,
-    the one with the most labels.
+    Each step excludes the site with the most labels that occur at no other site. Of several such
+    sites, it excludes the one with the most labels.
 
     Args:
         labels: Names of the labels of each site.
-        number: ``task.num_labels``; None for at most ``MAX_LABELS``.
+        number: ``task.num_labels``, the limit. If it is None, the limit is ``MAX_LABELS``.
 
     Returns:
-        The reason, by site, for each site that is left out.
+        The reason for each excluded site, by site.
     """
     kept = {site: set(names) for site, names in labels.items()}
     limit = number or MAX_LABELS
@@ -196,7 +205,7 @@ def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dic
 
 
 def parse_site_summary(message: Message, clients: Sequence[str], site: str) -> Enrolled:
-    """Check and return the ``SiteSummary`` in a message.
+    """Check and return a site's summary in a message.
 
     Args:
         message: A message of kind ``enrolled``.
@@ -219,16 +228,16 @@ def parse_label_counts(
     *,
     one_each: bool,
 ) -> list[list[int]] | None:
-    """Check and return the training examples with each label, clients × labels.
+    """Check and return the number of training examples with each label, clients × labels.
 
     Args:
         message: A message of kind ``opened``.
         clients: The clients in the site's summary.
-        labels: The federation's labels; None if examples have none.
-        one_each: True if an example has one label, False if it has any number.
+        labels: The federation's labels; None if the task counts no labels.
+        one_each: True if each example has exactly one label; False if it may have any number.
 
     Returns:
-        The counts; None without labels.
+        The counts, or None if there are no labels.
 
     Raises:
         WireError: A field is out of range, or the counts do not fit the training examples.
@@ -247,7 +256,9 @@ def parse_label_counts(
 
 
 def update_run_clients(run: Path, federation: FederationFile, roster: Roster) -> None:
-    """Enter the counts of sites that joined late into a run directory.
+    """Write the counts of sites that joined late into the files of a run directory.
+
+    The function does nothing if the run has not started.
 
     Raises:
         RunError: A file of the run directory is damaged.

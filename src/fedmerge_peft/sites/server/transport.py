@@ -10,7 +10,7 @@ Request = tuple[int, Callable[[], bytes]]
 
 
 class JobStopped(Exception):  # noqa: N818 (a normal end, not an error)
-    """The operator stops the job at once, so that the current round has no effect."""
+    """Raised when the operator stops the job at once; the current round has no effect."""
 
 
 class Transport(Protocol):
@@ -30,8 +30,9 @@ class Transport(Protocol):
             deadline: Seconds from now within which every request gets a reply or fails.
 
         Yields:
-            Site, number of the request, and the bytes of the reply or the reason why there is none.
+            Site, number of the request, and either the bytes of the reply or the reason for its
+                absence.
 
         Raises:
-            JobStopped: The job stops at once.
+            JobStopped: The operator stopped the job at once.
         """

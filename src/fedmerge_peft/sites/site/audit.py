@@ -29,7 +29,7 @@ class AuditEntry:
 
 
 def record(kit: Path, entry: AuditEntry, payload: bytes) -> None:
-    """Append a line for a message; it is on disk when the function returns.
+    """Append a line for a message; the line is on disk when the function returns.
 
     Args:
         kit: The site's kit.

@@ -1,9 +1,9 @@
 """Local socket between a site's job process and its trainer; only the site's user can open it.
 
-A request is a message's kind, then the message. The reply is a status byte, then a message if the
-status is ``_REPLY``. Each connection carries one request. A job that stops waiting closes its
-connection, so no later request receives an old reply. This module imports neither torch nor
-nvflare.
+A request consists of a message's kind and the message. A reply consists of a status byte and, if
+the status is ``_REPLY``, a message. Each connection carries one request. A job that stops waiting
+closes its connection, so no later request receives an old reply. This module imports neither torch
+nor nvflare.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ log = logging.getLogger(__name__)
 _REPLY, _NOT_OPEN = b"=", b"?"
 """Status of a reply: a message follows, or the trainer has not been opened for the job."""
 _POLL_INTERVAL = 0.1
-"""Seconds between two checks."""
+"""Seconds between two checks for a reply, or between two attempts to connect."""
 
 
 class MessageHandler(Protocol):
-    """Handler of messages: ``trainer.Trainer``."""
+    """Interface of ``trainer.Trainer`` for this module."""
 
     @property
     def is_open(self) -> bool:
-        """Ready to train and evaluate."""
+        """True if the handler is ready to train and evaluate."""
 
     def handle(self, payload: bytes) -> bytes:
         """Return the reply to a message."""
 
 
 def serve(trainer: MessageHandler, address: str) -> None:
-    """Handle requests sequentially, without end."""
+    """Handle requests one after another, and never return."""
     with Listener(address, family="AF_UNIX") as listener:
         while True:
             with listener.accept() as connection:
@@ -71,7 +71,8 @@ class TrainerConnection:
             cancelled: Called regularly; True ends the wait.
 
         Raises:
-            FederateError: The trainer died during the request, or ``cancelled`` returned True.
+            FederateError: The trainer died during the request or cannot be opened, or ``cancelled``
+                returned True.
         """
         if kind == "open":
             self._open_payload = payload
@@ -86,7 +87,7 @@ class TrainerConnection:
     def _request_once(
         self, kind: str, payload: bytes, cancelled: Callable[[], bool]
     ) -> bytes | None:
-        """Return the reply; None if the trainer has not been opened."""
+        """Send a message and return the reply; return None if the trainer has not been opened."""
         with self._connect(cancelled) as connection:
             try:
                 connection.send_bytes(kind.encode())

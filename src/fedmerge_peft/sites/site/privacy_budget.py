@@ -18,7 +18,7 @@ from fedmerge_peft.util.gaussian_privacy import epsilon_of
 
 BUDGET_FILE = "privacy.json"
 _SLACK = 1e-9
-"""Relative tolerance for the order of floating-point sums."""
+"""Relative tolerance for rounding, which depends on the order of a sum."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Spent:
     """Releases of one client so far."""
 
     updates: int = 0
-    """Number of updates with noise; an update of several adapters counts each."""
+    """Number of updates with noise; each adapter of a reply counts as one update."""
     mu_squared: float = 0.0
     """Σ_k (2 clip_k / noise_k)² over these updates (``util.gaussian_privacy``)."""
 
@@ -35,26 +35,26 @@ class Spent:
 class PrivacyBudget:
     """``privacy.json`` in the site's kit: the releases of each client, over all jobs and methods.
 
-    The file is replaced atomically, under a lock, before an update is drawn. A process that dies in
-    between has charged an update that it did not send, and never the reverse.
+    The file is replaced atomically, under a lock, before an update is computed. If the process dies
+    in between, it has charged an update that it does not send; the reverse cannot happen.
     """
 
     kit: Path
     delta: float
-    """δ at which ε is stated."""
+    """δ at which ε is computed."""
     epsilon: float | None
-    """Largest ε of a client; None to count only."""
+    """Largest ε of a client. None counts the releases without a bound."""
 
     def spent(self, client: str) -> Spent:
-        """Return what a client has released. Raises ``FederateError`` for a damaged file."""
+        """Return a client's releases so far. Raises ``FederateError`` if the file is damaged."""
         return self._read().get(client, Spent())
 
     def epsilon_spent(self, client: str) -> float:
-        """Return ε of a client's releases, at ``delta``."""
+        """Return the ε of a client's releases so far, at ``delta``."""
         return epsilon_of(self.spent(client).mu_squared, self.delta)
 
     def charge(self, client: str, mu_squared: float, updates: int = 1) -> None:
-        """Count updates of a client; they may leave the site when the function returns.
+        """Charge a client's budget for updates, which may leave the site once the function returns.
 
         Args:
             client: Name of the client.

@@ -1,9 +1,9 @@
 """Rules for everything that a site computes from its examples and sends to the server.
 
 A site is private if the kit's recipe has ``privacy.mode: local``, or if ``site.yaml`` sets noise.
-A private site sends nothing that derives from its examples but updates with noise, which its budget
-counts: no losses, scores, times, choices or causes of failures. With ``privacy.mode: local`` it
-also sends no numbers of examples and no label counts.
+A private site adds noise to all updates, which its budget counts. It sends no losses, scores,
+times, choices or causes of failures. With ``privacy.mode: local``, it also sends no numbers of
+examples and no label counts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fedmerge_peft.util.gaussian_privacy import epsilon_of
 log = logging.getLogger(__name__)
 
 WITHHELD = "the request failed at a private site; see the site's log"
-"""Error text of a private site, whatever the cause."""
+"""Error text of a private site for every failure except a refused or invalid request."""
 
 
 class ReleaseRules:
     """The rules of one site, from the kit's recipe and ``site.yaml``."""
 
     def __init__(self, kit: Path, site: SitePrivacy, agreed: Recipe) -> None:
-        """Read the settings.
+        """Check the settings and create the budget.
 
         Args:
             kit: The site's kit, which holds the budget.
@@ -46,14 +46,14 @@ class ReleaseRules:
             agreed: The recipe in the kit.
 
         Raises:
-            RefusedError: The settings of the site protect nothing.
+            RefusedError: ``site`` sets noise without a bound on the updates, or ε without noise.
         """
         self.site = site
         self.agreed = agreed
         self.local = agreed.privacy.mode == "local"
-        """True if the server is not trusted, by the kit's recipe."""
+        """True if the kit's recipe has ``privacy.mode: local``: the server is not trusted."""
         self.private = self.local or site.noise > 0
-        """True if the site sends nothing but updates with noise."""
+        """True if the site is private: it adds noise to updates, and sends no scores or losses."""
         if site.noise > 0 and site.clip is None and agreed.privacy.mode == "none":
             raise RefusedError(
                 f"privacy.noise in {SITE_FILE} protects nothing without a bound on the updates; "
@@ -72,7 +72,7 @@ class ReleaseRules:
     # ---- start of a job --------------------------------------------------------------------------
 
     def summary(self, summary: SiteSummary) -> SiteSummary:
-        """Return the summary to send; each client counts as one example if the mode is local."""
+        """Return the summary to send; with ``mode: local``, without groups and sizes."""
         if not self.local:
             return summary
         hidden = {"group": "", "train": 1, "validation": 0, "test": 0}
@@ -81,7 +81,7 @@ class ReleaseRules:
     def label_counts(
         self, counts: Sequence[Sequence[int]] | None
     ) -> Sequence[Sequence[int]] | None:
-        """Return the label counts to send; none if the mode is local."""
+        """Return the label counts to send; return None with ``privacy.mode: local``."""
         return None if self.local else counts
 
     # ---- rounds ----------------------------------------------------------------------------------
@@ -89,8 +89,11 @@ class ReleaseRules:
     def update_privacy(self, plan: Plan) -> UpdatePrivacy | None:
         """Return the smallest clip and largest noise of plan, kit's recipe and ``site.yaml``.
 
+        Return None if none of them clips or adds noise.
+
         Raises:
-            RefusedError: The plan asks for less than the kit's recipe, or for more than updates.
+            RefusedError: The plan lacks the privacy that the kit's recipe requires, or requests
+                more than updates from a private site.
         """
         requested = plan.privacy if isinstance(plan, Train) else None
         if requested is None and self.agreed.privacy.mode != "none":
@@ -107,9 +110,9 @@ class ReleaseRules:
         return strictest_privacy(self.site, requested, agreed_privacy(self.agreed.privacy))
 
     def charge(self, client: str, plan: Plan, privacy: UpdatePrivacy | None) -> None:
-        """Charge the budget for the update of a plan, before the client trains.
+        """Charge the budget of a private site for a plan's update, before the client trains.
 
-        Raises as ``PrivacyBudget.charge``.
+        Raises the errors of ``PrivacyBudget.charge``.
         """
         if self.private and privacy is not None:
             self.budget.charge(client, privacy.mu_squared, plan.returned_rows)
@@ -153,7 +156,7 @@ class ReleaseRules:
 
 
 def agreed_epsilon(recipe: Recipe) -> float:
-    """Return ε of a client in all rounds of a recipe with ``mode: local``, and of its baselines."""
+    """Return a client's ε over all rounds of a recipe with ``mode: local`` and its baselines."""
     methods = [one for one, _ in with_baselines(recipe, Path()) if one.strategy.federated]
     mu = 1 / recipe.privacy.noise
     return epsilon_of(recipe.rounds * len(methods) * mu * mu, recipe.privacy.delta)

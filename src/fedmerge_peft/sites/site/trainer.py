@@ -67,7 +67,8 @@ class Trainer:
         Raises:
             DataError: The data cannot be read, or do not fit the recipe.
             RecipeError: The kit's recipe is invalid, or lists plugins that the site does not allow.
-            FederateError: The data belong to other clients, or do not meet the site's checks.
+            FederateError: The data belong to other clients or do not meet the site's checks, or the
+                settings are contradictory or do not allow the kit's recipe.
         """
         self.kit = kit
         self.settings = settings
@@ -238,7 +239,7 @@ class Trainer:
         return reply_message(released, client, layout, dtype), entry
 
     def _local_assignment(self, plan: Plan, assignment: RemoteAssignment) -> Assignment:
-        """Return the work of the client, without noise, and without scores that stay here."""
+        """Return the client's assignment without noise; at a private site, also without scores."""
         return Assignment(
             replace(plan, privacy=None) if isinstance(plan, Train) else plan,
             None if self.release.private else assignment.served,
@@ -260,7 +261,7 @@ class Trainer:
         )
 
     def _check_hyperparameters(self, requested: Hyperparameters) -> None:
-        """Check that the server sets the keys of ``training`` that the kit leaves open, only these.
+        """Check that the server sets exactly the keys of ``training`` that are auto in the kit.
 
         Raises:
             RefusedError: The kit's recipe has a number for a key that the server sets.

@@ -20,7 +20,11 @@ from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 
 def main() -> None:
-    """Run the trainer of the site that the environment names; exit with 2 on permanent errors."""
+    """Run the trainer of the site that the command line names.
+
+    The environment contains the kit, the settings and the address of the socket. The process exits
+    with ``PERMANENT_FAILURE`` if the trainer cannot be created.
+    """
     exit_with_parent()
     site = sys.argv[1]
     from rich.console import Console

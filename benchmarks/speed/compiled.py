@@ -13,14 +13,14 @@ from timing import Row, faster, race, seconds
 def rows() -> Iterator[Row]:
     """g. Steps of a compiled model against the same model; processor time, with its start-up."""
     ours = engine(1, 32, "training.batch_size=8", "training.clients_per_batch=1")
-    rows = ours.clients[0].train.tolist()
+    examples = ours.clients[0].train.tolist()
     plain, compiled = Plain(ours), Plain(ours)
     compiled.model = torch.compile(compiled.model)
     before = time.process_time()
-    compiled.train(rows)
+    compiled.train(examples)
     spent = time.process_time() - before
     taken = race(
-        {"compiled": lambda: compiled.train(rows), "as it is": lambda: plain.train(rows)},
+        {"compiled": lambda: compiled.train(examples), "as it is": lambda: plain.train(examples)},
         9,
         clock=time.process_time,
     )

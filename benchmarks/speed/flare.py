@@ -12,12 +12,15 @@ def main(folder: str, rounds: str, address: str) -> None:
     from flare_server import Persistor
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
     from nvflare.recipe import SimEnv
-    from programs import START, load, save_end
+    from programs import load, save_end
 
-    clients = len(load(folder).clients)
+    setting = load(folder)
+    start = Path.cwd() / "start.pt"  # the format of FLARE's persistor
+    torch.save(dict(setting.start), start)
+    clients = len(setting.clients)
     recipe = FedAvgRecipe(
         name="peft",
-        model_persistor=Persistor(str(Path(folder) / START), address),
+        model_persistor=Persistor(str(start), address),
         min_clients=clients,
         num_rounds=int(rounds),
         train_script=str(Path(__file__).resolve().parent / "flare_client.py"),
@@ -26,7 +29,7 @@ def main(folder: str, rounds: str, address: str) -> None:
     workspace = Path.cwd() / "workspace"
     recipe.execute(SimEnv(num_clients=clients, workspace_root=str(workspace)))
     saved = next(workspace.rglob("FL_global_model.pt"))
-    save_end(folder, "flare", torch.load(saved, weights_only=False)["model"])
+    save_end(folder, "flare", torch.load(saved, weights_only=True)["model"])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-START = "start.pt"
+START = "start.safetensors"
 """File with the adapter before the first round."""
+EXAMPLES = "examples.safetensors"
+"""File with the columns of each client's examples, named ``CLIENT.COLUMN``."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,17 @@ def load(folder: str | Path) -> Setting:
     """Load a workload."""
     folder = Path(folder)
     values = json.loads((folder / "setting.json").read_text())
-    return Setting(
-        **values, clients=torch.load(folder / "examples.pt"), start=torch.load(folder / START)
-    )
+    clients: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / EXAMPLES).items():
+        client, _, column = name.partition(".")
+        clients.setdefault(int(client), {})[column] = tensor
+    columns = [clients[client] for client in range(len(clients))]
+    return Setting(**values, clients=columns, start=load_file(folder / START))
+
+
+def contiguous(state: State) -> dict[str, Tensor]:
+    """Return copies with memory of their own, as safetensors needs them."""
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
 
 def new_model(setting: Setting) -> Any:
@@ -142,4 +153,4 @@ def set_adapter(model: Any, state: State) -> None:
 
 def save_end(folder: str | Path, program: str, state: State) -> None:
     """Write the adapter after the last round, for tests."""
-    torch.save(dict(state), Path(folder) / f"end-{program}.pt")
+    save_file(contiguous(state), Path(folder) / f"end-{program}.safetensors")

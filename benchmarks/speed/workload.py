@@ -11,8 +11,8 @@ from typing import Any
 
 import decoder
 import setting
-import torch
-from programs import START
+from programs import EXAMPLES, START, contiguous
+from safetensors.torch import save_file
 
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.models.pretrained import model_folder
@@ -98,8 +98,13 @@ def _write(folder: Path, ours: LocalEngine) -> None:
     recipe, runtime, context = ours.recipe, ours.runtime, ours.strategy_context()
     batches = [runtime.task.collate(runtime.examples, client.train) for client in ours.clients]
     start = context.layout.state_dict(context.fresh_row(0))
-    torch.save([dict(batch) for batch in batches], folder / "examples.pt")
-    torch.save({name: tensor.clone() for name, tensor in start.items()}, folder / START)
+    named = {
+        f"{client}.{name}": tensor
+        for client, batch in enumerate(batches)
+        for name, tensor in batch.items()
+    }
+    save_file(contiguous(named), folder / EXAMPLES)
+    save_file(contiguous(start), folder / START)
     asked = json.loads((folder / "ours.json").read_text())
     values: dict[str, Any] = {
         "model": asked["model"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 CLIENTS, BATCH = 3, 4
@@ -38,7 +39,7 @@ def expected(benchmark, folder):
 
 
 def assert_same_round(folder, found, expected):
-    start = torch.load(folder / "start.pt")
+    start = load_file(folder / "start.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(torch.as_tensor(found[name]), tensor, rtol=1e-4, atol=1e-7)
@@ -74,7 +75,7 @@ def test_programs_compute_our_round(benchmark, folder, expected, name, script, p
     program = benchmark("rivals").Program(folder, 1, *script)
     program.end()
     assert 0 < program.startup < 600
-    assert_same_round(folder, torch.load(folder / f"end-{name}.pt"), expected)
+    assert_same_round(folder, load_file(folder / f"end-{name}.safetensors"), expected)
 
 
 @needs_unix

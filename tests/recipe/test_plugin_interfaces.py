@@ -73,7 +73,8 @@ def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
             "of=clases, expected classes, class_scores, tokens, texts",
         ),
         (lambda: register_metric("loss"), "every task already has that score"),
-        (lambda: register_metric("m", range=(1, 0)), "range=(1, 0), expected the smallest value"),
+        (lambda: register_metric("m", range=(1, 0)), "range=(1, 0), expected the smallest and"),
+        (lambda: register_metric("m", range="x"), "range='x', expected the smallest and"),
     ],
 )
 def test_a_registration_that_could_not_work_is_refused(register, message):

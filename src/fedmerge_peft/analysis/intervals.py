@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.metrics import facts_of
 
 LEVEL = 0.95
 """Confidence level."""
@@ -31,8 +31,7 @@ def score_intervals(
     """
     from scipy.stats import binomtest
 
-    split, _, name = scores["metric"].partition("_")
-    facts = METRICS[name].facts if name in METRICS else {}
+    split, facts = scores["metric"].partition("_")[0], facts_of(scores["metric"])
     of_tokens = "tokens" in facts.get("of", ()) and run.recipe.task.label_column is None
     if not facts.get("per_example") or of_tokens:
         return None

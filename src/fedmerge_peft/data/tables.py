@@ -213,7 +213,7 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
         raise DataError(
             f"data.path: {path} has a column with a name of {len(longest):,} characters "
             f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; the first row may "
-            "not be a header"
+            "be data instead of names"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)

@@ -145,12 +145,19 @@ def register_metric(
         raise PluginError(
             "the metric 'loss': every task already has that score; choose another name"
         )
-    low, high = range
+    try:
+        low, high = map(float, range)
+    except (TypeError, ValueError):
+        low = high = math.nan
     if not low < high:
         raise PluginError(
-            f"the metric {name!r}: range={range}, expected the smallest value before the largest"
+            f"the metric {name!r}: range={range!r}, expected the smallest and the largest value"
         )
-    facts = {"greater_is_better": greater_is_better, "range": range, "per_example": per_example}
+    facts = {
+        "greater_is_better": greater_is_better,
+        "range": (low, high),
+        "per_example": per_example,
+    }
     return _named(METRICS, name, of=outputs, **facts)
 
 

@@ -11,11 +11,10 @@ import numpy as np
 
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting.specs import Line, Lines
-from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.tasks.metrics import is_fraction
+from fedmerge_peft.tasks.metrics import facts_of, is_fraction
 
 _FLAT = 0.02
 """Relative decrease of the training loss below which it counts as flat."""
@@ -214,8 +213,7 @@ def _constant(name: str, value: float, series: list[Line]) -> Line:
 
 def _counts_classes(score: str) -> bool:
     """Return True if a score is the fraction of examples with the correct class."""
-    name = score.partition("_")[2]
-    facts = METRICS[name].facts if name in METRICS else {}
+    facts = facts_of(score)
     return bool(facts.get("per_example")) and "classes" in facts["of"]
 
 

@@ -103,10 +103,15 @@ def greater_score_is_better(name: str) -> bool:
     return greater_is_better(name.partition("_")[2])
 
 
+def facts_of(score: str) -> Mapping[str, Any]:
+    """Return the facts of the metric of a score, such as ``test_accuracy``; none if unknown."""
+    name = score.partition("_")[2]
+    return METRICS[name].facts if name in METRICS else {}
+
+
 def is_fraction(score: str) -> bool:
     """Return True if the range of a score, such as ``test_accuracy``, is 0 to 1."""
-    name = score.partition("_")[2]
-    return name in METRICS and METRICS[name].facts.get("range") == (0.0, 1.0)
+    return facts_of(score).get("range") == (0.0, 1.0)
 
 
 def score_fault(

@@ -41,8 +41,8 @@ class Scale:
     precision: str
     decoders: Mapping[str, Mapping[str, int]]
     """Sizes of the decoders, by name; the first one is used for single measurements."""
-    large: Mapping[str, int] | None
-    """Decoder for QLoRA; None for none."""
+    large: Mapping[str, int]
+    """Decoder for QLoRA, of 8 B on a GPU."""
     counts: Sequence[int]
     """Clients in one pass."""
     batches: Sequence[int]
@@ -84,7 +84,7 @@ TINY = Scale(
     dtype="float32",
     precision="no",
     decoders={"tiny": {**_sizes(32, 3, 4, 2, 64), "vocab_size": 400}},
-    large=None,
+    large={**_sizes(64, 2, 4, 2, 128), "vocab_size": 400},
     counts=(1, 2),
     batches=(1,),
     length=16,
@@ -306,29 +306,33 @@ def server_step(bench: Bench) -> Iterator[Row]:
 
 
 def qlora(bench: Bench) -> Iterator[Row]:
-    """QLoRA on a decoder of 8 B in 4 bits: tokens a second and memory, and two batch sizes."""
-    if bench.scale.large is None or find_spec("bitsandbytes") is None:
+    """QLoRA, four clients: tokens a second and memory, by batch size and clients in one pass."""
+    if find_spec("bitsandbytes") is None:
         return
     small, large = bench.scale.batches[0], bench.scale.batches[-1]
-    works, peaks = {}, {}
-    for batch in (small, large):
+    works, peaks, tokens = {}, {}, {}
+    for batch, together in ((small, 1), (large, 1), (small, 4)):
         engine = bench.engine(
-            bench.scale.large, 2, batch, backbone={"quantization": "4bit"}, clients_per_batch=1
+            bench.scale.large,
+            4,
+            batch,
+            backbone={"quantization": "4bit"},
+            clients_per_batch=together,
         )
-        works[f"batch {batch}"] = _round(engine, 1)
-        peaks[f"batch {batch}"] = bench.peak(works[f"batch {batch}"])
+        side = f"batch {batch}, {together} in one pass"
+        works[side] = _round(engine, together)
+        peaks[side] = bench.peak(works[side])
+        tokens[side] = 4 * bench.scale.steps * batch * bench.scale.length
     taken = bench.race(works)
-    speeds = {
-        side: 2 * bench.scale.steps * batch * bench.scale.length / median(taken[side])
-        for side, batch in zip(taken, (small, large), strict=True)
-    }
-    first, second = speeds.values()
-    details = ", ".join(
-        f"{side} {speed:,.0f} tokens/s and {peaks[side] / 1e9:.1f} GB"
-        for side, speed in speeds.items()
-    )
-    ratio = second / first
-    yield Row(f"8 B in 4 bits: batch {large} over batch {small}", ratio, ratio, ratio, details)
+    speeds = {side: tokens[side] / median(taken[side]) for side in works}
+    first, *others = speeds
+    for side in others:
+        ratio = speeds[side] / speeds[first]
+        details = ", ".join(
+            f"{name} {speeds[name]:,.0f} tokens/s and {peaks[name] / 1e9:.1f} GB"
+            for name in (side, first)
+        )
+        yield Row(f"4 bits: {side}, over {first}", ratio, ratio, ratio, details)
 
 
 PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {

@@ -1,11 +1,14 @@
 """Adapters that a model does not have: each is one error, before anything is trained."""
 
 import pytest
+import torch
 from tests.conftest import TextTask
 
 from fedmerge_peft import BackboneError
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.models import pretrained
 from fedmerge_peft.recipe.lora import LoraRecipe
+from fedmerge_peft.recipe.schema import BackboneRecipe
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,11 @@ def test_a_model_of_another_kind_is_one_error(make_backbone):
         make_backbone("vit", {"target_modules": ["q_proj"]}, TextTask())
 
 
-def test_quantization_without_a_gpu_is_refused(make_backbone):
-    with pytest.raises(BackboneError, match=r"quantization needs (a CUDA GPU|bitsandbytes)"):
-        make_backbone("bert", {"target_modules": ["query"]}, quantization="4bit")
+def test_quantization_needs_its_package_and_a_device_that_it_supports(monkeypatch):
+    quantized = BackboneRecipe(model="unused", quantization="4bit")
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    with pytest.raises(BackboneError, match="quantization needs bitsandbytes: pip install"):
+        pretrained._quantization(quantized, torch.device("cpu"))
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: True)
+    with pytest.raises(BackboneError, match="needs a CUDA GPU or a CPU, but this run uses mps"):
+        pretrained._quantization(quantized, torch.device("mps"))

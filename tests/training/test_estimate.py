@@ -54,12 +54,13 @@ def test_sizes_are_those_of_the_loaded_model():
     assert found.total == found.backbone + found.adapters + max(found.training, found.evaluation)
 
 
-def test_a_state_of_8_bits_is_a_quarter_and_has_no_company():
+def test_a_state_of_8_bits_is_a_quarter():
     plain = estimated(recipe(), length=16)
     made = recipe().replace(["training.optimizer=adamw_8bit", "training.clients_per_batch=4"])
     found = estimated(made, length=16)
-    assert found.clients == 1
-    assert found.adapters == int(4 * 2.5 * plain.adapter)
+    assert found.clients == 4
+    # The slot and its gradient; for each client a row, two gradients and two moments of a quarter.
+    assert found.adapters == int(4 * (2 + 4 * (3 + 2 / 4)) * plain.adapter)
 
 
 def _texts():

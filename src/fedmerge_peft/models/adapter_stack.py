@@ -90,7 +90,7 @@ class AdapterStack:
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """Compute W x + scaling · B_k A_k x, as PEFT's plain LoRA layer does."""
+        """Compute W x + scaling · B_k A_k x, as PEFT's LoRA layers of ``_is_plain_lora`` do."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -211,15 +211,18 @@ def _stacked_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Return True if the layer computes W x + scaling · B A x.
+    """Return True if the layer computes W x + scaling · B A x, example by example.
 
-    DoRA, quantized layers, convolutions and embeddings are not plain LoRA.
+    W may have 4 bits, because each weight is dequantized alike for all examples. DoRA, convolutions
+    and embeddings are not plain LoRA. With W in 8 bits (LLM.int8, arXiv 2208.07339), all examples
+    of a batch determine the columns that are computed in 16 bits.
     """
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 
     plain = type(layer) is Linear and type(layer.base_layer) in (nn.Linear, Conv1D)
-    return plain and list(layer.lora_A) == ["default"] and not layer.lora_variant
+    in_four_bits = type(layer).__name__ == "Linear4bit"  # exists only if bitsandbytes is installed
+    return (plain or in_four_bits) and list(layer.lora_A) == ["default"] and not layer.lora_variant
 
 
 def _short_name(name: str) -> str:

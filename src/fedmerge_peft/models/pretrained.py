@@ -195,7 +195,9 @@ def load_model(
     missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
     if task.labels:
         order_head(model, label_names(held), task.labels)
-    if not backbone.quantization:
+    if backbone.quantization:
+        _keep_packing(model)
+    else:
         model = model.to(device)
     return _prepared(model, task), missing
 
@@ -239,6 +241,18 @@ def align_weights(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
+def _keep_packing(model: Any) -> None:
+    """Prevent bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU.
+
+    It does so on processors with AVX512-BF16 only. The new format has coarser scales and fits only
+    some shapes, so that results would depend on the processor, and evaluation would change the
+    weights that are trained on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -246,10 +260,10 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
         raise BackboneError(
             f"backbone.quantization needs bitsandbytes: {install_command('quantization')}"
         )
-    if device.type != "cuda":
+    if device.type not in ("cuda", "cpu"):
         raise BackboneError(
-            f"backbone.quantization needs a CUDA GPU, but this run uses {device.type}; "
-            "remove it, or use a GPU"
+            "backbone.quantization needs a CUDA GPU or a CPU, "
+            f"but this run uses {device.type}; remove it, or use training.device=cpu"
         )
     if backbone.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -72,7 +72,8 @@ class BackboneRecipe(Section):
     """Attention implementation. Default: chosen by transformers."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Quantize the frozen weights to 8 bits, or to 4 bits as QLoRA (NF4, computed in bfloat16).
-    Requires a CUDA GPU and the extra `quantization` (bitsandbytes)."""
+    Requires the extra `quantization` (bitsandbytes), and a CUDA GPU or a CPU. On a CPU, it saves
+    memory and costs time. With 8 bits, clients train one at a time."""
     double_quantization: Boolean = True
     """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
     per weight."""
@@ -99,9 +100,9 @@ class TrainingRecipe(Section):
         "adamw"
     )
     """Local optimizer. Its state is new for each client and round. 8bit: AdamW with a state of 8
-    bits instead of 32. paged: the state may move to the CPU's memory. These optimizers require a
-    CUDA GPU and the extra `quantization` (bitsandbytes), and have not been run on a GPU yet. With
-    an 8-bit state, clients train one at a time."""
+    bits instead of 32. paged: the state may move to the CPU's memory. These optimizers require the
+    extra `quantization` (bitsandbytes), and paged ones a CUDA GPU. They have not been run on a GPU
+    yet."""
     learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest

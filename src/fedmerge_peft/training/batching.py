@@ -13,10 +13,10 @@ from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
+from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import Recipe, TrainingRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.gradients import accumulate
-from fedmerge_peft.training.optimization import mixes_rows
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.seeds import seeded
 
@@ -79,14 +79,13 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         training: ``clients_per_batch`` and the batch size.
         rows: Rows of the table that belong to clients.
     """
-    count = requested_clients(training, runtime.device.type)
+    count = requested_clients(
+        training, runtime.device.type, quantized=is_quantized(runtime.backbone)
+    )
     if count == 1:
         return 1
-    if runtime.accelerator.scaler is not None:
-        reason: str | None = "fp16 needs one loss scale for all clients (training.mixed_precision)"
-    elif mixes_rows(training.optimizer):
-        reason = "clients would share scales of the 8-bit state (training.optimizer)"
-    elif runtime.task.padding in ("none", "alone"):
+    reason: str | None
+    if runtime.task.padding in ("none", "alone"):
         reason = "the model sees padding, so not all examples share a pass"
     else:
         reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
@@ -96,12 +95,22 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
     return count
 
 
-def requested_clients(training: TrainingRecipe, device: str) -> int:
-    """Return the number of adapters in one pass that a recipe requests for a type of device."""
+def requested_clients(training: TrainingRecipe, device: str, *, quantized: bool = False) -> int:
+    """Return the number of adapters in one pass that a recipe requests for a type of device.
+
+    With ``auto``, it is 1 on quantized weights: who quantizes lacks memory for activations, too.
+    """
     if training.clients_per_batch != "auto":
         return training.clients_per_batch
+    if quantized:
+        return 1
     count = min(_MOST, _EXAMPLES.get(device, 8) // training.batch_size)
     return count if count >= _FEWEST else 1
+
+
+def is_quantized(backbone: Backbone) -> bool:
+    """Return True if the frozen weights have 8 or 4 bits."""
+    return bool(getattr(backbone.model, "is_quantized", False))
 
 
 def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
@@ -126,7 +135,9 @@ def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
         except Exception as error:  # models whose layers do not keep the shape (batch, ..., width)
             return f"the model does not run with several adapters ({type(error).__name__}: {error})"
         exact = (
-            runtime.accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
+            runtime.accelerator.mixed_precision == "no"
+            and backbone.model.dtype == torch.float32
+            and not is_quantized(backbone)  # computes in bfloat16
         )
         for adapter, step, together in zip(adapters, steps, stack.gradient, strict=True):
             slot = AdapterSlot(backbone, adapter)

@@ -99,11 +99,11 @@ def load_config(backbone: BackboneRecipe) -> Any:
 def expected_device(recipe: Recipe) -> str:
     """Return the type of the recipe's device, or of the one that auto selects on this machine.
 
-    For quantized weights, auto gives cuda: they need a CUDA GPU, which another machine may have.
+    For quantized weights, auto gives cuda: such a run is usually meant for another machine's GPU.
     """
     if recipe.training.device == "auto":
-        needs_cuda = recipe.backbone.quantization is not None
-        return "cuda" if needs_cuda or torch.cuda.is_available() else "cpu"
+        for_gpu = recipe.backbone.quantization is not None or torch.cuda.is_available()
+        return "cuda" if for_gpu else "cpu"
     return recipe.training.device.partition(":")[0]
 
 
@@ -142,9 +142,9 @@ def estimate(
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
-    quantized = recipe.backbone.quantization is not None or mixes_rows(training.optimizer)
-    shareable = not quantized and not recipe.lora.use_dora
-    clients = requested_clients(training, device) if shareable else 1
+    shareable = recipe.backbone.quantization != "8bit" and not recipe.lora.use_dora
+    quantized = recipe.backbone.quantization is not None
+    clients = requested_clients(training, device, quantized=quantized) if shareable else 1
     with quiet_transformers(), torch.device("meta"):
         base, peft = _model(recipe, config, task)
     with FakeTensorMode(), quiet_transformers(), library_errors(unknown):

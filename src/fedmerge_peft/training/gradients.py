@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.adapter_slot import AdapterSlot
@@ -25,6 +26,7 @@ def accumulate(
     example_weights: Sequence[Tensor | None] | None = None,
     alignments: Sequence[Alignment | None] | None = None,
     objectives: Sequence[Objective] | None = None,
+    scalers: Sequence[GradScaler | None] | None = None,
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
@@ -39,6 +41,8 @@ def accumulate(
             all are 1.
         alignments: For each adapter, the penalty on the features; None if there is none.
         objectives: Training loss of each adapter's client. Default: the task's.
+        scalers: For each adapter, the gradient scaler that multiplies its loss before the backward
+            pass; None without fp16.
 
     Returns:
         The mean losses (nats) without penalties, ``(K,)``.
@@ -46,14 +50,19 @@ def accumulate(
     weights = example_weights or [None] * len(steps)
     aligned = alignments or [None] * len(steps)
     losses = objectives or [PLAIN] * len(steps)
+    scales = scalers or [None] * len(steps)
     with ExitStack() as stack:
         features: list[Tensor] = []
         if any(alignment is not None for alignment in aligned):
             features = stack.enter_context(captured_features(runtime.backbone))
         if isinstance(adapters, AdapterSlot):
-            ((step,), (own,), (alignment,), (loss,)) = (steps, weights, aligned, losses)
-            return _accumulate_one(runtime, adapters, step, own, alignment, features, loss)[None]
-        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features, losses)
+            parts = zip(steps, weights, aligned, losses, scales, strict=True)
+            ((step, own, alignment, loss, scaler),) = parts
+            one = _accumulate_one(runtime, adapters, step, own, alignment, features, loss, scaler)
+            return one[None]
+        return _accumulate_stack(
+            runtime, adapters, steps, weights, aligned, features, losses, scales
+        )
 
 
 def _accumulate_one(
@@ -64,6 +73,7 @@ def _accumulate_one(
     alignment: Alignment | None,
     features: list[Tensor],
     objective: Objective,
+    scaler: GradScaler | None,
 ) -> Tensor:
     step = [part for chunk in step for part in runtime.parts(chunk)]
     batches = [runtime.collate(chunk) for chunk in step]
@@ -79,7 +89,7 @@ def _accumulate_one(
         minimized = summed
         if alignment is not None:
             minimized = summed + penalties(alignment, features.pop(), labels).sum()
-        runtime.accelerator.backward(minimized / count)
+        runtime.backward(minimized / count, scaler)
         total += summed.detach()
     return total / count
 
@@ -92,6 +102,7 @@ def _accumulate_stack(
     alignments: Sequence[Alignment | None],
     features: list[Tensor],
     objectives: Sequence[Objective],
+    scalers: Sequence[GradScaler | None],
 ) -> Tensor:
     """Compute the gradients of K adapters; their n-th micro-batches share one pass.
 
@@ -120,7 +131,7 @@ def _accumulate_stack(
         losses = training_losses(runtime.task, logits, labels, objectives)
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)
-        minimized = parts.sum()
+        minimized = parts
         if features:
             by_adapter = zip(
                 alignments,
@@ -129,9 +140,24 @@ def _accumulate_stack(
                 shares,
                 strict=True,
             )
-            for alignment, part, targets, own in by_adapter:
-                if alignment is not None:
-                    minimized = minimized + (penalties(alignment, part, targets) * own).sum()
-        stack.backward(minimized)
+            minimized = torch.stack(
+                [
+                    mean
+                    if alignment is None
+                    else mean + (penalties(alignment, part, targets) * own).sum()
+                    for mean, (alignment, part, targets, own) in zip(parts, by_adapter, strict=True)
+                ]
+            )
+        stack.backward(_sum_scaled(minimized, scalers))
         means += parts.detach()
     return means
+
+
+def _sum_scaled(losses: Tensor, scalers: Sequence[GradScaler | None]) -> Tensor:
+    """Sum losses ``(K,)``, each multiplied by the scale of its gradient scaler, if it has one."""
+    return torch.stack(
+        [
+            loss if scaler is None else scaler.scale(loss)
+            for loss, scaler in zip(losses, scalers, strict=True)
+        ]
+    ).sum()

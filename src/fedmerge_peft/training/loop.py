@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,19 @@ from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.objective import Objective
 from fedmerge_peft.training.optimization import (
     count_steps,
-    fresh_scaler,
     learning_rate,
     make_optimizer,
     make_schedule,
     micro_batches,
+    mixes_rows,
+    new_scaler,
 )
 from fedmerge_peft.training.plan import Train, Trained
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.seeds import derive, seeded
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Adapters = AdapterSlot | AdapterStack
 
@@ -75,15 +79,15 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
 
     A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
     (``AdapterStack``); the results equal those of sequential training up to rounding. Each job has
-    its own examples, their order, a mean loss, clipping and a learning rate. A job leaves the batch
-    after its last step.
+    its own examples, their order, a mean loss, clipping, a learning rate, and in fp16 a loss scale.
+    A job leaves the batch after its last step.
 
     Dropout masks are drawn for a whole pass, from the seeds of all of its jobs. The same jobs get
     the same masks, but a job gets different masks in a pass with other jobs.
 
     Args:
         runtime: Model, task and examples. Several jobs need a model for which
-            ``stacking_obstacle`` returns None, and no gradient scaler.
+            ``stacking_obstacle`` returns None.
         training: Optimizer, schedule, batch size and other settings.
         jobs: Adapters to train, at least one.
     """
@@ -147,9 +151,9 @@ def _train_phase(
     batches = [
         micro_batches(state.job.indices, state.training, state.job.seed, phase) for state in states
     ]
-    groups = list(_optimizer_groups(adapters, states))
+    groups = list(_optimizer_groups(adapters, states, runtime.accelerator))
+    in_fp16 = groups[0].scaler is not None  # each adapter then has its own group
     rules = GradientRules(states, phase, max_grad_norm, runtime.device)
-    scaler = fresh_scaler(runtime.accelerator)
     with adapters.applied():
         for step in range(states[0].steps):
             while groups[-1].steps == step:
@@ -163,15 +167,17 @@ def _train_phase(
                 [state.example_weights for state in active],
                 [state.job.train.alignment for state in active],
                 [state.objective for state in active],
+                [group.scaler for group in groups] if in_fp16 else None,
             )
             for state, loss in zip(active, losses, strict=True):
                 state.losses.append(loss)
-            if scaler is not None:
-                scaler.unscale_(groups[0].optimizer)
+            for group in groups:
+                if group.scaler is not None:
+                    group.scaler.unscale_(group.optimizer)
             rules.apply(adapters)
             before = adapters.rows.clone() if rules.columns is not None else None
             for group in groups:
-                group.step(scaler)
+                group.step()
             if before is not None:
                 rules.restore(adapters, before)
             adapters.gradient.zero_()
@@ -189,35 +195,45 @@ def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerG
 
 @dataclass(frozen=True)
 class _OptimizerGroup:
-    """Adapters with the same number of steps and learning rate, which share an optimizer."""
+    """Adapters with the same number of steps and learning rate, which share an optimizer.
+
+    In fp16, and with an optimizer for which ``mixes_rows`` is True, each adapter has its own group.
+    """
 
     rows: slice
     steps: int
     optimizer: torch.optim.Optimizer
     schedule: Any
+    scaler: torch.amp.GradScaler | None
+    """Gradient scaler of the group's only adapter in fp16; None in other precisions."""
 
-    def step(self, scaler: Any) -> None:
-        if scaler is None:
+    def step(self) -> None:
+        if self.scaler is None:
             self.optimizer.step()
         else:
-            scaler.step(self.optimizer)
-            scaler.update()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.schedule.step()
 
 
 def _optimizer_groups(
-    adapters: Adapters, states: Sequence[_TrainState]
+    adapters: Adapters, states: Sequence[_TrainState], accelerator: Accelerator
 ) -> Iterator[_OptimizerGroup]:
+    in_fp16 = accelerator.scaler is not None
+    separate = in_fp16 or mixes_rows(states[0].training.optimizer)
     start = 0
     for _, group in groupby(states, key=_group_key):
         members = list(group)
         training, steps = members[0].training, members[0].steps
-        rows = slice(start, start + len(members))
-        parameter = torch.nn.Parameter(adapters.rows[rows])
-        parameter.grad = adapters.gradient[rows]
-        optimizer = make_optimizer(parameter, training)
-        yield _OptimizerGroup(rows, steps, optimizer, make_schedule(optimizer, training, steps))
-        start = rows.stop
+        size = 1 if separate else len(members)
+        for first in range(start, start + len(members), size):
+            rows = slice(first, first + size)
+            parameter = torch.nn.Parameter(adapters.rows[rows])
+            parameter.grad = adapters.gradient[rows]
+            optimizer = make_optimizer(parameter, training, skips=in_fp16)
+            schedule = make_schedule(optimizer, training, steps)
+            yield _OptimizerGroup(rows, steps, optimizer, schedule, new_scaler(accelerator))
+        start += len(members)
 
 
 class GradientRules:

@@ -77,17 +77,23 @@ _BITSANDBYTES = {
 
 
 def check_optimizer(optimizer: str, device: torch.device) -> None:
-    """Check that a CUDA GPU and bitsandbytes are available if the optimizer needs them.
+    """Check that bitsandbytes is installed and supports the device, if the optimizer is its own.
 
     Raises:
-        DeviceError: One of them is missing.
+        DeviceError: bitsandbytes is missing, or does not support the device.
     """
     if optimizer not in _BITSANDBYTES:
         return
-    if device.type != "cuda":
+    if device.type not in ("cuda", "cpu"):
         raise DeviceError(
-            f"training.optimizer: {optimizer} needs a CUDA GPU, but this run uses {device.type}; "
-            "use adamw"
+            f"training.optimizer: {optimizer} needs a CUDA GPU or a CPU, but this run uses "
+            f"{device.type}; use adamw"
+        )
+    if optimizer.startswith("paged") and device.type != "cuda":
+        unpaged = "adamw_8bit" if mixes_rows(optimizer) else "adamw"
+        raise DeviceError(
+            f"training.optimizer: {optimizer} moves its state between a CUDA GPU and the CPU, but "
+            f"this run uses {device.type}; use {unpaged}"
         )
     if find_spec("bitsandbytes") is None:
         raise DeviceError(
@@ -98,18 +104,24 @@ def check_optimizer(optimizer: str, device: torch.device) -> None:
 def mixes_rows(optimizer: str) -> bool:
     """Return True if a step on one adapter depends on others in the same tensor.
 
-    States of 8 bits have one scale for each block of numbers, and blocks span adapters.
+    States of 8 bits have one scale for each block of numbers, and blocks span adapters. Each
+    adapter then needs an optimizer of its own.
     """
     return optimizer in _BITSANDBYTES and optimizer.endswith("8bit")
 
 
 def make_optimizer(
-    parameter: torch.nn.Parameter, training: TrainingRecipe
+    parameter: torch.nn.Parameter, training: TrainingRecipe, *, skips: bool = False
 ) -> torch.optim.Optimizer:
     """Return a new optimizer for flat adapters, ``(K, P)``.
 
     Optimizers are elementwise, except those for which ``mixes_rows`` is True: a step on flat rows
     equals steps on each row's own tensors.
+
+    Args:
+        parameter: The adapters, with their gradient.
+        training: Optimizer and its settings.
+        skips: True if a gradient scaler may skip steps.
     """
     rate = learning_rate(training)
     if training.optimizer == "adamw":
@@ -120,13 +132,18 @@ def make_optimizer(
         kind = getattr(import_module("bitsandbytes.optim"), _BITSANDBYTES[training.optimizer])
         made: torch.optim.Optimizer = kind([parameter], lr=rate, weight_decay=training.weight_decay)
         return made
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         [parameter],
         lr=rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
         fused=True,
     )
+    if skips and training.momentum:
+        # If the first step is skipped, torch's fused SGD never initializes its momentum. A momentum
+        # of zero makes no difference otherwise.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, steps: int) -> Any:
@@ -142,12 +159,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, st
     )
 
 
-def fresh_scaler(accelerator: Accelerator) -> Any:
-    """Reset and return fp16's gradient scaler, so that no client inherits another's loss scale.
+def new_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """Return a new gradient scaler in fp16, and None in other precisions.
 
-    Return None in other precisions.
+    Each adapter gets its own, so that no client inherits another's loss scale, and a client whose
+    gradients overflow skips its step alone.
     """
     if accelerator.scaler is None:
         return None
-    accelerator.scaler = torch.amp.GradScaler("cuda")
-    return accelerator.scaler
+    return torch.amp.GradScaler(accelerator.device.type)

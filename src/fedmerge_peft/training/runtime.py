@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
@@ -43,7 +44,7 @@ class Runtime:
     backbone: Backbone
     task: Task
     accelerator: Accelerator
-    """Device, autocast, and the gradient scaler in fp16."""
+    """Device and autocast; its gradient scaler, if it has one, tells that the precision is fp16."""
     examples: Examples
     """The encoded table."""
     cache: PrefixCache | None = None
@@ -131,6 +132,14 @@ class Runtime:
             if self.first_token is not None:
                 stack.enter_context(self.first_token.applied())
             yield
+
+    def backward(self, loss: Tensor, scaler: GradScaler | None) -> None:
+        """Run Accelerate's backward pass, in fp16 with the gradient scaler of one adapter."""
+        usual, self.accelerator.scaler = self.accelerator.scaler, scaler
+        try:
+            self.accelerator.backward(loss)
+        finally:
+            self.accelerator.scaler = usual
 
     def logits(
         self,

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from provenance import RESULTS, stamp
 
-from fedmerge_peft import Comparison, Recipe, expand, sweep
+from fedmerge_peft import Comparison, Recipe, Run, expand, sweep
 from fedmerge_peft.analysis.reports import markdown
 
 RECIPES = (
@@ -58,6 +60,22 @@ def recipes(name: str, data: Path | None, seeds: str, overrides: list[str]) -> d
     return expand(name, [*place, *OVERRIDES, f"seed={seeds}", *overrides])
 
 
+def all_metrics(runs: Sequence[Run]) -> str:
+    """Return a table of the test loss and all test metrics: means over clients, then over seeds."""
+    by_method: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in runs:
+        scores = pd.DataFrame(run.scores().values()).filter(like="test_").mean()
+        key = (run.recipe.name, run.recipe.strategy.name)
+        by_method.setdefault(key, []).append(scores.to_dict())
+    lines = ["| recipe | method | loss | metrics |", "|---|---|---|---|"]
+    for (recipe, method), scores in by_method.items():
+        means = pd.DataFrame(scores).mean().rename(lambda name: name.removeprefix("test_"))
+        loss = means.pop("loss")
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        lines.append(f"| {recipe} | {method} | {loss:.4f} | {metrics} |")
+    return "## Losses and all metrics\n\n" + "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,7 +103,7 @@ def main() -> None:
             f"{time.process_time() - spent:.0f} processor seconds",
             flush=True,
         )
-    page = f"{PAGE}{markdown(Comparison.of(runs))}\n{stamp(runs)}\n"
+    page = f"{PAGE}{markdown(Comparison.of(runs))}\n{all_metrics(runs)}\n\n{stamp(runs)}\n"
     print(f"\n{page}")
     if arguments.write:
         (RESULTS / "further_tasks.md").write_text(page, encoding="utf-8")

@@ -175,7 +175,10 @@ def test_a_tokenizer_that_reads_them_as_tokens_is_refused_with_the_row(task_of):
     table = Dataset.from_dict({"text": ["plain", WRITTEN], "label": [0, 1]})
     task = task_of("llama", table, name=CLASSIFICATION)
     task.processor.split_special_tokens = False
-    with pytest.raises(DataError, match=r"row 1 \(of the rows in use\): .* takes '</s>' in the te"):
+    with pytest.raises(
+        DataError,
+        match=r"row 1 \(from 0, of the rows that the run uses\): .* takes '</s>' in the te",
+    ):
         task.encode(table)
 
 

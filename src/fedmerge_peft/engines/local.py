@@ -177,7 +177,7 @@ class LocalEngine:
         )
 
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
-        """Return an engine for a recipe with the same data and model; None if it needs others.
+        """Return an engine for ``recipe`` with this data and model; None if it needs other ones.
 
         Engines that share a model must be used one at a time.
         """
@@ -363,7 +363,7 @@ class LocalEngine:
         return known.trained
 
     def _validate(self, turn: ClientTurn) -> tuple[float, ...] | None:
-        """Return the losses of ``Reply.validation``; None without examples or for other plans."""
+        """Return the losses of ``Reply.validation``; None without examples or a ``Train`` plan."""
         rows = turn.client.validation
         if turn.result is None or not len(rows):
             return None

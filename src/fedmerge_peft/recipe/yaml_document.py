@@ -25,7 +25,7 @@ DEEPEST = 32
 
 LONGEST = 2**20
 """Maximum number of characters in a text. A run's recipe contains all defaults, so this limit is
-above that of a recipe file (``loading.LARGEST``)."""
+above the limit of a recipe file (``loading.LARGEST``)."""
 
 MOST = 50
 """Maximum number of faults that one error lists."""

@@ -81,7 +81,9 @@ def test_spare_special_tokens_may_lack_embeddings_until_a_text_has_them(
     task = task_of("llama", table, name=LANGUAGE, folder=tmp_path, special_tokens="tokens")
     task.match_inputs(model)
     task.encode(table.select([0]))
-    with pytest.raises(DataError, match=r"row 1 \(of .*not among the \d+ that the model knows"):
+    with pytest.raises(
+        DataError, match=r"row 1 \(from 0, of .*not among the \d+ that the model knows"
+    ):
         task.encode(table)
 
 

@@ -292,7 +292,7 @@ class LocalEngine:
     def _train(
         self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | Exception]:
-        """Run training requests; those with similar numbers of examples share a pass."""
+        """Run training requests; jobs with similar numbers of examples share a pass."""
         trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
             range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)

@@ -15,7 +15,7 @@ _REAL = {"F64", "F32", "F16", "BF16"}
 
 
 def check_weight_files(name: str, folder: Path) -> None:
-    """Check the files that transformers reads: ``model.safetensors``, or those in an index.
+    """Check the files that transformers reads: ``model.safetensors``, or the files in an index.
 
     Args:
         name: Name of the model, for error messages.

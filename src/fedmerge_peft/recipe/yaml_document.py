@@ -83,7 +83,7 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """Return an error that lists the faults by line, those without a line number last."""
+    """Return an error that lists the faults by line; faults without a line number come last."""
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]

@@ -203,7 +203,7 @@ class SiteLimits(Section):
     """Backbones that a recipe may use. Default: the one in the kit's recipe."""
     modules: list[str] | None = None
     """Modules that may be trained, with LoRA or in full, by the last part of their names, such as
-    [q_proj, v_proj]. Default: those that the kit's recipe trains."""
+    [q_proj, v_proj]. Default: the modules that the kit's recipe trains."""
     max_parameters: NonNegativeInt | None = None
     """Largest number of values in an update. Default: no bound."""
 

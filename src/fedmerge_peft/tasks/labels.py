@@ -69,7 +69,7 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     """Infer the names of the labels, in the order of their ids.
 
     A ``ClassLabel`` column has names. Text labels are sorted. Integer labels are named ``0`` to the
-    largest integer; a warning names those that do not occur. Booleans are ``False`` and ``True``.
+    largest integer; a warning names labels that do not occur. Booleans are ``False`` and ``True``.
     If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
     ``LABEL_3`` and so on.
 

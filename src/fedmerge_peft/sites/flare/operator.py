@@ -66,7 +66,7 @@ def run(
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each event that the operator should see.
-        wait: Seconds to wait for all sites before starting with those that are connected.
+        wait: Seconds to wait for all sites before starting with the connected ones.
         min_sites: Smallest number of sites to start with.
         reconnect_timeout: Seconds to wait for a server that does not respond.
         on_poll: Called at every check; an exception that it raises ends the function.

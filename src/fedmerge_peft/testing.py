@@ -44,7 +44,7 @@ SHAPES: list[tuple[str, tuple[int, ...], Role]] = [
 
 @contextmanager
 def isolated_registries() -> Iterator[None]:
-    """Remove all parts that were registered inside the context when it ends."""
+    """When the context ends, remove the strategies, tasks and other parts registered inside it."""
     before = [{entry.name for entry in registry} for registry in REGISTRIES]
     try:
         yield
@@ -102,7 +102,7 @@ class FormulaClients:
 
     Args:
         clients: m, the number of clients.
-        layout: Layout of the adapters. Default: that of ``SHAPES``.
+        layout: Layout of the adapters. Default: the layout of ``SHAPES``.
         sizes: n_i, the number of training examples of each client. Default: 10 each.
     """
 

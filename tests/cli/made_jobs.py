@@ -28,6 +28,12 @@ def killed(source, values, out, events):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def silent(source, values, out, events):
+    """The first process ends "a", and no process runs "b"."""
+    if _is_first(out):
+        events.send(("ended", "a", "fresh", True))
+
+
 def refused(source, values, out, events):
     """The whole sweep is refused."""
     events.send(("fault", "", RunError("taken cannot be written")))

@@ -64,8 +64,17 @@ def test_runs_that_a_killed_process_left_are_an_error(run):
     lines, error = run(made_jobs.killed)
     assert lines == [("a", "fresh")]
     assert isinstance(error, RankError)
-    assert "1 of 2 runs have not ended" in str(error)
-    assert "code -9" in str(error)
+    assert "1 of 2 runs did not finish, because processes ended with code -9" in str(error)
+
+
+def test_runs_that_are_left_without_an_error_are_an_error_without_a_code(run):
+    lines, error = run(made_jobs.silent)
+    assert lines == [("a", "fresh")]
+    assert isinstance(error, RankError)
+    assert str(error) == (
+        "1 of 2 runs did not finish, although all processes ended without an error; repeat the "
+        "command to continue"
+    )
 
 
 def test_a_sweep_that_is_refused_is_refused_once(run):

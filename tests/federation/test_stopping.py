@@ -44,7 +44,7 @@ def test_a_run_at_rest_stops_and_has_ended(engine, tmp_path):
     assert [record["round"] for record in run.records] == [1, 2, 3]
     assert run.ended
     assert run.summary["stopped"] == {
-        "reason": "the validation loss has not improved in 2 rounds",
+        "reason": "the validation loss has not improved in 2 evaluated rounds",
         "planned": 9,
     }
     assert run.summary["last"]["after_round"] == 3

@@ -166,7 +166,9 @@ def test_tensors_of_an_adapter_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     name = "encoder.layer.0.attention.self.query.lora_A.weight"
     save_file({**load_file(path), name: torch.zeros(2, 16)}, path)
-    with pytest.raises(BackboneError, match=r"those of an adapter among them: .*lora_A.*merge the"):
+    with pytest.raises(
+        BackboneError, match=r"include the weights of an adapter: .*lora_A.*merge the"
+    ):
         load_saved(tmp_path)
 
 

@@ -65,7 +65,9 @@ def advised(write_run, write_records):
 )
 def test_a_training_loss_near_that_of_guessing_is_found(advised, overrides, decisions, action):
     found = advised(overrides, losses=(1.4, 1.3), decisions=decisions)
-    finding = "the training loss of the last round is 1.30, near that of guessing one of 4 labels"
+    finding = (
+        "the training loss of the last round is 1.30, near the loss of guessing one of 4 labels"
+    )
     (advice_on_it,) = [found[each] for each in found if each.startswith(finding)]
     assert advice_on_it.startswith(action)
 

@@ -73,12 +73,16 @@ def test_labels_have_the_runs_numbers(values, feature, labels, expected):
         (["amber", "bleu"], QUEUES, r"row 1: 'bleu' .* not a known label \(did you mean blue\?\)"),
         ([0, 6], QUEUES, "row 1: '6' .* not a known label"),
         ([0], ["1", "2"], "row 0: '0' .* not a known label"),
-        ([-1], QUEUES, r"row 0 \(of the rows in use\): label -1 in column 'label' is negative"),
+        (
+            [-1],
+            QUEUES,
+            r"row 0 \(from 0, .*\): label -1 in column 'label' is negative",
+        ),
         ([0.5], QUEUES, "a label is an integer from 0, or a name"),
         (
             ["amber", None],
             QUEUES,
-            r"row 1 \(of the rows in use\): column 'label' is empty \(null\)",
+            r"row 1 \(from 0, of the rows that the run uses\): column 'label' is empty \(null\)",
         ),
     ],
 )

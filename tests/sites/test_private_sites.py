@@ -171,7 +171,7 @@ def test_a_site_with_its_own_noise_withholds_losses_scores_and_choices(
     (record,) = Run.open(kit / "run").records
     assert record["train_loss"] > 0
     row = torch.zeros(3)
-    with pytest.raises(RefusedError, match="no choice or weights"):
+    with pytest.raises(RefusedError, match="no choices or weights"):
         trainers["site-1"].release.update_privacy(Choose(row[None]))
     assert trainers["site-2"].release.update_privacy(Choose(row[None])) is None
 

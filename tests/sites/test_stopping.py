@@ -115,11 +115,30 @@ def test_without_a_job_the_server_is_shut_down_at_once(stop):
     assert fake.asked == []
 
 
-def test_a_job_that_does_not_end_in_time_is_one_error_and_nothing_is_shut_down(stop):
+@pytest.mark.parametrize(
+    ("now", "advice"),
+    [
+        (False, "Repeat the command, or add --now, which loses the current round"),
+        (True, "Repeat the command"),
+    ],
+)
+def test_a_job_that_does_not_end_in_time_is_one_error_and_nothing_is_shut_down(stop, now, advice):
     fake = FakeSession(stuck=True)
-    with pytest.raises(FederateError, match=r"job j still runs; .* not shut down. .*--now"):
-        stop(fake, everything=True)
+    with pytest.raises(FederateError) as error:
+        stop(fake, everything=True, now=now)
+    reason = "job j still runs; server and sites were not shut down"
+    assert str(error.value) == f"{reason}. {advice}"
     assert not fake.down
+
+
+def test_a_job_that_does_not_reply_is_an_error_that_mentions_no_shutdown_without_all(stop):
+    fake = FakeSession()
+    fake.busy = 10**9
+    with pytest.raises(FederateError) as error:
+        stop(fake)
+    assert str(error.value) == (
+        "job j does not reply. Repeat the command, or add --now, which loses the current round"
+    )
 
 
 @pytest.mark.parametrize(

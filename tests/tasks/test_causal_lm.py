@@ -101,26 +101,26 @@ def test_messages_without_a_chat_template_are_refused_with_the_fix(task_of):
         (
             [[], [{"role": "user", "content": "a"}]],
             (
-                r"row 0 \(of the rows in use\): 'messages' must be a list of at least one "
+                r"row 0 \(from 0, .*\): 'messages' must be a list of at least one "
                 r"\{role, content\}"
             ),
         ),
         (
             [[{"role": "user", "content": None}]],
-            r"row 0 \(of the rows in use\): a message in 'messages' needs a role and a content",
+            r"row 0 \(from 0, .*\): a message in 'messages' needs a role and a content",
         ),
         (
             [[{"role": "user"}]],
-            r"row 0 \(of the rows in use\): a message in 'messages' needs a role and a content",
+            r"row 0 \(from 0, .*\): a message in 'messages' needs a role and a content",
         ),
         (
             [[{"role": "assistant", "content": "a", "weight": 0}]],
             "a message in 'messages' has the weight 0, but weights of messages are not supported",
         ),
-        (["hello"], r"row 0 \(of the rows in use\): 'messages' must be a list"),
+        (["hello"], r"row 0 \(from 0, of the rows that the run uses\): 'messages' must be a list"),
         (
             [None, [{"role": "user", "content": "a"}]],
-            r"row 0 \(of the rows in use\): 'messages' must be a list",
+            r"row 0 \(from 0, of the rows that the run uses\): 'messages' must be a list",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_errors_of_the_chat_template_are_refused_with_their_row(task_of):
     with pytest.raises(
         DataError,
         match=(
-            r"row 0 \(of the rows in use\): the chat template rejects the messages: "
+            r"row 0 \(from 0, .*\): the chat template rejects the messages: "
             r"roles must alternate"
         ),
     ):
@@ -195,16 +195,19 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
     [
         (
             {"prompt": ["a", None], "completion": ["b", "c"]},
-            r"row 1 \(of the rows in use\): column 'prompt' is empty \(null\)",
+            r"row 1 \(from 0, of the rows that the run uses\): column 'prompt' is empty \(null\)",
         ),
         (
             {"prompt": ["a", "b"], "completion": [1.5, 2]},
             r"task.completion: column 'completion' has the type double, not text",
         ),
-        ({"text": ["a", None]}, r"row 1 \(of the rows in use\): column 'text' is empty \(null\)"),
+        (
+            {"text": ["a", None]},
+            r"row 1 \(from 0, of the rows that the run uses\): column 'text' is empty \(null\)",
+        ),
         (
             {"instruction": [None, "a"], "output": ["b", "c"]},
-            r"row 0 \(of the rows in use\): column 'instruction' is empty \(null\)",
+            r"row 0 \(from 0, .*\): column 'instruction' is empty \(null\)",
         ),
     ],
 )
@@ -330,7 +333,8 @@ def test_a_long_text_is_truncated_on_the_right(task_of):
 def test_a_row_that_leaves_nothing_to_predict_is_refused(task_of, kind, columns, options):
     table = Dataset.from_dict(columns)
     with pytest.raises(
-        DataError, match=r"row \d \(of the rows in use\): 1 token\(s\) leave nothing to predict: '"
+        DataError,
+        match=r"row \d \(from 0, .*\): 1 token\(s\) leave nothing to predict: '",
     ):
         task_of(kind, table, name=NAME, **options).encode(table)
 

@@ -118,7 +118,7 @@ def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
     task = task_of("llama", table, name=NAME, metrics=["rougeL"])
     with pytest.raises(
         DataError,
-        match=r"row 0 \(of the rows in use\): the last message has the role user",
+        match=r"row 0 \(from 0, .*\): the last message has the role user",
     ):
         task.encode(table)
 

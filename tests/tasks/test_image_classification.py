@@ -120,25 +120,28 @@ def test_the_orientation_tag_is_applied(task_of):
         (
             {"bytes": b"no image"},
             (
-                r"row 1 \(of the rows in use\): "
+                r"row 1 \(from 0, of the rows that the run uses\): "
                 r"the image in column 'image' cannot be decoded \(8 bytes\)"
             ),
         ),
         (
             {"bytes": png(picture())[:200]},
             (
-                r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded "
+                r"row 1 \(from 0, .*\): the image in column 'image' cannot be decoded "
                 r"\(200 bytes\)"
             ),
         ),
         (
             {"path": "nowhere/one.png"},
-            r"row 1 \(of the rows in use\): the image .* cannot be decoded \(nowhere/one.png\)",
+            r"row 1 \(from 0, .*\): the image .* cannot be decoded \(nowhere/one.png\)",
         ),
         ({"path": "https://site.test/a.png"}, r"\(https://site.test/a.png\): URLs are not read"),
         ({"path": "iVBORw0KGgo" * 999}, r"\((iVBORw0KGgo)+iV…\): .{,200}$"),
         ({"path": "", "bytes": None}, "there are neither bytes nor a path"),
-        (None, r"row 1 \(of the rows in use\): column 'image' is empty \(null\)"),
+        (
+            None,
+            r"row 1 \(from 0, of the rows that the run uses\): column 'image' is empty \(null\)",
+        ),
     ],
 )
 def test_undecodable_images_are_refused_with_their_row(task_of, value, message):

@@ -345,12 +345,12 @@ def test_whatever_a_library_raises_is_one_error_with_the_row(task_of, monkeypatc
         task.processor = lambda images, **options: (
             fail() if images[0].width == 9 else own(images, **options)
         )
-        place = r"row 1 \(of the rows in use\): function fails on the image of 9 × 9 pixels: "
+        place = r"row 1 \(from 0, .*\): function fails on the image of 9 × 9 pixels: "
     else:
         decoder = boundary == "decoder"
         owner, name = (ImageFeature, "decode_example") if decoder else (Image.Image, "convert")
         monkeypatch.setattr(owner, name, fail)
-        place = r"row 0 \(of the rows in use\): the image in column 'image' cannot be decoded "
+        place = r"row 0 \(from 0, .*\): the image in column 'image' cannot be decoded "
     for _ in BUILTIN:
         with pytest.raises(DataError, match=place + ".*broken") as caught:
             task.encode(table)

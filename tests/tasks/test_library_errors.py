@@ -64,7 +64,11 @@ def test_tokenizers(error, task_of, monkeypatch):
     monkeypatch.setattr(type(task.processor), "__call__", fail)
     with pytest.raises(DataError) as found:
         task.encode(TEXTS)
-    check(found, DataError, "row 1 (of the rows in use): the tokenizer fails on 'a refund': ")
+    check(
+        found,
+        DataError,
+        "row 1 (from 0, of the rows that the run uses): the tokenizer fails on 'a refund': ",
+    )
 
 
 def test_tokenizers_that_are_loaded(error, task_of, monkeypatch):
@@ -81,7 +85,11 @@ def test_chat_templates(error, task_of, monkeypatch):
     monkeypatch.setattr(task.processor, "apply_chat_template", raising(error))
     with pytest.raises(DataError) as found:
         task.encode(CHATS)
-    check(found, DataError, "row 0 (of the rows in use): the chat template rejects the messages")
+    check(
+        found,
+        DataError,
+        "row 0 (from 0, of the rows that the run uses): the chat template rejects the messages",
+    )
 
 
 def test_models_that_are_loaded(error, make_backbone, monkeypatch):

@@ -85,17 +85,29 @@ def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, c
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, -1], {}, r"row 1 \(of the rows in use\): label -1 in column 'label' is negative"),
+        (
+            [0, -1],
+            {},
+            r"row 1 \(from 0, .*\): label -1 in column 'label' is negative",
+        ),
         (
             [0, 7, 9],
             {"num_labels": 4},
             (
-                r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 "
+                r"row 1 \(from 0, .*\): label 7 in column 'label' is too large for 4 "
                 r"labels, 0 to 3"
             ),
         ),
-        ([0, None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
-        (["a", None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
+        (
+            [0, None],
+            {},
+            r"row 1 \(from 0, of the rows that the run uses\): column 'label' is empty \(null\)",
+        ),
+        (
+            ["a", None],
+            {},
+            r"row 1 \(from 0, of the rows that the run uses\): column 'label' is empty \(null\)",
+        ),
         (
             [0.5, 1.0],
             {},
@@ -108,15 +120,15 @@ def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, c
         (
             [0, 123456],
             {},
-            r"row 1 \(of the rows in use\): label 123456 .* is too large for a label id",
+            r"row 1 \(from 0, .*\): label 123456 .* is too large for a label id",
         ),
         (
             np.array([0, 2**63], np.uint64),
             {"num_labels": 2},
-            r"row 1 \(of the rows in use\): label 9223372036854775808 .* is too large",
+            r"row 1 \(from 0, .*\): label 9223372036854775808 .* is too large",
         ),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
-        ([0, 1], {"num_labels": 1001}, r"1,001 labels for 2 rows; accepted are as many as there"),
+        ([0, 1], {"num_labels": 1001}, r"1,001 labels for 2 rows; at most 1,000 are accepted"),
         ([], {}, r"no rows"),
     ],
 )
@@ -130,7 +142,7 @@ def test_an_unknown_label_is_refused_with_its_row(task_of):
     with pytest.raises(
         DataError,
         match=(
-            r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; "
+            r"row 1 \(from 0, .*\): 'c' in column 'label' is not a known label; "
             r"the labels are a, b"
         ),
     ):
@@ -206,7 +218,7 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
             "bert",
             {"text": ["a", None]},
             {},
-            r"row 1 \(of the rows in use\): column 'text' is empty \(null\)",
+            r"row 1 \(from 0, of the rows that the run uses\): column 'text' is empty \(null\)",
         ),
         (
             "bert",
@@ -220,13 +232,13 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
             "bert",
             {"text": ["a", "b"], "pair": ["a", None]},
             {"text_pair": "pair"},
-            r"row 1 \(of the rows in use\): column 'pair' is empty",
+            r"row 1 \(from 0, of the rows that the run uses\): column 'pair' is empty",
         ),
         (
             "gpt2",
             {"text": ["a", ""]},
             {},
-            r"row 1 \(of the rows in use\): the text in column 'text' has no tokens: ''",
+            r"row 1 \(from 0, .*\): the text in column 'text' has no tokens: ''",
         ),
     ],
 )

@@ -81,7 +81,9 @@ def test_spare_special_tokens_may_lack_embeddings_until_a_text_has_them(
     task = task_of("llama", table, name=LANGUAGE, folder=tmp_path, special_tokens="tokens")
     task.match_inputs(model)
     task.encode(table.select([0]))
-    with pytest.raises(DataError, match=r"row 1 \(of .*not among the \d+ that the model knows"):
+    with pytest.raises(
+        DataError, match=r"row 1 \(from 0, of .*not among the \d+ that the model knows"
+    ):
         task.encode(table)
 
 
@@ -175,7 +177,10 @@ def test_a_tokenizer_that_reads_them_as_tokens_is_refused_with_the_row(task_of):
     table = Dataset.from_dict({"text": ["plain", WRITTEN], "label": [0, 1]})
     task = task_of("llama", table, name=CLASSIFICATION)
     task.processor.split_special_tokens = False
-    with pytest.raises(DataError, match=r"row 1 \(of the rows in use\): .* takes '</s>' in the te"):
+    with pytest.raises(
+        DataError,
+        match=r"row 1 \(from 0, of the rows that the run uses\): .* takes '</s>' in the te",
+    ):
         task.encode(table)
 
 

@@ -68,7 +68,7 @@ class Blocks:
 
 
 def _name(kind: Kind, entry: Entry) -> Hashable:
-    """Return the name of the block that a tensor belongs to."""
+    """Return a key of a tensor's block; with ``classes``, ``create`` overrides it for the head."""
     if kind == "classes":
         return "others"
     if entry.role == "head" or kind == "head":
@@ -109,9 +109,9 @@ class BlockWeights:
         return mixed
 
     def spread(self, mask: Tensor) -> BlockWeights:
-        """Return these weights for longer rows, of which ``mask`` ``(P,)`` selects the old columns.
+        """Return the weights for rows with added columns; ``mask`` ``(P,)`` is True for old ones.
 
-        The other columns are 0 in all adapters, so their block does not matter.
+        The added columns are 0 in all adapters, so their block does not matter.
         """
         of = torch.zeros(len(mask), dtype=torch.int64)
         of[mask] = self.blocks.of

@@ -127,8 +127,8 @@ def add_base_update(
         rank_pattern[f"^{name}"], alpha_pattern[f"^{name}"] = len(a), scaling * len(a) ** power
     if unmatched:
         raise ValueError(
-            f"the backbone's update of {sorted(unmatched)[0]} cannot be added to an adapter that "
-            "does not adapt this layer"
+            f"the update of the backbone's layer {sorted(unmatched)[0]} cannot be added to an "
+            "adapter that does not adapt this layer"
         )
     return extended, {**config, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 

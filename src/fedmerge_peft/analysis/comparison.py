@@ -1,6 +1,6 @@
 """Compare finished runs: scores and costs of each method.
 
-Scores are those of the served models on the clients' own examples, without further training.
+Scores measure the served models on the clients' own examples, without further training.
 """
 
 from __future__ import annotations

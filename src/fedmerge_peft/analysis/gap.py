@@ -18,7 +18,7 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     Loss and score compare a client's model after local training in round t with the model served at
     the start of round t + 1 (after the last round: with the final model), on its test examples, or
     on its validation examples if it has no others. For methods that serve a private model, the
-    distance is that of the shared adapter, and loss and score are those of the private model.
+    distance belongs to the shared adapter, and loss and score to the private model.
 
     Returns:
         By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, between updates instead of adapters

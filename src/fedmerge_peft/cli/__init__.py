@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
-            # Lines appear immediately, also in pipes and files.
+            # Lines appear immediately, even in pipes and files.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)

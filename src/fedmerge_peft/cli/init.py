@@ -264,7 +264,7 @@ def _flat(roles: dict[str, str | list[str]]) -> list[str]:
 
 
 def _name(path: str) -> str:
-    """Return a table's name without folders and suffixes; for a pattern, that of its folder."""
+    """Return a table's name without folders and suffixes; for a pattern, its folder's name."""
     parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
     name = Path(parts[-1]).name.partition(".")[0] if parts else ""
     return name.split(":")[-1] or "recipe"

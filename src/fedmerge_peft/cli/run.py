@@ -46,7 +46,7 @@ def run(
     """Run a recipe's federation and its baselines.
 
     The line of a round shows the scores of the adapters at its start (served), and of the same
-    adapters after local training (finetuned). The last line shows those of the final adapters.
+    adapters after local training (finetuned). The last line shows the final adapters' scores.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """

@@ -104,9 +104,9 @@ def _tokens(segment: Segment, mark: str) -> Text:
 
 
 def _ends(items: list[Any], most: int) -> list[Any]:
-    """Return the first and last ``most`` / 2 items of a long list, with the others as one list.
+    """Return the first and last ``most`` / 2 items of a long list, and between them one list.
 
-    The list in the middle contains the items that are not shown. Shorter lists are copied.
+    That list contains the items that are not shown. Shorter lists are copied.
     """
     if len(items) <= most:
         return [*items]

@@ -53,9 +53,9 @@ def run_jobs(
     """Run the recipes of a sweep, ``count`` at a time; return the directories of all runs.
 
     Each process loads the data and the model itself, and takes runs that no other process is
-    writing. Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as
-    threads. The first SIGINT or SIGTERM ends each run after its current round, the second ends it
-    immediately.
+    writing. Unless ``OMP_NUM_THREADS`` is set, each process uses as many threads as its share of
+    the CPU cores. The first SIGINT or SIGTERM ends each run after its current round, the second
+    ends it immediately.
 
     Args:
         count: Number of processes.
@@ -68,7 +68,8 @@ def run_jobs(
     Raises:
         FedMergeError: An error that concerns the whole sweep, from one of the processes.
         SweepError: Some runs failed; all others have ended.
-        RankError: Processes ended, for example were killed, before all runs had ended.
+        RankError: Some processes ended before all runs had ended, for example because they were
+            killed.
         Stopped: A signal ended the sweep.
     """
     from fedmerge_peft.cli.workers import share_cores
@@ -104,10 +105,15 @@ def run_jobs(
         raise progress.faults[0]
     if left := [name for name in names if name not in progress.ended]:
         codes = ", ".join(str(process.exitcode) for process in processes if process.exitcode)
+        unfinished = f"{len(left)} of {len(names)} runs did not finish"
+        if not codes:
+            raise RankError(
+                f"{unfinished}, although all processes ended without an error; repeat the command "
+                "to continue"
+            )
         raise RankError(
-            f"{len(left)} of {len(names)} runs have not ended, because processes ended with code "
-            f"{codes} (-9: killed, as by a system that runs out of memory); repeat the command "
-            "with fewer --jobs to continue"
+            f"{unfinished}, because processes ended with code {codes} (-9: killed, for example "
+            "because memory ran out); repeat the command with fewer --jobs to continue"
         )
     if progress.failures:
         raise SweepError(progress.failures)

@@ -69,9 +69,9 @@ def _automatic(device: str) -> int:
 def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     """Run ``fedmerge`` with these arguments on several ranks.
 
-    Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as threads.
-    On Linux without a GPU, the ranks are forks of this process, which imports the libraries once
-    for all of them.
+    Unless ``OMP_NUM_THREADS`` is set, each process uses as many threads as its share of the CPU
+    cores. On Linux without a GPU, the ranks are forks of this process, which imports the libraries
+    once for all of them.
 
     Raises:
         RankError: A process was killed.
@@ -112,9 +112,9 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             number, first = error.get_first_failure()
             if first.exitcode < 0:  # killed, before it could print an error
                 raise RankError(
-                    f"process {number} of {count} was killed ({first.signal_name()}), as by a "
-                    "system that runs out of memory; use fewer workers. fedmerge resume continues "
-                    "from the last finished round"
+                    f"process {number} of {count} was killed ({first.signal_name()}), for example "
+                    "because memory ran out; use fewer workers. fedmerge resume continues from the "
+                    "last finished round"
                 ) from None
             raise typer.Exit(first.exitcode) from None
         except SignalException as stopped:
@@ -122,7 +122,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
 
 
 def share_cores(count: int) -> None:
-    """Give each of ``count`` child processes an equal share of the CPU cores as threads.
+    """Let each of ``count`` child processes use as many threads as its share of the CPU cores.
 
     If ``OMP_NUM_THREADS`` is set in the environment, it is not changed.
     """

@@ -31,7 +31,7 @@ class ClientTables:
 
 
 def client_column(recipe: DataRecipe) -> str:
-    """Return the column that names clients: that of the natural scheme, else ``client``."""
+    """Return the column that names clients: the natural scheme's column, else ``client``."""
     scheme = recipe.partition
     return scheme.by if isinstance(scheme, NaturalRecipe) else "client"
 

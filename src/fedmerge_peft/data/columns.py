@@ -136,7 +136,7 @@ def value_names(dataset: Dataset, column: str, key: str) -> list[str]:
 def encode_classes(
     splits: Mapping[str, Dataset], column: str, key: str, *, lists: bool = False
 ) -> tuple[dict[str, Indices], list[str]]:
-    """Number the distinct values of a column in the training split, in sorted order.
+    """Assign numbers to the distinct values of a column in the training split, in sorted order.
 
     Args:
         splits: Data sets by split, including ``train``.
@@ -149,7 +149,8 @@ def encode_classes(
         not occur in the training split has the number -1.
 
     Raises:
-        DataError: The column does not exist, is nested, or has nulls or inexact numbers.
+        DataError: The column does not exist, is nested, or has nulls, blank texts or inexact
+            numbers; it has too many distinct values, or one that is too long.
     """
     firsts = (
         {split: first_of_lists(dataset, column) for split, dataset in splits.items()}

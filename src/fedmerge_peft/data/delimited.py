@@ -115,7 +115,7 @@ def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Reco
     if _HINT.match(text):
         raise DataError(
             f"data.path: {path}:1: {text.splitlines()[0]!r} is a hint for spreadsheets, not a row; "
-            "remove the line (data.separator sets another separator than that of the suffix)"
+            "remove the line (data.separator replaces the separator that the suffix implies)"
         )
     reader = csv.reader(
         io.StringIO(text, newline=""),

@@ -44,7 +44,7 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     split either, all files form the training split.
 
     Raises:
-        DataError: Some names are those of evaluation splits, but others are not names of splits.
+        DataError: Some names name evaluation splits, but other names do not name a split.
     """
     return _split_within(folder, files) or {"train": list(files)}
 

@@ -171,7 +171,7 @@ def guess_choices(
 
 
 def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of labels: one with a usual name, or that with the fewest values.
+    """Return the column of labels: the one with a usual name, else the one with the fewest values.
 
     Return None if there is no candidate, or if several have the fewest values.
     """
@@ -182,7 +182,7 @@ def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str
 def guess_any(
     kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
 ) -> str | None:
-    """Return the only column of a kind, regardless of its name; None if there is not just one."""
+    """Return a column of a kind: as ``guess_label``, or the only one for lists and fractions."""
     free = _free(columns, taken)
     match kind:
         case "number":
@@ -214,7 +214,7 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of clients: one with a usual name, or the text with the most values.
 
-    Return None if no column has few enough values.
+    Return None if no text, and no column with a usual name, has few enough values.
     """
     fit = [
         column

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Table: TypeAlias = Dataset | pd.DataFrame | pa.Table
     Parts: TypeAlias = Table | DatasetDict | tuple[Table, Table]
     Data: TypeAlias = Parts | Mapping[str, Parts]
-    """One table, a pair (train, test) or a ``DatasetDict``; or these by client."""
+    """One table, a pair (train, test) or a ``DatasetDict``; or one of them for each client."""
 
 
 def take_data(

@@ -96,7 +96,7 @@ def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
     if recipe.path.partition(":")[0] == IN_MEMORY:
         raise DataError(
-            f"data.path: {recipe.path}: the examples are those of a Python program and are not "
+            f"data.path: {recipe.path}: the examples came from a Python program and are not "
             "stored; pass them again: federate(recipe, data=...), resume(run, data=...)"
         )
     path = Path(recipe.path).expanduser()

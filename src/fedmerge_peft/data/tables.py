@@ -27,14 +27,14 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".json", ".jsonl", ".ndjson")
 _BINARY = (".parquet", ".arrow", ".feather")
 TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
-"""Suffixes of tables. A compression suffix may follow that of a text format: ``.csv.gz``."""
+"""Suffixes of tables. A compression suffix may follow the suffix of a text format: ``.csv.gz``."""
 MAX_COLUMNS = 5_000
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files with the metadata of a data set."""
 
 
 def is_table(path: Path) -> bool:
-    """Return True if the name of a file is that of a supported table.
+    """Return True if a file name has the suffix of a supported table.
 
     Metadata files of data sets and compressed binary tables are not supported.
     """

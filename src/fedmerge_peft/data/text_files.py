@@ -22,7 +22,7 @@ _MARKS = (
 
 
 def format_suffix(path: Path) -> str:
-    """Return the suffix of a file's format in lower case, without that of its compression."""
+    """Return the suffix of a file's format in lower case, without a suffix of its compression."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     return Path(name.removesuffix(compression)).suffix
@@ -33,7 +33,7 @@ def read_text(path: Path, encoding: str | None) -> str:
 
     Args:
         path: File.
-        encoding: Name of the encoding. Default: that of the byte order mark, or UTF-8 without one.
+        encoding: Name of the encoding. Default: as the byte order mark says, UTF-8 without one.
 
     Raises:
         DataError: The file is not a text file, or its bytes are not text in this encoding. For the

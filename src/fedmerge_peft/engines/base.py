@@ -139,7 +139,7 @@ def check_same_work(
         loaded: Recipe for which an engine was loaded.
         recipe: Recipe to run with this engine.
         reason: Error message, to follow the names of the sections that differ.
-        sections: Sections to compare in addition to those that every engine uses.
+        sections: Sections to compare in addition to the sections that every engine uses.
 
     Raises:
         RecipeError: A section differs.

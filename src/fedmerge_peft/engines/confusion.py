@@ -17,7 +17,7 @@ def confusion_matrices(engine: Engine, served: Assignments[Served]) -> Confusion
     """Count the true and predicted classes of test examples by client, without training.
 
     Args:
-        engine: Engine in the state in which it scores the models.
+        engine: Engine of the clients, with the backbone's additions for these models.
         served: Clients and their served models.
 
     Returns:

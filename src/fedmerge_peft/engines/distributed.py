@@ -128,7 +128,7 @@ class RankedEngine(LocalEngine):
         return automatic_epochs(self.recipe.training, self.recipe.rounds, sizes)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
-        """Count the tokens of a client's training examples; with ``scored``, of all its others."""
+        """Count a client's training tokens; with ``scored``, those for validation and test."""
         parts = self.clients[client]
         rows = np.concatenate([parts.validation, parts.test]) if scored else parts.train
         return float(self.runtime.examples.lengths[rows].sum())

@@ -177,7 +177,7 @@ class LocalEngine:
         )
 
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
-        """Return an engine for a recipe with the same data and model; None if it needs others.
+        """Return an engine for ``recipe`` with this data and model; None if it needs other ones.
 
         Engines that share a model must be used one at a time.
         """
@@ -292,7 +292,7 @@ class LocalEngine:
     def _train(
         self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | Exception]:
-        """Run training requests; those with similar numbers of examples share a pass."""
+        """Run training requests; jobs with similar numbers of examples share a pass."""
         trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
             range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)
@@ -363,7 +363,7 @@ class LocalEngine:
         return known.trained
 
     def _validate(self, turn: ClientTurn) -> tuple[float, ...] | None:
-        """Return the losses of ``Reply.validation``; None without examples or for other plans."""
+        """Return the losses of ``Reply.validation``; None without examples or a ``Train`` plan."""
         rows = turn.client.validation
         if turn.result is None or not len(rows):
             return None

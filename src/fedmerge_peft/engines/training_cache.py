@@ -3,8 +3,8 @@
 The outcome of a job that trains alone is a deterministic function of its plan (with the starting
 adapter), its seed, the client's examples, ``recipe.training`` with the job's hyperparameters, and
 the frozen weights. The seed follows from the round and the client. In the first round, all
-strategies that start from the common initial adapter train the same jobs. At a site, the cache is
-of use only for the baselines of a run.
+strategies that start from the common initial adapter train the same jobs. At a site, only the
+baselines of a run benefit from the cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TrainingCache:
 
     Args:
         max_bytes: Limit on the bytes of trained adapters. A full cache keeps its entries and takes
-            no others, because strategies have the first rounds in common.
+            no new ones, because strategies have the first rounds in common.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -67,7 +67,7 @@ class TrainingCache:
 
 
 def _key(job: Job) -> bytes:
-    """Return a digest of everything in the job that decides its outcome."""
+    """Return a digest of everything in the job that determines its outcome."""
     plan = job.train  # its privacy is left out: it applies to the update after training
     return digest(
         [

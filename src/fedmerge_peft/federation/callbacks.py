@@ -66,7 +66,7 @@ class Callbacks(Callback):
                 )
 
     def any_stopped(self) -> bool:
-        """Return True if a callback on any rank has requested to stop the run."""
+        """Return True if a callback on any rank has stopped the run."""
         stopped = any(callback.stopped for callback in self._callbacks)
         return any(distributed.all_gather(lambda: stopped))
 

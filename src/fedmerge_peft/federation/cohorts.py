@@ -44,7 +44,7 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
 
 
 def _secret_draws(count: int) -> NDArray[np.float64]:
-    """Return uniform numbers in [0, 1), ``(count,)``, from 53 bits of the operating system each."""
+    """Return uniform numbers in [0, 1), ``(count,)``, each from 53 bits of the operating system."""
     bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64)
     return (bits >> np.uint64(11)) / 2.0**53
 

@@ -16,7 +16,7 @@ class EarlyStopping:
     stopping = EarlyStopping(StopRecipe(patience=2))
     for loss in (0.7, 0.5, 0.6, 0.5):
         stopping.observe({"a client": {"validation_loss": loss}})
-    assert stopping.reason == "the validation loss has not improved in 2 rounds"
+    assert stopping.reason == "the validation loss has not improved in 2 evaluated rounds"
     """
 
     def __init__(self, recipe: StopRecipe) -> None:
@@ -47,4 +47,6 @@ class EarlyStopping:
         """Reason to stop now; None if the run should continue."""
         if self._patience is None or self._idle < self._patience:
             return None
-        return f"the validation {self._metric} has not improved in {self._patience} rounds"
+        return (
+            f"the validation {self._metric} has not improved in {self._patience} evaluated rounds"
+        )

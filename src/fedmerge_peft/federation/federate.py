@@ -149,7 +149,7 @@ def _same_data(
     """Return the run's examples in memory by split; None if it reads them from ``data.path``.
 
     Raises:
-        ResumeError: The examples are missing, or are not those of the run.
+        ResumeError: The examples are missing, or differ from the run's.
     """
     in_memory = recipe.data.path.partition(":")[0] == IN_MEMORY
     if data is None and engine is None and in_memory:
@@ -263,7 +263,7 @@ def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDir
 
 
 def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions | None:
-    """Return the values chosen in the run or in those that it reuses; None if there are none."""
+    """Return the values chosen in the run or in the runs that it reuses; None if there are none."""
     document = RunDirectory(directory).decisions or reuse.earlier_decisions(reused)
     return Decisions(document) if document else None
 

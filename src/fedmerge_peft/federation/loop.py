@@ -200,7 +200,7 @@ class Federation:
         )
 
     def _nothing(self, number: int) -> RoundReplies:
-        """Return a zero update as reply, for a round without clients, which releases only noise."""
+        """Return a zero update as the only reply of a round without clients, to release noise."""
         plan = self.strategy.plan(0)
         zero = torch.zeros(plan.returned_rows, plan.sent.shape[1])
         reply = Reply(0, zero, 1, None, 0.0, round=number)

@@ -25,8 +25,8 @@ def lowest(ratios: NDArray[np.float64]) -> int:
 def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
     """Return the row of the smallest rate within one standard error of the best rate.
 
-    Means over the clients are compared. The standard error is that of the paired differences
-    ρ_ir − ρ_i,best; it is 0 for one client. This is the one-standard-error rule (Breiman et al.
+    Means over the clients are compared, with the standard error of the mean paired difference
+    ρ_ir − ρ_i,best, which is 0 for one client. This is the one-standard-error rule (Breiman et al.
     1984, Classification and Regression Trees, section 3.4.3). The smaller rate is preferred,
     because a rate that is too large diverges later, while one that is slightly too small only needs
     more rounds.
@@ -43,7 +43,7 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 
 
 def below_lowest(rates: Sequence[float], ratios: NDArray[np.float64]) -> float:
-    """Return the rate one step below that of the lowest training loss (Smith 2017, section 3.3).
+    """Return the rate one step below the rate with the lowest training loss (Smith 2017, 3.3).
 
     Args:
         rates: Rates, ascending.

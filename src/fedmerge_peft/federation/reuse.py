@@ -37,7 +37,7 @@ _IRRELEVANT = (
 
 
 def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
-    """Return the runs in ``baselines_from`` of baselines that are missing in the directory.
+    """Return the runs in ``baselines_from`` that replace baselines missing in the directory.
 
     Raises:
         RecipeError: ``baselines_from`` is not a run, has not ended, has none of the missing
@@ -110,7 +110,7 @@ def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str,
 
 
 def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) -> None:
-    """Raise ``RecipeError`` unless clients, examples and adapters are those of the earlier runs."""
+    """Raise ``RecipeError`` if clients, examples or adapters differ from the earlier runs'."""
     own = metadata(recipe, engine) if reused else {}
     if reused and "examples.json" not in own:
         raise RecipeError("baselines_from: this engine's examples are unknown; remove the key")

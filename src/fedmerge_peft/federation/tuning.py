@@ -13,9 +13,9 @@ smallest rate, which hardly changes the adapter.
 
 A client that trains alone overfits at a lower rate than in a federation, where the mean of updates
 cancels what only one client has learned. Rates higher than the chosen one may therefore be better.
-The training loss bounds them: it is lowest just below the rates that diverge. The bound is one rate
-below that with the lowest training loss. If the bound is higher than the rate by validation loss,
-the geometric mean of the two is used.
+The training loss bounds them: it is lowest just below the rates that diverge. The bound is one step
+below the rate with the lowest training loss. If the bound is higher than the rate by validation
+loss, the geometric mean of the two is used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LADDERS: dict[str, tuple[float, ...]] = {
 """Rates that a test may try, by optimizer. The middle for adamw is the rate that was tuned for most
 of the shipped recipes."""
 _GRID = slice(2, 7)
-"""Part of a ladder that every test tries. Others are tried while the best rate is at an end."""
+"""Part of a ladder that every test tries. If the best rate is at an end, the test tries more."""
 _MIDDLE = 4
 """Index of the rate to use if no test is possible, or if no rate reduces the loss."""
 _CLIENTS = 4

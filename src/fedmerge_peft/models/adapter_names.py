@@ -92,8 +92,8 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
         for path in modules:
             if _layer(path) not in _listed(lora):
                 raise BackboneError(
-                    f"lora.layers_to_transform: PEFT adapts {path}, which lora.target_modules "
-                    "names by its whole path, in any case; use the last part of its name"
+                    f"lora.layers_to_transform: PEFT adapts {path} in any layer, because "
+                    "lora.target_modules names it by its whole path; use the last part of its name"
                 )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = list(getattr(lora, field))

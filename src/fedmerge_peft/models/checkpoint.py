@@ -97,7 +97,7 @@ def missing_tensors(
         )
     if adapter := [key for key in report["unexpected_keys"] if ".lora_" in key]:
         raise BackboneError(
-            f"backbone.model: the weights of {name} have those of an adapter among them: "
+            f"backbone.model: the weights of {name} include the weights of an adapter: "
             f"{join_values(sorted(adapter), _SHOWN)}; merge the adapter first "
             "(PeftModel.merge_and_unload), or remove its tensors"
         )

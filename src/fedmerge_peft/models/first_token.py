@@ -1,4 +1,4 @@
-"""Cut of the last encoder layer to the only position that a classification head reads.
+"""Hooks that cut the last encoder layer to the position that the classification head reads.
 
 BERT's pooler reads the first token alone. After the attention of the last layer, the other
 positions are therefore not needed. They are two thirds of that layer's work, forward and backward.
@@ -43,7 +43,7 @@ class FirstToken:
         return states[:, :1], residual[:, :1]
 
     def _masked(self, dropout: nn.Module):  # type: ignore[no-untyped-def]
-        """Return a forward function that draws the mask of all positions and applies the first."""
+        """Return a forward function that draws a mask for all positions and uses the first one."""
 
         def forward(states: Tensor) -> Tensor:
             keep = 1 - float(dropout.p)  # type: ignore[arg-type]

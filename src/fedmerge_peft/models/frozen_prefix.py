@@ -124,10 +124,11 @@ class _Reached(Exception):  # noqa: N818 - not an error
 
 
 def prefix_identity(model: nn.Module, prefix: Prefix) -> Iterator[Tensor | str]:
-    """Yield everything that determines the input of layer l, except the batch and rounding.
+    """Yield everything that determines the input of ``prefix.first``, except batch and rounding.
 
-    These are the class and the configuration of the model, the number of layers before l, and the
-    tensors of all modules that run before l or contain it.
+    These are the class, the configuration and the attention implementation of the model, the number
+    of layers in the prefix, and the frozen tensors of all modules that run before ``prefix.first``
+    or contain it.
 
     Args:
         model: PEFT model of a model of transformers, without code of its own.

@@ -57,8 +57,9 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
     for option in _NEEDS_TRANSFORMERS:
         if getattr(backbone, option):
             raise BackboneError(
-                f"backbone.{option}: applies to unchanged models of transformers only, not to the "
-                f"{type(passed.model).__name__} that was passed; remove it"
+                f"backbone.{option}: needs a model of transformers whose modules and hooks are "
+                f"those of its class, not the {type(passed.model).__name__} that was passed; "
+                "remove it"
             )
     with library_errors(
         lambda reason: BackboneError(

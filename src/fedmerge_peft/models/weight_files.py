@@ -15,15 +15,15 @@ _REAL = {"F64", "F32", "F16", "BF16"}
 
 
 def check_weight_files(name: str, folder: Path) -> None:
-    """Check the files that transformers reads: ``model.safetensors``, or those in an index.
+    """Check the files that transformers reads: ``model.safetensors``, or the files in an index.
 
     Args:
         name: Name of the model, for error messages.
         folder: Model folder.
 
     Raises:
-        BackboneError: A file is missing, damaged or of another kind, or weights are integers or
-            have 8 bits, but the configuration does not describe their quantization.
+        BackboneError: A file is missing, damaged, or not a safetensors file; or the weights are
+            integers or have 8 bits, and the configuration does not describe their quantization.
     """
     quantized = _has_quantization(folder / "config.json")
     for path in _files(name, folder):
@@ -82,7 +82,7 @@ def _types(path: Path) -> dict[str, str]:
 def _has_quantization(config: Path) -> bool:
     """Return True if a configuration, or a nested one, describes a quantization.
 
-    Return True also if the configuration cannot be read: loading it raises the error.
+    Return True even if the configuration cannot be read: loading it raises the error.
     """
     try:
         values = json.loads(config.read_text(encoding="utf-8"))

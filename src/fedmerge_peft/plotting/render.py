@@ -1,4 +1,4 @@
-"""Draw figures with matplotlib, for files and trackers; ``svg.py`` draws those of the page."""
+"""Draw figures with matplotlib, for files and trackers; ``svg.py`` draws the page's figures."""
 
 from __future__ import annotations
 

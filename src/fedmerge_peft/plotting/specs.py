@@ -22,7 +22,7 @@ class Line:
     style: int = 0
     """Index into the palette's colors and dashes, 0 to 5."""
     kind: Literal["main", "second", "reference"] = "main"
-    """``second`` is thin and dotted, for another quantity of the method with the same style.
+    """``second`` is thin and dotted: another quantity of a method, in the method's style.
     ``reference`` is gray, for a constant to compare with."""
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from fedmerge_peft.util.text import printable
 
 WIDTH = 400
-"""Width of all figures, about that of a phone's screen in CSS pixels."""
+"""Width of all figures in CSS pixels, about the width of a phone's screen."""
 _CHARACTER = 6.5
 """Mean width of a character of a label. Wide (East Asian) characters count twice."""
 _SMALL = 6.1
@@ -145,9 +145,13 @@ def whole(low: float, high: float) -> list[int]:
 
 
 def number(value: float) -> str:
-    """Format a number with three significant digits; two below 0.01, all from 1000 on."""
+    """Format a number with three significant digits.
+
+    Numbers below 0.01 have two digits; from 1000 on, numbers are rounded to integers. Infinity
+    becomes the sign for it; nan and -infinity become a dash.
+    """
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"
-    if value == 0 or 0.01 <= abs(value) < 10_000:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value == 0 or 0.01 <= abs(value) < 999.5:  # 999.5 is rounded to 1,000
+        return f"{value:.3g}"
     return f"{value:.2g}" if abs(value) < 1 else f"{value:,.0f}"

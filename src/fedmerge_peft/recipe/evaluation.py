@@ -28,7 +28,7 @@ class ServingRecipe(Section):
 
     label_prior: Boolean = False
     """Add a label prior to the logits of the served adapters: the logarithm of a client's label
-    frequencies relative to those of all clients or, with `training.logits: adjusted`, relative to
-    equal frequencies. The prior is added to the head's bias, so exported adapters contain it; the
+    frequencies relative to all clients' or, with `training.logits: adjusted`, relative to equal
+    frequencies. The prior is added to the head's bias, so exported adapters contain it; the
     adapters that clients train do not. It requires a classifier with a bias and, at the server, the
     clients' label counts, which `privacy` rules out."""

@@ -12,7 +12,7 @@ _LENGTH = 64
 """Length of a module's name that the estimate assumes, in characters."""
 
 _MOST = float(_LENGTH**4)
-"""Maximum number of ways to match, that of an expression with four parts of any length."""
+"""Maximum number of ways to match: as many as for an expression with four parts of any length."""
 
 
 def pattern_fault(pattern: str) -> str | None:
@@ -34,8 +34,8 @@ def pattern_fault(pattern: str) -> str | None:
 def _ways(pattern: Any) -> float:
     """Bound the number of ways in which an expression matches a name of ``_LENGTH`` characters.
 
-    The numbers of the parts of a sequence are multiplied, those of alternatives are added, and k
-    repetitions of an expression with w ways have wᵏ. The engine does not backtrack into an
+    The numbers of the parts of a sequence are multiplied, the numbers of alternatives are added,
+    and k repetitions of an expression with w ways have wᵏ. The engine does not backtrack into an
     assertion that has matched, so only the largest number of the assertion and of the rest counts.
     """
     total = 1.0

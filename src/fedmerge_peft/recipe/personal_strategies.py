@@ -13,8 +13,8 @@ from fedmerge_peft.recipe.strategy_base import ServerRecipe, StrategyRecipe
 
 
 class FedPACRecipe(ServerRecipe):
-    """A shared body, whose features are aligned with class centroids, and heads that each client
-    combines from those of all clients (Xu et al. 2023, arXiv 2306.11867).
+    """A shared body, whose features are aligned with class centroids, and a head for each client
+    that combines the heads of all clients (Xu et al. 2023, arXiv 2306.11867).
     """
 
     measures_features = True
@@ -24,8 +24,8 @@ class FedPACRecipe(ServerRecipe):
 
 
 class FeMAMRecipe(StrategyRecipe):
-    """A sum of models of several levels for each client: a global one, those of its clusters, and
-    its own (Chen et al. 2026, arXiv 2405.16472).
+    """A sum of models of several levels for each client: the global model, the models of its
+    clusters, and its own model (Chen et al. 2026, arXiv 2405.16472).
     """
 
     levels: Annotated[int, Field(ge=2, le=100)] = 3

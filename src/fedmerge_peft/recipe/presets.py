@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def with_preset(recipe: Any) -> Any:
-    """Return the values of a recipe with those of ``strategy.preset`` for keys that it lacks.
+    """Return the recipe's values; keys that it lacks get the values of ``strategy.preset``.
 
     Args:
         recipe: Values of a recipe by key, before validation. Sections may be dictionaries or

@@ -17,9 +17,9 @@ from fedmerge_peft.plugins import Registry
 
 @dataclass(frozen=True)
 class OneOf:
-    """Mark a field that holds a section of any kind in a registry.
+    """Mark a field that holds a section of any kind that a registry has.
 
-    strategy: Annotated[StrategyRecipe, OneOf(STRATEGIES)]
+    Example: ``strategy: Annotated[StrategyRecipe, OneOf(STRATEGIES)]``.
     """
 
     registry: Registry

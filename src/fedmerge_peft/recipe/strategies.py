@@ -83,9 +83,9 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     requires the clients' label counts, and gives 0 with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Merging weights for each block of an adapter's parameters, instead of one row per client.
-    head: the head, and the rest. layers: each layer of the backbone, and the head. modules: each
-    adapted module, and the head. classes: the head's parameters of each class, and the rest. With
-    blocks, there are no own heads."""
+    head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
+    modules: each adapted module, and the head. classes: the head's parameters of each class, and
+    the rest. With blocks, there are no own heads."""
     reseed_after: Count | None = None
     """Number of consecutive rounds without use after which an adapter is reassigned to some clients
     of the most used adapter. Default: never."""

@@ -1,6 +1,6 @@
-"""Words of other programs for keys and values of recipes, from which errors suggest the right ones.
+"""Other programs' names for keys and values of recipes, so that errors can suggest the right ones.
 
-The words come from transformers, PEFT, TRL and programs of federated learning. They are compared
+The names come from transformers, PEFT, TRL and programs of federated learning. They are compared
 without case and punctuation (``util.text.folded``).
 """
 

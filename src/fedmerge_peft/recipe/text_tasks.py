@@ -167,7 +167,7 @@ class MultipleChoiceRecipe(TaskRecipe):
         return None
 
     def to_predict(self, format: str | None) -> Self:
-        """Return a copy for rows of inputs, in which the columns are named after the keys."""
+        """Return a copy for inputs to predict, whose columns are named like the recipe's keys."""
         own = {key: key for key in ("context", "choices", "label")}
         return self.model_copy(update={**own, "start": self.start and "start"})
 

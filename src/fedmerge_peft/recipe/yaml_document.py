@@ -25,7 +25,7 @@ DEEPEST = 32
 
 LONGEST = 2**20
 """Maximum number of characters in a text. A run's recipe contains all defaults, so this limit is
-above that of a recipe file (``loading.LARGEST``)."""
+above the limit of a recipe file (``loading.LARGEST``)."""
 
 MOST = 50
 """Maximum number of faults that one error lists."""
@@ -83,7 +83,7 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """Return an error that lists the faults by line, those without a line number last."""
+    """Return an error that lists the faults by line; faults without a line number come last."""
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]

@@ -24,7 +24,7 @@ metrics that are better when lower."""
 _MAX_LISTED = 5
 """Limit on the clients that a finding names."""
 _CHANCE = 0.9
-"""Share of the loss of guessing above which a training loss is near chance."""
+"""Fraction of the loss of a uniform guess above which a training loss is near chance."""
 _SOLVED = 0.1
 """Training loss of the first round, nats, below which there is little left to learn."""
 
@@ -95,12 +95,12 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
-    """Yield advice if the training loss is flat, or near that of guessing evenly."""
+    """Yield advice if the training loss is flat, or hardly below the loss of a uniform guess."""
     curves = losses(run)
     loss = curves.training[-1][1] if curves.training else math.nan
     if curves.chance is not None and loss >= _CHANCE * curves.chance:
         finding = (
-            f"the training loss of the last round is {loss:.2f}, near that of guessing one of "
+            f"the training loss of the last round is {loss:.2f}, near the loss of guessing one of "
             f"{len(run.task['labels'])} labels ({curves.chance:.2f})"
         )
     elif curves.flat and curves.training[0][1] > _SOLVED:

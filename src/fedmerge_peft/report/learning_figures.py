@@ -39,7 +39,7 @@ class Losses:
 
     @property
     def turning(self) -> tuple[int, float] | None:
-        """Completed rounds and value of the lowest validation loss; None if it is the last one."""
+        """Completed rounds and lowest validation loss; None if the loss is lowest at the end."""
         if len(self.validation) < 2:
             return None
         best = min(self.validation, key=lambda point: point[1])

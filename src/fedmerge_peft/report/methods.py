@@ -57,7 +57,10 @@ class Setting:
 
     @property
     def metric(self) -> str | None:
-        """Main score of the first method that has scores, such as ``test_accuracy``, or None."""
+        """Name of the main score, such as ``test_accuracy``, of the first method with scores.
+
+        None if no method has scores.
+        """
         return next((method.scores["metric"] for method in self.methods if method.scores), None)
 
     @property
@@ -72,9 +75,9 @@ class Setting:
 
     @property
     def rivals(self) -> list[Method]:
-        """Methods with scores to compare the first one with: those of its seed, if there are any.
+        """Other methods that have scores; if some of them have the first one's seed, only these.
 
-        local and fedavg come before others.
+        local and fedavg come first.
         """
         seed = self.methods[0].run.recipe.seed
         scored = [method for method in self.methods[1:] if method.scores]
@@ -91,7 +94,7 @@ class Setting:
 
 
 def _order(strategy: str) -> int:
-    """Return the position of a strategy among the references, or the next one for others."""
+    """Sort references before other strategies: return the index, or ``len(REFERENCES)``."""
     return REFERENCES.index(strategy) if strategy in REFERENCES else len(REFERENCES)
 
 

@@ -48,8 +48,8 @@ def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) ->
         The path.
 
     Raises:
-        RunError: There is no run, a run does not exist, the suffix is not that of HTML, or the file
-            cannot be written.
+        RunError: There is no run, a run does not exist, the suffix is neither ``.html`` nor
+            ``.htm``, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):

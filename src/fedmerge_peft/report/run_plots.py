@@ -28,7 +28,7 @@ class RunPlots:
         (self._setting,) = settings([run])
 
     def accuracy(self) -> Picture:
-        """Return the main score by round, of all methods; it may be another one than accuracy."""
+        """Return the main score by round, of all methods. It need not be accuracy."""
         return _picture(learning_figures(self._setting), "scores")
 
     def loss(self) -> Picture:

@@ -86,12 +86,12 @@ def is_temporary(name: str) -> bool:
 
 
 def is_run_file(name: str) -> bool:
-    """Return True if a relative path is that of a file of a run."""
+    """Return True if a relative path names a file of a run."""
     return bool(_RUN_FILE.fullmatch(name))
 
 
 def is_tracked(name: str) -> bool:
-    """Return True if a relative path is that of a file of an experiment tracker."""
+    """Return True if a relative path names a file of an experiment tracker."""
     return bool(_TRACKING.fullmatch(name))
 
 

@@ -3,8 +3,7 @@
 recipe.yaml             the recipe with all defaults
 environment.json        format version, start time, versions, git commit, device, precision; each
                         time the run is resumed, one more entry under "resumed"
-decisions.json          values that the run has chosen for training.learning_rate and
-                        training.epochs, with their reasons and the losses of the range test
+decisions.json          chosen values for keys of training that are auto, reasons, and range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, text format, and padding
 examples.json           digest of the encoded examples, if the recipe has baselines
@@ -14,12 +13,11 @@ adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
 weights/                π after each round
 soup.safetensors        the adapters after the last finished round, and the updates that flora has
-                        added to the backbone; after the end, those of the round that is served
+                        added to the backbone; after the end, both are from the round that is served
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
 privacy.json            releases of the clients, if the recipe has differential privacy
-summary.json            scores after the last and the best round, written when the run ends; "final"
-                        contains those of the round that is served (``evaluation.serve``)
+summary.json            at the end: scores after the last, the best and the served round ("final")
 tracking/               files of experiment trackers (tracking.py)
 checkpoint/             the state to resume from (checkpoint.py)
 baselines/<strategy>/   a run directory for each baseline
@@ -319,7 +317,10 @@ class RunDirectory:
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:
-        """Return the number of completed rounds of the served or the best state."""
+        """Return after how many completed rounds the served or the best state was saved.
+
+        With ``best``, return the round of the served state if no best state was saved.
+        """
         if best and self._best:
             return int(self._best["after_round"])
         ended = (self.path / "summary.json").is_file()

@@ -193,7 +193,7 @@ SCHEMAS: Mapping[str, Any] = {
     "scores.json": State,
     "privacy.json": Releases,
 }
-"""Schema by file name, besides that of ``adapter_config.json``."""
+"""Schema by file name, besides the schema of ``adapter_config.json``."""
 
 
 def read(path: Path) -> dict[str, Any]:

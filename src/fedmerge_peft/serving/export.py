@@ -1,7 +1,7 @@
 """Export adapters as plain PEFT folders with model cards, to disk or to the Hugging Face hub.
 
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
-         (the client's row of π) and, if the model generates text, those of ``generation_files``
+         (the client's row of π) and, if the model generates text, ``generation_files``'s files
 all      one such folder per client, and clients.json (the folder of each client)
 soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
 

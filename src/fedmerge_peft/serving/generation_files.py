@@ -1,4 +1,4 @@
-"""Files beside an exported adapter, with which other programs generate text as the run does.
+"""Files beside an exported adapter that make other programs generate text as the run does.
 
 generation_config.json   generation settings, which GenerationConfig.from_pretrained loads
 tokenizer files          only if the recipe sets a chat template or a system prompt: the tokenizer

@@ -112,7 +112,7 @@ class MergedAdapter:
         return add_base_update(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
-        """Write a folder, with a model card, that ``PeftModel.from_pretrained`` loads.
+        """Write a folder that ``PeftModel.from_pretrained`` loads, with a model card.
 
         Args:
             folder: A new or empty folder. It is written whole or not at all.
@@ -170,7 +170,7 @@ class MergedAdapter:
     def pipeline(self, device: str = "auto", **options: Any) -> Any:
         """Return a transformers pipeline with this adapter.
 
-        Its kind is that of the run's task, such as text-classification. Texts are truncated to
+        Its kind follows from the run's task, such as text-classification. Texts are truncated to
         the run's ``task.max_length``. Text is generated with the settings of the recipe, and chats
         are formatted with its chat template and system prompt.
 

@@ -133,7 +133,7 @@ def adapter_card(
         name: The client's name, or a description of the mixture.
         place: Arguments, in Python syntax, from which the example loads the adapter.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
-        role: The client's relation to the run; ``{clients}`` becomes their number, as in 3 clients.
+        role: The client's relation to the run; ``{clients}`` becomes a text such as 3 clients.
         weights: π, ``(d,)``.
         scores: Scores on the client's own examples, such as ``test_accuracy``.
         examples: Number of examples by kind: ``training``, ``validation``, ``test``.

@@ -90,7 +90,7 @@ def personalize(
             no weights to learn, and the adapter is only compared with the alternatives.
         data: The newcomer's examples: the path of a csv, tsv, json, jsonl, parquet or arrow file,
             or of a folder as in a recipe's ``data.path``; or a ``datasets.Dataset``, a pandas
-            frame, a ``DatasetDict`` or a pair (train, test). The columns are those of the run's
+            frame, a ``DatasetDict`` or a pair (train, test). The columns are named as in the run's
             task; the recipe's filter is not applied.
         name: The newcomer's name. Default: the file's name without its suffix, or ``newcomer`` for
             data in memory.
@@ -271,7 +271,7 @@ class _Comparison:
         )
 
     def _best_of(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
-        """Add the best of several weights ``(k, d)`` as one method; return these and the loss."""
+        """Add the best of k weightings ``(k, d)`` as one method; return it and its loss."""
         begin = time.perf_counter()
         losses = [self._loss(row.to(self.rows) @ self.rows) for row in weights]
         best = int(np.argmin(losses))

@@ -81,7 +81,7 @@ class Personalized:
         return self.soup.state_dict(self.row)
 
     def save(self, folder: Path | str) -> Path:
-        """Write a new folder, with a model card, that ``PeftModel.from_pretrained`` loads.
+        """Write a new folder that ``PeftModel.from_pretrained`` loads, with a model card.
 
         The folder's ``weights.json`` contains the logits, π and the methods' scores.
 

@@ -1,8 +1,8 @@
 """vLLM's rules for LoRA adapters, and the command that serves all clients of a run.
 
-The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py. The names of adapted
-modules cannot be checked here: vLLM compares them with those of its own model when it loads an
-adapter (``check_unexpected_modules`` in vllm/lora/lora_model.py), and reports any mismatch.
+The rules follow vllm/lora/peft_helper.py and vllm/config/lora.py. The names of adapted modules
+cannot be checked here: vLLM compares them with the names in its own model when it loads an adapter
+(``check_unexpected_modules`` in vllm/lora/lora_model.py), and reports any mismatch.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def serve_script(
 ) -> str:
     """Return a shell script that serves all clients' adapters with vLLM.
 
-    The script changes to its own folder, that of the export. It sets the generation settings of
-    the recipe except stop strings and the maximum number of tokens, which each request contains.
+    The script changes to its own folder, which is the folder of the export. It sets the generation
+    settings of the recipe, except stop strings and the maximum number of tokens, which each request
+    contains.
 
     Args:
         run: A run of a language model.

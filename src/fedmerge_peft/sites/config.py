@@ -49,7 +49,7 @@ KIT_VARIABLE = "FEDMERGE_KIT"
 SETTINGS_VARIABLE = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
 PERMANENT_FAILURE = 2
-"""Exit code of a child process that has reported an error which a restart cannot fix."""
+"""Exit code of a child process that has reported an error, which a restart cannot fix."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _RESERVED_NAMES = ("server", "operator", "authority", "sites")
 _SERVER_KEYS = (
@@ -203,7 +203,7 @@ class SiteLimits(Section):
     """Backbones that a recipe may use. Default: the one in the kit's recipe."""
     modules: list[str] | None = None
     """Modules that may be trained, with LoRA or in full, by the last part of their names, such as
-    [q_proj, v_proj]. Default: those that the kit's recipe trains."""
+    [q_proj, v_proj]. Default: the modules that the kit's recipe trains."""
     max_parameters: NonNegativeInt | None = None
     """Largest number of values in an update. Default: no bound."""
 
@@ -283,7 +283,7 @@ class SiteSettings(Section):
             if step % self.batch_size:
                 raise FederateError(
                     f"batch_size: {self.batch_size} does not divide the {step} examples of a step; "
-                    "choose a divisor, so that the steps stay those of the recipe"
+                    "choose a divisor, so that each step has as many examples as in the recipe"
                 )
             training = training.model_copy(
                 update={

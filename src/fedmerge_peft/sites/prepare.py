@@ -172,7 +172,7 @@ after a comparison of its SHA-256 sum with theirs."""
 
     {digest}
 
-Compare it with the sum that the organizers tell you by another way than this folder, such as by
+Compare it with the sum that the organizers tell you through another channel, such as by
 telephone. `sha256sum` then compares the file with it (on macOS: `shasum -a 256`)."""
 
 
@@ -208,7 +208,7 @@ process: attached         # attached: one trainer for all jobs; job: a new one f
 privacy:
   clip: null              # largest L2 norm of an update; null: only the recipe's bound
   noise: 0.0              # standard deviation of the noise on each number
-  epsilon: null           # largest epsilon of a client; null: that of the recipe, if it is private
+  epsilon: null           # largest epsilon of a client; null: the recipe's, if it is private
 
 checks:
   min_examples: 1         # smallest number of training examples of a client

@@ -31,7 +31,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
 
     Raises:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation,
-            or its adapters do not fit into memory.
+            or the soup does not fit into memory.
         PluginError: A plugin's strategy cannot be constructed, is not a ``Strategy``, has no soup,
             or has weights or state of the wrong kind.
     """

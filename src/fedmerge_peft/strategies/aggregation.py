@@ -227,7 +227,7 @@ def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
 
 
 def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bool) -> Tensor:
-    """Compute the weights of (multi-)Krum's mean, ``(k,)``; their sum is that of ``weights``.
+    """Compute the weights of (multi-)Krum's mean, ``(k,)``; they sum to 1, or all are zero.
 
     Args:
         deltas: ``(k, P)``.
@@ -251,9 +251,9 @@ def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bo
 
 
 def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weights of the cosine filter's mean, ``(k,)``; their sum is that of ``weights``.
+    """Compute the weights of the cosine filter's mean, ``(k,)``; they sum to 1, or all are zero.
 
-    The weights are all zero if every update opposes the others.
+    They are all zero if every update opposes the others.
 
     Args:
         similarities: Cosines of all pairs of updates, ``(k, k)`` float64.

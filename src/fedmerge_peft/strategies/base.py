@@ -1,4 +1,4 @@
-"""Interface of a server-side method, which plans the clients' work and updates from replies."""
+"""Interface of a server-side method, which plans the clients' work and learns from the replies."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Reply:
     """Duration of the client's work. If the trained adapter was cached, the duration of its
     original training."""
     served: dict[str, float] | None = None
-    """Scores before training, such as ``test_accuracy``, of the adapter that the client was served.
+    """Scores of the adapter that the client was served, before training, such as ``test_accuracy``.
     None in rounds without evaluation."""
     finetuned: dict[str, float] | None = None
     """Scores after local training."""

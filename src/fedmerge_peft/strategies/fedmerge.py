@@ -43,10 +43,10 @@ class FedMerge(Strategy):
 
     ``server_step.py`` defines the step for each rule.
 
-    With ``start: warm``, all adapters are equal for ``warm_rounds`` rounds, which equal FedAvg. The
-    server then groups the clients by the directions of their updates. These also determine the
-    number of groups, unless the recipe sets it. The soup step of the same round uses the new π and
-    gives each group its own adapter.
+    With ``start: warm``, the first ``warm_rounds`` rounds are FedAvg: all adapters are equal. The
+    server then groups the clients by the directions of their updates. The updates also determine
+    the number of groups, unless the recipe sets it. The soup step of the same round uses the new π
+    and gives each group its own adapter.
 
     If the clients of a group have different labels, each client also gets an own head
     (``own_head.py``): a second block of merging weights, for the columns of the head.
@@ -56,7 +56,7 @@ class FedMerge(Strategy):
 
     In the rounds after the grouping, the server compares validation losses to test the grouping
     (``validation_trial.py``). If groups bring no gain, all clients share the mean adapter. If
-    merging raises the loss, each client gets its own adapter, and small weights for the others.
+    merging raises the loss, each client gets its own adapter, and small weights for all others.
     """
 
     state_fields = (
@@ -194,7 +194,7 @@ class FedMerge(Strategy):
         return self._mean
 
     def _weights_of(self, clients: Tensor) -> Tensor:
-        """Return π of these clients, ``(k, d)``, without computing that of all m clients."""
+        """Return π of these clients, ``(k, d)``, without computing all m rows."""
         logits = self.merging.logits[clients]
         return self._softmax(logits) if self.by_block is None else self.weights[clients]
 

@@ -84,7 +84,8 @@ class FeMAM(OneHotStrategy):
         """Validation loss (nats) of each client before its first round of this level, ``(m,)``; inf
         if unknown."""
         self.last_loss = torch.full((context.clients,), -torch.inf)
-        """The same before its latest round of this level; -inf before its second round."""
+        """Validation loss (nats) of each client before its latest round of this level, ``(m,)``;
+        -inf before its second round."""
         self.last_round = torch.zeros(context.clients, dtype=torch.int64)
         """Latest round in which each client took part, from 1, ``(m,)``; 0 before its first."""
         self.rounds = 0
@@ -136,7 +137,7 @@ class FeMAM(OneHotStrategy):
                 (self.last_loss if known else self.first_loss)[reply.client] = loss
 
     def _end_level(self, level: int) -> None:
-        """Drop the level's model of clients without a gain, except in level 1; start the next."""
+        """Drop the level's model for clients without a gain, except in level 1; go to the next."""
         worse = self.last_loss >= self.first_loss  # False if one of them is unknown
         if level > 0:
             self.soup.rows = torch.where(worse[:, None], self.before, self.soup.rows)

@@ -16,7 +16,7 @@ _LARGEST = 1e4
 
 
 def affinities(cosines: Tensor, groups: Tensor) -> Tensor:
-    """Compute s_ij, the cosine of client i's direction and the mean of the others' in group j.
+    """Compute s_ij, the cosine of client i's direction and the mean direction of group j without i.
 
     Args:
         cosines: Cosines of the directions of all pairs of clients, ``(m, m)`` float64.
@@ -76,7 +76,7 @@ def grouping_logits(grouping: Grouping, adapters: int, weight: float) -> Tensor:
     """Return the logits ``(k, adapters)`` float32 of k clients after their grouping.
 
     If each adapter has a group, the logits follow from the similarity of clients and groups
-    (``first_logits``). If there are more adapters than groups, they are those of ``group_logits``.
+    (``first_logits``). If there are more adapters than groups, ``group_logits`` computes them.
     """
     if int(grouping.groups.max()) + 1 < adapters:
         return group_logits(grouping.groups, adapters, weight)

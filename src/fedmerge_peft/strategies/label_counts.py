@@ -23,8 +23,8 @@ def fit_concentration(counts: Tensor, others: Tensor) -> tuple[float, float]:
     Args:
         counts: n, training examples of each client by label, ``(m, classes)`` float64; at least one
             for each client.
-        others: Counts of each client's other clients by label, ``(m, classes)`` float64, from which
-            p̄ is estimated.
+        others: For each client, the counts of the other clients by label, ``(m, classes)`` float64.
+            p̄ is estimated from them.
 
     Returns:
         a, and its gain in log-likelihood (nats) over one distribution for all clients. a is

@@ -1,4 +1,4 @@
-"""Label priors of the clients, added to the bias of the adapters that they are served."""
+"""Add each client's label prior to the head's bias in the adapter that the client is served."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedmerge_peft.training.plan import Mixture, Served
 
 
 class LabelPrior(WrappedStrategy):
-    """Wrapper of any strategy that adds a label prior to the adapter that a client is served:
+    """Wrapper that adds a label prior to the adapter that any strategy serves to a client:
 
-        z_i(x) + log p̂_i − log p̄
+        z_i(x) + log p̂_i − log p̄    (z_i(x) + log p̂_i if ``balanced``)
 
     z_i are the logits of the adapter that the wrapped strategy serves. ``LabelPriors.shifts``
     describes the estimates p̂_i and p̄. The sum is exact, because the logarithms are added to the
@@ -86,11 +86,13 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
     """
     matrix, bias = layout.classifier, layout.classifier_bias
     if matrix is None:
-        reason = "this adapter has no head"
+        reason = "this adapter has no head to add the prior to"
     elif matrix.shape[0] != classes:
-        reason = f"the head ends in {matrix.key}, which has no row for each of {classes} labels"
+        reason = (
+            f"the head ends in {matrix.key} with {matrix.shape[0]} rows, not {classes} (labels)"
+        )
     elif bias is None:
-        reason = f"the last layer of the head has no bias ({matrix.key})"
+        reason = f"the last layer of the head ({matrix.key}) has no bias to add the prior to"
     else:
         return torch.arange(bias.offset, bias.offset + bias.size)
-    raise RecipeError(f"serving.label_prior: {reason}, to which the prior could be added")
+    raise RecipeError(f"serving.label_prior: {reason}; remove the key")

@@ -13,8 +13,8 @@ from fedmerge_peft.util.stateful import Stateful
 
 _ADAM_LR = 0.3
 _ADAM_DECAY = 0.9
-"""Decay of the squared gradients with ``rule: adam``. It is low because a federation has only tens
-of rounds."""
+"""Decay of the squared gradients with ``rule: adam``. It is low, because a federation has few
+rounds."""
 
 
 class LogitSteps(Stateful):

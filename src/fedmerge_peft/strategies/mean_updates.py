@@ -60,8 +60,9 @@ class MeanUpdates(Stateful):
     def repeatability(self) -> Tensor:
         """Compute the agreement of each client's updates over its rounds, ``(k,)`` float64.
 
-        The agreement is the mean inner product of a client's updates from two rounds, divided by
-        their mean square: (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for one round.
+        The agreement is the mean inner product of two updates of a client from different rounds,
+        divided by the mean square of the client's updates:
+        (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for one round.
         """
         counts, squares = self._counts[self.clients].double(), self._squares[self.clients]
         sums = torch.stack(

@@ -96,7 +96,7 @@ def make_own_heads(
 
 
 def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tensor, str]:
-    """Choose the weights of own heads ``(m,)`` float32; return them with the reason.
+    """Choose the weights of own heads, ``(m,)`` float32; return the weights and the reason.
 
     Clients without known labels or without a group get the mean weight.
 
@@ -122,10 +122,10 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     """Estimate to what extent a client's label distribution differs from that of its group.
 
     ``fit_concentration`` predicts a client's labels from its own counts, with the weight
-    n_i / (n_i + a), and from those of the others in its group. If all clients of a group have the
-    same distribution, all examples count alike, so a is the number of the others' examples. The
-    share is the excess of the weight over its value for this a, divided by the largest possible
-    excess. It is 0 for a client without others in its group.
+    n_i / (n_i + a), and from the counts of the other clients in its group. If all clients of a
+    group have the same distribution, all examples count alike, so a is the number of examples of
+    the other clients. The share is the excess of the weight over its value for this a, divided by
+    the largest possible excess. It is 0 for a client that is alone in its group.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)``; at least one for

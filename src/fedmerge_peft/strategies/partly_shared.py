@@ -176,7 +176,7 @@ class FedRep(PrivateHeads):
 
         h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
 
-    Each of the two lasts for the duration of ``training``. Source: Collins et al. 2021, arXiv
+    Each of the two steps lasts for the duration of ``training``. Source: Collins et al. 2021, arXiv
     2102.07078, algorithm 1.
     """
 
@@ -188,7 +188,7 @@ class FedRep(PrivateHeads):
 
 
 class FedSALora(PartlyShared):
-    """FedAvg of A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
+    """FedAvg of A, with a private B_i and head for each client (Guo et al. 2025, arXiv 2410.01463).
 
     Clients train the whole adapter. Parameters that are neither factor nor head (trained biases,
     DoRA's magnitudes) are private as well.

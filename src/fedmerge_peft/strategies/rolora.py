@@ -35,8 +35,8 @@ class RoLora(OneHotStrategy):
     B trains first, because A has no gradient while B = 0. On embeddings, PEFT initializes B at
     random and A with zeros, so A trains first. Heads and all other parameters that are not factors
     train in every round. The server optimizer has separate moments for the factors of odd rounds,
-    for those of even rounds and for the other parameters. The moments of a part change only in
-    rounds that train the part.
+    the factors of even rounds and all other parameters. The moments of a part change only in rounds
+    that train the part.
 
     A client returns the parameters that it trained. A client that took part in the previous round
     is sent only the parameters of that round. Any other client is sent the whole adapter.

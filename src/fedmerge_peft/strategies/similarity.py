@@ -14,9 +14,9 @@ from torch import Tensor
 from fedmerge_peft.util import row_buffer
 
 _MIN_EXCESS = 0.12
-"""Smallest excess of the agreement within groups over that of unrelated clients."""
+"""Smallest excess of the agreement within groups over the agreement of unrelated clients."""
 _MIN_FURTHER = 0.25
-"""The same for dividing a group. k-means finds more agreement by chance among fewer clients."""
+"""Smallest excess for dividing a group: fewer clients have more agreement by chance."""
 _CONFLICT = 0.3
 """Smallest ratio of this excess to the agreement of the whole updates of all clients."""
 _FEWEST = 6
@@ -72,8 +72,8 @@ def group_by_direction(
       of similar clients.
 
     If the clients form no groups, all clients share one adapter. If, however, the updates of a
-    client in different rounds agree far better with each other than with those of all other
-    clients, then each client is a group.
+    client in different rounds agree, on average over the clients, far better with each other than
+    with the updates of all other clients, then each client is a group.
 
     Args:
         deltas: Updates, ``(clients, P)``, sent minus trained, or their means over several rounds.
@@ -103,7 +103,7 @@ def group_by_direction(
         return Grouping(groups, reason, directions)
     own = 0.0 if repeatability is None else float(repeatability.mean())
     if 1 < clients <= max_groups and together < _ALONE * own:
-        reason = f"{compared}, but to {own:.2f} with the client's own of other rounds"
+        reason = f"{compared}, but to {own:.2f} with the same client's updates of other rounds"
         return Grouping(torch.arange(clients), reason, directions)
     reason = f"{compared}, and within groups by only {excess:.2f} more than by chance"
     return Grouping(groups, reason, directions)
@@ -199,11 +199,12 @@ def _unrelated(clients: int) -> Tensor:
 
 
 def agreement(cosines: Tensor, groups: Tensor) -> float:
-    """Compute the mean cosine between a client's direction and that of the others in its group.
+    """Compute the mean over the clients of their cosine with the other clients in their group.
 
-    The direction of the others is their mean direction. The cosine of a client that is alone in its
-    group counts as 0. With too few groups, dissimilar clients share a group. With too many groups,
-    a client has few others in its group. The agreement is therefore highest in between.
+    The cosine is taken between a client's direction and the mean direction of the other clients in
+    its group. It counts as 0 for a client that is alone in its group. With too few groups,
+    dissimilar clients share a group. With too many groups, there are few other clients in a group.
+    The agreement is therefore highest in between.
 
     Args:
         cosines: Cosines of all pairs of clients, ``(clients, clients)`` float64.

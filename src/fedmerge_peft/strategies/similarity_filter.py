@@ -3,8 +3,8 @@
 Clients that send the same vector, or almost the same, can outvote the honest clients in every rule
 that treats clients alike. FoolsGold (Fung et al. 2020, arXiv 1808.04866) weights clients by their
 similarity instead: updates of honest clients differ, because their data differ, while colluders
-pursue one objective. FoolsGold reduces the weight of similar clients to zero, including that of a
-small group of honest clients with similar data. Here, similar clients share the weight of one.
+pursue one objective. FoolsGold reduces the weight of similar clients to zero, even in a small group
+of honest clients with similar data. Here, similar clients share the weight of one.
 
 For each adapter, let c_ik = cos(δ_i, δ_k) be the cosines of its users, and w_i their weights. The
 usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, and at least 0. Pairs of
@@ -50,9 +50,9 @@ def similarity_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe)
 
 
 def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weights of the mean, ``(k,)`` float64; their sum is that of ``weights``.
+    """Compute the weights of the mean, ``(k,)`` float64; they sum to 1, or all are zero.
 
-    The weights are all zero if every update opposes the others.
+    They are all zero if every update opposes the others.
 
     Args:
         between: c, cosines of all pairs of updates, ``(k, k)`` float64.

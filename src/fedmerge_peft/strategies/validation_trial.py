@@ -17,9 +17,9 @@ FIRST, LAST = 3, 8
 _LEAST_HARM = 0.01
 """Smallest relative rise of the validation loss by merging that is not attributed to chance."""
 _LASTING = 0.8
-"""Smallest ratio of the harm to that of the previous round with which the harm persists."""
+"""Smallest ratio of the harm to the previous round's harm at which the harm persists."""
 _LEAST_GAIN = 0.02
-"""Smallest relative fall of the validation loss by grouping with which groups are kept."""
+"""Smallest relative fall of the validation loss by grouping at which the groups are kept."""
 _CERTAIN = 3
 """Number of standard errors above which a small gain is not attributed to chance."""
 _ROUNDS_WITHOUT_GAIN = 2
@@ -82,7 +82,7 @@ class OwnTrial(Stateful):
                 self.losses[reply.client] = reply.validation[1]
 
     def compare(self, replies: Sequence[Reply]) -> LossComparison | None:
-        """Compare the stored losses with those before this round's training.
+        """Compare the stored losses with the losses before this round's training.
 
         Return None if fewer than half of all clients, or fewer than two, have both losses.
         """
@@ -105,8 +105,8 @@ class CommonTrial(Stateful):
     """Comparison of the adapters of groups with one adapter for all clients.
 
     Updates of clients may differ in aspects that do not matter for their predictions, such as the
-    topic of a review for its sentiment. Each group then learns from only a part of the examples
-    without need. In the rounds after the grouping, each client is also sent the mean of all merged
+    topic of a review for its sentiment. Each group then needlessly learns from only a part of the
+    examples. In the rounds after the grouping, each client is also sent the mean of all merged
     adapters. It does not train the mean, and reports both validation losses. In experiments with
     real groups, the mean was worse by 6 to 150 % in the first round, and by more in the next. In
     other experiments, it was worse by about 1 %.

@@ -88,7 +88,8 @@ class AnswerWindows:
         """
         with library_errors(
             lambda reason: DataError(
-                f"row {row} (of the rows in use): the tokenizer fails on {context[:80]!r}: {reason}"
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"the tokenizer fails on {context[:80]!r}: {reason}"
             )
         ):
             question = question.lstrip()
@@ -210,20 +211,24 @@ def read_answers(
         )
     answers = []
     for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
-        own = _parsed(value, f"row {row} (of the rows in use): column {column!r}")
+        own = _parsed(
+            value, f"row {row} (from 0, of the rows that the run uses): column {column!r}"
+        )
         for answer in own:
             if (
                 context[answer.start : answer.start + len(answer.text)] != answer.text
                 or answer.start < 0
             ):
                 raise DataError(
-                    f"row {row} (of the rows in use): the context does not have the answer "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    "the context does not have the answer "
                     f"{answer.text[:80]!r} at answer_start {answer.start}, but "
                     f"{context[max(answer.start, 0) :][: len(answer.text)][:80]!r}; correct the row"
                 )
         if not own and not recipe.no_answer:
             raise DataError(
-                f"row {row} (of the rows in use): there is no answer in column {column!r}; set "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"there is no answer in column {column!r}; set "
                 "task.no_answer: true for questions without one, or remove the row"
             )
         answers.append(own)

@@ -129,7 +129,8 @@ class AudioClassificationTask(Classification, MediaTask):
 
     def _fault(self, row: int, reason: str) -> DataError:
         return DataError(
-            f"row {row} (of the rows in use): {type(self.processor).__name__} fails on the sound: "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"{type(self.processor).__name__} fails on the sound: "
             f"{reason}"
         )
 

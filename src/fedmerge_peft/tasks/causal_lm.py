@@ -196,7 +196,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
                 raise DataError(
-                    f"row {row} (of the rows in use): {len(kept)} token(s) leave nothing to "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    f"{len(kept)} token(s) leave nothing to "
                     f"predict: {self.processor.decode(ids)[:80]!r}"
                     + ("; raise task.max_length" if len(ids) > length else "")
                 )
@@ -342,5 +343,5 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
 
 def _before_last(logits: Tensor) -> Tensor:
-    """Return the logits without those of the last position, if all positions have logits."""
+    """Return the logits without the last position, if all positions have logits."""
     return logits[:, :-1] if logits.ndim == 3 else logits

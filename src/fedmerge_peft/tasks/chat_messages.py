@@ -100,7 +100,7 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
     entries = table.select_columns([*read, *([_SYSTEM] * systems)]).with_format(None)[:]
     chats = []
     for row in range(len(table)):
-        where = f"row {row} (of the rows in use): "
+        where = f"row {row} (from 0, of the rows that the run uses): "
         parts = [parse_messages(entries[column][row], column, where) for column in columns]
         messages = [message for part in parts for message in part]
         own = entries[_SYSTEM][row] if systems else None

@@ -55,7 +55,9 @@ class ChatTokens:
         item: Name of a chat in error messages, with ``{}`` for its index.
     """
 
-    def __init__(self, tokenizer: Any, item: str = "row {} (of the rows in use)") -> None:
+    def __init__(
+        self, tokenizer: Any, item: str = "row {} (from 0, of the rows that the run uses)"
+    ) -> None:
         self._tokenizer = tokenizer
         self._item = item
         self._special = SpecialTokens(tokenizer)
@@ -235,7 +237,7 @@ class ChatTokens:
         return turns
 
     def _spans(self, row: int, chat: Chat, text: str, loss: Loss) -> tuple[list[Span], bool]:
-        """Return the parts of a rendered chat with a loss; and False if marks and turns differ."""
+        """Return the parts of a rendered chat that have a loss; and if marks and turns agree."""
         if loss == "all":
             return [(0, len(text))], True
 

@@ -118,7 +118,8 @@ def _only(
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
             raise DataError(
-                f"row {row} (of the rows in use): {shown} in column {column!r} {fault} "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"{shown} in column {column!r} {fault} "
                 f"of {count} choices; {remedy}"
             )
     return [place for (place,) in rows]

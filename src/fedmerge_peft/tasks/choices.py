@@ -66,12 +66,14 @@ def read_choices(
     for row, choices in enumerate(rows):
         if len(choices) < 2:
             raise DataError(
-                f"row {row} (of the rows in use): {_named(columns)} has {len(choices)} choice(s), "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"{_named(columns)} has {len(choices)} choice(s), "
                 "expected two or more; add the others, or remove the row"
             )
         if names is not None and len(names[row]) != len(choices):
             raise DataError(
-                f"row {row} (of the rows in use): {_named(columns)} has {len(choices)} texts, but "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"{_named(columns)} has {len(choices)} texts, but "
                 f"{len(names[row])} names (label); correct the row, or remove it"
             )
     return rows, names
@@ -104,7 +106,8 @@ def _without_missing(row: int, texts: Sequence[str | None], columns: Sequence[st
     known = [text for text in texts if text is not None]
     if None in texts[: len(known)]:
         raise DataError(
-            f"row {row} (of the rows in use): column {columns[texts.index(None)]!r} is empty "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"column {columns[texts.index(None)]!r} is empty "
             "(null), but a later choice is not; fill it in, or move the later ones"
         )
     return known

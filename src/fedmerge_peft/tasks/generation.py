@@ -141,7 +141,7 @@ class _Stream:
         self.text = ""
 
     def put(self, ids: Tensor) -> None:
-        """Skip the prompt (first call); add a generated token, and pass on finished text."""
+        """Skip the prompt in the first call; in later calls, add a token and pass on final text."""
         if self._ids is None:
             self._ids = []
             return

@@ -145,7 +145,8 @@ class ImageTask(MediaTask):
         """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
         with library_errors(
             lambda reason: DataError(
-                f"row {row} (of the rows in use): {type(self.processor).__name__} fails on the "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"{type(self.processor).__name__} fails on the "
                 f"image of {image.width} × {image.height} pixels: {reason}"
             )
         ):

@@ -71,7 +71,8 @@ class LabelSets(WeightedClasses):
         for row, ids in enumerate(encode_lists(table, recipe.labels, "task.labels", labels)):
             if len(set(ids)) < len(ids):
                 raise DataError(
-                    f"row {row} (of the rows in use): column {recipe.labels!r} has a label twice: "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    f"column {recipe.labels!r} has a label twice: "
                     f"{join_values(labels[label] for label in ids)}"
                 )
             targets[row, ids] = 1
@@ -178,6 +179,7 @@ def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
     if (wrong := (flags != 0) & (flags != 1)).any():
         row = int(wrong.argmax())
         raise DataError(
-            f"row {row} (of the rows in use): column {column!r} has {flags[row]}, expected 0 or 1"
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"column {column!r} has {flags[row]}, expected 0 or 1"
         )
     return flags

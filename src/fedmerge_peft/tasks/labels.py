@@ -59,7 +59,8 @@ def reject_nulls(values: Any, column: str, first: int = 0) -> None:
     if values.null_count:
         row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(
-            f"row {row} (of the rows in use): column {column!r} is empty (null); "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"column {column!r} is empty (null); "
             "fill in the values, or remove the rows"
         )
 
@@ -68,7 +69,7 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     """Infer the names of the labels, in the order of their ids.
 
     A ``ClassLabel`` column has names. Text labels are sorted. Integer labels are named ``0`` to the
-    largest integer; a warning names those that do not occur. Booleans are ``False`` and ``True``.
+    largest integer; a warning names labels that do not occur. Booleans are ``False`` and ``True``.
     If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
     ``LABEL_3`` and so on.
 
@@ -85,9 +86,10 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
         raise DataError(
-            f"task.num_labels: {num_labels:,} labels for {len(values):,} rows; accepted are as "
-            f"many as there are rows, or {MANY_LABELS:,}, because each adapter has weights for "
-            "every label; lower it, or remove it to infer the labels"
+            f"task.num_labels: {num_labels:,} labels for {len(values):,} rows; at most "
+            f"{max(MANY_LABELS, len(values)):,} are accepted (the number of rows, but at least "
+            f"{MANY_LABELS:,}), because each adapter has weights for every label; lower "
+            "task.num_labels, or remove it to infer the labels"
         )
     if not len(values):
         raise DataError(f"column {column!r}: the data have no rows to infer labels from")
@@ -129,7 +131,8 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     for row, name in enumerate(names):
         if name not in known:
             raise DataError(
-                f"row {row} (of the rows in use): {name!r} in column {column!r} is not a known "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"{name!r} in column {column!r} is not a known "
                 f"label; the labels are {join_values(labels)}"
             )
     return torch.tensor([known[name] for name in names], dtype=torch.int64)
@@ -196,7 +199,7 @@ def is_text(kind: Any) -> bool:
 
 
 def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
-    """Convert integer labels from 0, or booleans, to int64; raise ``DataError`` for others."""
+    """Convert booleans, or integers from 0 on, to int64; raise ``DataError`` for other labels."""
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
         first = f", such as {values[0].as_py()!r} in row 0" if len(values) else ""
         raise DataError(
@@ -207,14 +210,16 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
     if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would overflow
         row = int(numbers.argmax())
         raise DataError(
-            f"row {row} (of the rows in use): label {numbers[row]} in column {column!r} is too "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"label {numbers[row]} in column {column!r} is too "
             "large for a label id; convert the labels to names"
         )
     ids: NDArray[np.int64] = numbers.astype(np.int64)
     if (ids < 0).any():
         row = int((ids < 0).argmax())
         raise DataError(
-            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is negative, "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"label {ids[row]} in column {column!r} is negative, "
             "as in rows without a label on the hub; remove these rows"
         )
     return ids
@@ -225,7 +230,8 @@ def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) 
     row = int(ids.argmax())
     if num_labels is None and ids[row] >= max(MANY_LABELS, len(ids)):
         raise DataError(
-            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"label {ids[row]} in column {column!r} is too large "
             "for a label id; if it is correct, set task.num_labels"
         )
     names = [str(label) for label in range(int(ids[row]) + 1)]
@@ -243,7 +249,8 @@ def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -
     if (ids >= num_labels).any():
         row = int((ids >= num_labels).argmax())
         raise DataError(
-            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"label {ids[row]} in column {column!r} is too large "
             f"for {num_labels} labels, 0 to {num_labels - 1}; set task.num_labels, or correct the "
             "data"
         )

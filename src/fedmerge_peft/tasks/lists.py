@@ -40,7 +40,7 @@ class ListColumn:
     def where(self, position: int) -> str:
         """Return the row and the column of a value, for error messages."""
         row = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
-        return f"row {row} (of the rows in use): column {self.column!r}"
+        return f"row {row} (from 0, of the rows that the run uses): column {self.column!r}"
 
     def rows(self, values: Sequence[Any]) -> list[list[Any]]:
         """Split a sequence with one entry per value of the column into rows."""
@@ -81,7 +81,8 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
     if entries.null_count:
         row = int(np.flatnonzero(entries.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(
-            f"row {row} (of the rows in use): column {column!r} is empty (null); "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"column {column!r} is empty (null); "
             "fill in the values, or remove the rows"
         )
     values = entries.flatten()
@@ -191,7 +192,7 @@ def _class_names(table: Dataset, column: str) -> list[str] | None:
 
 
 def _ids(lists: ListColumn, count: int | None) -> NDArray[np.int64]:
-    """Return ids from 0 to ``count`` - 1 (None: no limit); raise ``DataError`` for others."""
+    """Return the ids; raise ``DataError`` for an id outside 0 to ``count`` - 1 (None: no limit)."""
     ids: NDArray[np.int64] = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
     wrong = ids < 0 if count is None else (ids < 0) | (ids >= count)
     if wrong.any():

@@ -77,7 +77,8 @@ def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -
     )
     with library_errors(
         lambda reason: DataError(
-            f"row {row} (of the rows in use): the image in column {column!r} cannot "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"the image in column {column!r} cannot "
             f"be decoded ({source}): {reason}"
         )
     ):

@@ -88,7 +88,8 @@ class PixelCode:
     """Code that stores processed pixels as bytes, in a quarter of the memory.
 
     A processor maps each byte of a channel to one number. Up to rounding, these numbers are evenly
-    spaced between those of black and white. A table by channel and byte restores them exactly.
+    spaced between the numbers of black and white. A table by channel and byte restores them
+    exactly.
 
     Args:
         black: Pixel values of a black image, by channel, ``(channels,)`` float32.

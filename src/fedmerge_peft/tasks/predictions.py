@@ -22,7 +22,7 @@ class Predictions:
     """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
 
     def add(self, compared: Mapping[str, Compared]) -> None:
-        """Append the outputs and references of a batch to those of each kind."""
+        """Append the outputs and references of a batch, by kind."""
         for kind, (predicted, expected) in compared.items():
             known = self.outputs.setdefault(kind, ([], []))
             known[0].extend(predicted)

@@ -280,13 +280,14 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
     rows: dict[str, list[Any]] = {"prompt": [], "completion": []}
     for row, pair in enumerate(zip(*(table[columns[key]] for key in _SIDES), strict=True)):
         chats = [
-            parse_messages(chat, column, f"row {row} (of the rows in use): ")
+            parse_messages(chat, column, f"row {row} (from 0, of the rows that the run uses): ")
             for chat, column in zip(pair, columns.values(), strict=True)
         ]
         shared = _common(*chats)
         if not 0 < shared < min(map(len, chats)):
             raise DataError(
-                f"row {row} (of the rows in use): the chosen and the rejected chat must begin with "
+                f"row {row} (from 0, of the rows that the run uses): "
+                "the chosen and the rejected chat must begin with "
                 "the same messages and end with different ones; give the prompt in a column"
             )
         chat = chats[_SIDES.index(side)]

@@ -75,7 +75,8 @@ class Regression(Task):
         if not np.isfinite(numbers).all():
             row = int((~np.isfinite(numbers)).argmax())
             raise DataError(
-                f"row {row} (of the rows in use): column {recipe.target!r} has {numbers[row]}, "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"column {recipe.target!r} has {numbers[row]}, "
                 "expected a finite number; correct the value, or remove the row"
             )
         largest = float(np.abs(numbers).max(initial=0.0))
@@ -140,7 +141,8 @@ def _numbers(texts: Any, column: str) -> Any:
         for row, text in enumerate(texts.to_pylist()):
             if not is_number(text):
                 raise DataError(
-                    f"row {row} (of the rows in use): {text!r} in column {column!r} is not a "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    f"{text!r} in column {column!r} is not a "
                     "number; write numbers with a decimal point, and without units or separators "
                     "of thousands"
                 ) from None

@@ -58,7 +58,8 @@ def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
     source = source.get("path") if isinstance(source, dict) else source
     named = shortened(source, 80) if isinstance(source, str) else f"of type {value.type}"
     return DataError(
-        f"row {row} (of the rows in use): the sound in column {column!r} cannot be read ({named}): "
+        f"row {row} (from 0, of the rows that the run uses): "
+        f"the sound in column {column!r} cannot be read ({named}): "
         f"{reason}"
     )
 

@@ -144,7 +144,9 @@ class SpanTags(TagSource):
         return getattr(getattr(label, "feature", label), "names", None)
 
     def _fault(self, row: int, reason: str) -> DataError:
-        return DataError(f"row {row} (of the rows in use): column {self.column!r}: {reason}")
+        return DataError(
+            f"row {row} (from 0, of the rows that the run uses): column {self.column!r}: {reason}"
+        )
 
 
 def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list[str]]:

@@ -108,7 +108,8 @@ class ListedTags(TagSource):
         for row, (own, marks) in enumerate(zip(words, tags, strict=True)):
             if len(own) != len(marks):
                 raise DataError(
-                    f"row {row} (of the rows in use): {len(own)} words in column "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    f"{len(own)} words in column "
                     f"{self.recipe.words!r}, but {len(marks)} tags in column {self.column!r}"
                 )
         return [

@@ -27,7 +27,7 @@ Paragraph = list[tuple[str, str | None]]
 def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     """Return the format of the recipe or, by default, the first format whose columns exist.
 
-    Columns of chats have the format ``messages``, also if they are a prompt and a completion.
+    Columns of chats have the format ``messages``, even if they are a prompt and a completion.
 
     Raises:
         DataError: Columns of the format do not exist.

@@ -29,15 +29,15 @@ def chrf(generated: Sequence[str], references: Sequence[str]) -> float:
 
 
 def squad_exact_match(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Compute the fraction of answers that equal one of the references after normalization."""
+    """Compute the fraction of predictions that equal one of their answers after normalization."""
     return _best_of(predicted, answers, lambda text, answer: float(text == answer))
 
 
 def squad_f1(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Compute the mean word-level F1 of answers, each against its best reference.
+    """Compute the mean word-level F1 of predictions, each against its best answer.
 
-    If no reference has words, F1 is 1 for an answer without words, and 0 for others (SQuAD 2,
-    Rajpurkar 2018).
+    If no answer has words, F1 is 1 for a prediction without words, and 0 for any other prediction
+    (SQuAD 2, Rajpurkar 2018).
     """
     return _best_of(predicted, answers, _f1)
 

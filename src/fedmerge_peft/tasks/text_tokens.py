@@ -42,7 +42,8 @@ class TextTokens:
             if written is None:
                 continue
             where = (
-                f"row {row} (of the rows in use): the text contains the special token {written!r}"
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"the text contains the special token {written!r}"
             )
             if self._reading is None:
                 raise DataError(
@@ -85,7 +86,8 @@ class TextTokens:
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
             raise DataError(
-                f"row {empty} (of the rows in use): the prompt is empty, and the tokenizer has no "
+                f"row {empty} (from 0, of the rows that the run uses): "
+                "the prompt is empty, and the tokenizer has no "
                 "begin-of-sequence token to replace it; fill in the prompt, or remove the row"
             )
         return rows

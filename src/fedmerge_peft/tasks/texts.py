@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TextTask(EncoderTask):
-    """Task on the columns that ``text`` and ``text_pair`` in its section of the recipe name."""
+    """Task on the one or two text columns that its section of the recipe names."""
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"

@@ -116,7 +116,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             known = np.flatnonzero(first >= 0)
             if not len(known):
                 raise DataError(
-                    f"row {row} (of the rows in use): no word has tokens: {rows[row].text[:50]!r}; "
+                    f"row {row} (from 0, of the rows that the run uses): "
+                    f"no word has tokens: {rows[row].text[:50]!r}; "
                     "remove the row"
                 )
             if len(known) < len(first) and row not in cut:

@@ -225,7 +225,8 @@ def _tokenized_row(
 ) -> dict[str, Any]:
     with library_errors(
         lambda reason: DataError(
-            f"row {row} (of the rows in use): the tokenizer fails on {texts[0][:80]!r}: {reason}"
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"the tokenizer fails on {texts[0][:80]!r}: {reason}"
         )
     ):
         return dict(tokenizer(*texts, verbose=False, **options))
@@ -266,7 +267,8 @@ def truncated(
         written = next(filter(None, map(special.first_in, texts)), None)
         if written and special.count(encoded["input_ids"]) > usual:
             raise DataError(
-                f"row {row} (of the rows in use): the tokenizer takes {written!r} in the text "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"the tokenizer takes {written!r} in the text "
                 "for a special token; remove it from the text"
             )
         for name, values in encoded.items():
@@ -278,7 +280,8 @@ def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: st
     """Raise ``DataError`` for the first text that has no tokens."""
     if (row := next((row for row, ids in enumerate(rows) if not ids), None)) is not None:
         raise DataError(
-            f"row {row} (of the rows in use): the text in column {column!r} has no "
+            f"row {row} (from 0, of the rows that the run uses): "
+            f"the text in column {column!r} has no "
             f"tokens: {texts[row]!r}"
         )
 

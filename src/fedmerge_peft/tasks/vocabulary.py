@@ -80,7 +80,8 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
     for row, ids in enumerate(rows):
         if ids and (highest := max(ids)) >= size:
             raise DataError(
-                f"row {row} (of the rows in use): token {highest} is not among the {size} that the "
+                f"row {row} (from 0, of the rows that the run uses): "
+                f"token {highest} is not among the {size} that the "
                 "model knows; the text or the chat template has a special token without an "
                 "embedding"
             )
@@ -116,9 +117,9 @@ def special_strings(tokenizer: Any) -> list[str]:
 def position_limit(config: Any) -> int | None:
     """Return the number of tokens that have positions; None if there is no limit.
 
-    RoBERTa and its relatives number positions from the id after that of padding, so fewer tokens
-    than ``max_position_embeddings`` fit. The position tables of a model without weights, created
-    from the configuration, have the actual size.
+    RoBERTa and its relatives number positions from the padding id plus 1, so fewer tokens than
+    ``max_position_embeddings`` fit. The position tables of a model without weights, created from
+    the configuration, have the actual size.
     """
     positions = getattr(_text_config(config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
@@ -200,7 +201,7 @@ def _end_ids(model: Any) -> Iterator[int]:
 
 
 def _is_ordinary(tokenizer: Any, token_id: int) -> bool:
-    """Return True if an id is that of a token in the vocabulary that is not special."""
+    """Return True if an id belongs to a token in the vocabulary that is not special."""
     if token_id in tokenizer.all_special_ids or not 0 <= token_id < len(tokenizer):
         return False
     added = tokenizer.added_tokens_decoder.get(token_id)

@@ -318,7 +318,7 @@ def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
 
 
 def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the losses of a batch; for a language model, those of all tokens but the first.
+    """Return the losses of a batch; for a language model, of all tokens but the first.
 
     ``token_losses`` selects tokens by the values of labels, which tensors without data lack.
     """
@@ -331,7 +331,7 @@ def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Largest sum of the sizes of storages that are alive at a time."""
+    """Peak of the total size of the storages that exist at the same time."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -362,7 +362,7 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _peak_of_storages(known: Iterable[Tensor]) -> Iterator[_Peak]:
-    """Measure the storages that are created inside the context, without those of known tensors."""
+    """Measure the storages that are created inside the context, except those of known tensors."""
     peak = _Peak(known)
     with peak:
         yield peak

@@ -50,7 +50,7 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
         return None
     if not torch.allclose(labeled_losses, expected, rtol=1e-3, atol=1e-3):
         log.info(
-            "logits are computed at all positions: those of labeled ones alone change the loss"
+            "logits are computed at all positions: at labeled positions alone, the loss differs"
         )
         return None
     try:

@@ -102,7 +102,7 @@ def check_optimizer(optimizer: str, device: torch.device) -> None:
 
 
 def mixes_rows(optimizer: str) -> bool:
-    """Return True if a step on one adapter depends on others in the same tensor.
+    """Return True if a step on one adapter depends on other adapters in the same tensor.
 
     States of 8 bits have one scale for each block of numbers, and blocks span adapters. Each
     adapter then needs an optimizer of its own.

@@ -180,7 +180,7 @@ class PrefixCache:
     def _sequence_lengths(self, rows: Indices) -> list[list[int]]:
         """Return the number of positions of each sequence, a list for each of these examples.
 
-        All lists are as long as that of the example with the most sequences, filled up with zeros.
+        Zeros fill all lists up to the length of the longest one.
         """
         if self._examples.sequences is None:
             return [[length] for length in self._lengths[rows].tolist()]

@@ -66,7 +66,7 @@ def write_sums(folder: Path) -> None:
 
 
 def faults(folder: Path) -> list[str]:
-    """Return one sentence for each file, also in subfolders, that does not match ``SHA256SUMS``.
+    """Return one sentence for each file, at any depth, that does not match ``SHA256SUMS``.
 
     The folder may come from an untrusted source, so links and special files are not opened.
     """

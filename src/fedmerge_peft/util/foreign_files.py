@@ -22,7 +22,7 @@ _BEGINNINGS = (
 
 
 def foreign_content(path: Path, own: bytes | None = None) -> str | None:
-    """Describe a file, with advice, if its first bytes are those of an unexpected kind of file.
+    """Describe a file, with advice, if it begins like an unexpected kind of file.
 
     Return None otherwise.
 

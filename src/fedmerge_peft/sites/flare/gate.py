@@ -187,7 +187,7 @@ def _peer(endpoint: Endpoint, connection: Connection) -> Peer:
 
 
 def _request(headers: Mapping[str, Any]) -> Request:
-    """Return channel and topic of a request; for a stream, those of the streamed request."""
+    """Return channel and topic of a request; if it is streamed, of the request in the stream."""
     request = tuple(
         str(headers.get(key)) for key in (MessageHeaderKey.CHANNEL, MessageHeaderKey.TOPIC)
     )

@@ -66,7 +66,7 @@ def run(
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each event that the operator should see.
-        wait: Seconds to wait for all sites before starting with those that are connected.
+        wait: Seconds to wait for all sites before starting with the connected ones.
         min_sites: Smallest number of sites to start with.
         reconnect_timeout: Seconds to wait for a server that does not respond.
         on_poll: Called at every check; an exception that it raises ends the function.
@@ -126,23 +126,27 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
         FederateError: The server does not respond, or a job does not end in time; then nothing is
             shut down.
     """
+    advice = (
+        f"{'; server and sites were not shut down' if everything else ''}. Repeat the command"
+        f"{'' if now else ', or add --now, which loses the current round'}"
+    )
     with open_session(kit) as session:
         jobs = _unfinished_jobs(session)
         end = time.monotonic() + FederationFile.read(kit).deadline + _END_TIMEOUT
         for job in jobs:
-            _request_stop(session, job, end, now=now)
+            _request_stop(session, job, end, advice, now=now)
             report(f"job {job} stops {'at once' if now else 'after this round'}")
         if not jobs:
             report("no job is running")
         if everything:
             for job in jobs:
-                _await(partial(_has_finished, session, job), f"job {job} still runs", end)
+                _await(partial(_has_finished, session, job), f"job {job} still runs{advice}", end)
             time.sleep(_FETCH_TIME if jobs else 0.0)
-            _await(lambda: _shut_down(session), "the server still ends a job", end)
+            _await(lambda: _shut_down(session), f"the server is still ending a job{advice}", end)
             report("server and sites shut down")
 
 
-def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
+def _request_stop(session: Session, job: str, end: float, advice: str, *, now: bool) -> None:
     """Stop a job as soon as it has started. Raises ``FederateError`` after the time ``end``."""
 
     def request() -> bool:
@@ -152,7 +156,7 @@ def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
             return True
         return bool(_send_command(session, job, {"command": "stop"})) or _has_finished(session, job)
 
-    _await(request, f"job {job} does not reply", end)
+    _await(request, f"job {job} does not reply{advice}", end)
 
 
 def _shut_down(session: Session) -> bool:
@@ -165,14 +169,11 @@ def _shut_down(session: Session) -> bool:
     return True
 
 
-def _await(condition: Callable[[], bool], otherwise: str, end: float) -> None:
-    """Wait for a condition. Raises ``FederateError`` after the time ``end``."""
+def _await(condition: Callable[[], bool], error: str, end: float) -> None:
+    """Wait for a condition. Raises ``FederateError`` with this text after the time ``end``."""
     while not condition():
         if time.monotonic() > end:
-            raise FederateError(
-                f"{otherwise}; server and sites were not shut down. Repeat the command, or add "
-                "--now, which loses the current round"
-            )
+            raise FederateError(error)
         time.sleep(_POLL_INTERVAL)
 
 

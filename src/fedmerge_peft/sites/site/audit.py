@@ -14,10 +14,11 @@ AUDIT_FILE = "audit.jsonl"
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """Description of one message that a site sent."""
+    """Description of one message that a site is about to send."""
 
     kind: str
-    """Kind of the request: enroll, open, train, evaluate or adapter; error for a failure."""
+    """Kind of the request that the message answers: enroll, open, train, evaluate or adapter; error
+    for an error message."""
     client: str | None = None
     round: int | None = None
     update_norm: float | None = None
@@ -25,7 +26,7 @@ class AuditEntry:
     update_norm_unfiltered: float | None = None
     """‖δ‖₂ of the update before clipping and noise."""
     error: str | None = None
-    """Error text, if the message contains only an error."""
+    """Reason of an error message, for the site only: a private site sends a text without it."""
 
 
 def record(kit: Path, entry: AuditEntry, payload: bytes) -> None:

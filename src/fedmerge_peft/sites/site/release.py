@@ -93,7 +93,7 @@ class ReleaseRules:
 
         Raises:
             RefusedError: The plan lacks the privacy that the kit's recipe requires, or requests
-                more than updates from a private site.
+                anything but updates from a private site.
         """
         requested = plan.privacy if isinstance(plan, Train) else None
         if requested is None and self.agreed.privacy.mode != "none":
@@ -103,7 +103,7 @@ class ReleaseRules:
             )
         if self.private and not isinstance(plan, Train | InTurn):
             raise RefusedError(
-                "this site sends updates with noise only, and no choice or weights that derive "
+                "this site sends only updates with noise, and no choices or weights that derive "
                 "from its losses; use a strategy whose clients train the adapters that they are "
                 "sent"
             )

@@ -239,7 +239,7 @@ class Trainer:
         return reply_message(released, client, layout, dtype), entry
 
     def _local_assignment(self, plan: Plan, assignment: RemoteAssignment) -> Assignment:
-        """Return the client's assignment without noise; at a private site, also without scores."""
+        """Return the client's assignment without noise and, at a private site, without scores."""
         return Assignment(
             replace(plan, privacy=None) if isinstance(plan, Train) else plan,
             None if self.release.private else assignment.served,

@@ -195,7 +195,8 @@ def nearest_row(deltas: Tensor, rows: Tensor) -> Tensor:
     scores = torch.zeros(len(deltas), len(rows), dtype=torch.float64)
     squares = torch.zeros(len(rows), dtype=torch.float64)
     for part in column_chunks(rows):
-        centered = read(rows, part) - read(rows, part).mean(dim=0)
+        chunk = read(rows, part)
+        centered = chunk - chunk.mean(dim=0)
         scores -= (deltas[:, part] @ centered.T).double()
         squares += centered.square().sum(dim=1).double()
     return (scores / squares.sqrt().clamp_min(1e-12)).argmax(dim=1)

@@ -18,7 +18,7 @@ from fedmerge_peft.util.row_storage import (
     StochasticRounding,
     column_chunks,
     read,
-    release,
+    write,
 )
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.stateful import Stateful
@@ -91,8 +91,8 @@ class StoredSGD(Stateful):
         stepped = self._storage.empty(*rows.shape)
         for columns in column_chunks(rows):
             new = read(rows, columns) - self._lr * gradient(columns)
-            stepped[:, columns] = rounding.round(new) if stepped.dtype == torch.bfloat16 else new
-            release(stepped)
+            new = rounding.round(new) if stepped.dtype == torch.bfloat16 else new
+            write(stepped, columns, new)
         return stepped
 
     def repeat(self, adapters: int) -> None:

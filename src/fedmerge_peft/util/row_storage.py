@@ -5,8 +5,8 @@ chunks of columns. They are never changed in place; new rows replace them, so th
 the old ones is a copy of the state before.
 
 A file has no name and vanishes with its rows, also if the process is killed. Its pages leave the
-resident memory of the process after each chunk (``release``). The operating system keeps as many of
-them in its cache as fit.
+resident memory of the process as soon as they are copied (``release``). The operating system keeps
+as many of them in its cache as fit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fedmerge_peft.errors import RunError
 
-CHUNK_BYTES = 2**25
-"""Bytes of float32 rows that are computed at a time. A single column may be larger."""
+CHUNK_BYTES = 2**23
+"""Bytes of float32 rows that are computed at a time. Larger chunks leave the processor's cache."""
 _MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 """Mapping of each file, by the address of its first byte."""
 
@@ -99,13 +99,27 @@ def column_chunks(rows: Tensor) -> Iterator[slice]:
     width = max(1, CHUNK_BYTES // (16 * len(rows))) * 4  # draws come in fours
     for start in range(0, rows.shape[1], width):
         yield slice(start, start + width)
-        release(rows)
 
 
 def read(rows: Tensor, columns: slice | Tensor) -> Tensor:
     """Return some columns of rows ``(d, P)``; bfloat16 becomes float32."""
-    chunk = rows[:, columns]
-    return chunk.float() if chunk.dtype == torch.bfloat16 else chunk
+    if not on_disk(rows):
+        return rows[:, columns].float() if rows.dtype == torch.bfloat16 else rows[:, columns]
+    chunk = torch.empty(len(rows), rows[:1, columns].shape[1])
+    for target, row in zip(chunk, rows, strict=True):
+        target.copy_(row[columns])
+        release(rows)  # the system maps more pages of a row than are read
+    return chunk
+
+
+def write(rows: Tensor, columns: slice, values: Tensor) -> None:
+    """Set some columns of rows ``(d, P)`` that were allocated with ``empty``."""
+    if not on_disk(rows):
+        rows[:, columns] = values
+        return
+    for target, row in zip(rows, values, strict=True):
+        target[columns] = row
+        release(rows)
 
 
 def mix(weights: Tensor, rows: Tensor) -> Tensor:

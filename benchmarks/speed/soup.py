@@ -30,8 +30,9 @@ def rows() -> Iterator[Row]:
     found = [_measured(soup) for soup in SOUPS]
     for soup, (memory, *times) in zip(SOUPS, found, strict=True):
         merge, step, save, whole = map(seconds, times)
+        place = {"memory": "in memory", "disk": "on disk"}[soup["storage"]]
         yield Row.of(
-            f"e. peak memory: {soup['dtype']}, {soup['storage']} under float32, memory",
+            f"e. peak memory of float32 in memory over {soup['dtype']} {place}",
             [found[0][0] / memory],
             f"{memory:.0f} MB; merge {merge}, step {step}, save {save} of processor time; "
             f"in all {whole}, with waits",

@@ -207,6 +207,7 @@ def left_behind():
     from dataclasses import asdict
 
     from safetensors.torch import load_file
+    from torch import uint8
 
     from fedmerge_peft.runs import checkpoint
 
@@ -227,7 +228,7 @@ def left_behind():
         if path.suffix != ".safetensors":
             return path.read_bytes()
         numbers = {
-            name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+            name: (tensor.dtype, tensor.shape, tensor.reshape(-1).view(uint8).numpy().tobytes())
             for name, tensor in load_file(path).items()
         }
         if path.parent.name != "checkpoint" or ".soup" in path.name:

@@ -29,6 +29,7 @@ import flower
 import frameworks
 import scale
 import server
+import soup
 import startup
 from pages import sections, stamp
 from timing import Row
@@ -48,6 +49,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "scale": scale.rows,
     "many": scale.server,
     "sizes": scale.sizes,
+    "soup": soup.rows,
     "startup": startup.rows,
     "first_step": startup.first_step,
     "compile": compiled.rows,

@@ -92,6 +92,14 @@ def test_a_servers_round_is_measured_in_megabytes_and_seconds(benchmark):
     assert 0 < taken < 10
 
 
+def test_each_storage_of_a_soup_is_measured(benchmark, tmp_path):
+    soup = benchmark("soup")
+    for section in soup.SOUPS:
+        memory, *times = soup.serve(section, 2, 1000, tmp_path)
+        assert memory > 10
+        assert all(0 < taken < 10 for taken in times)
+
+
 def test_the_plain_program_trains_the_examples_of_an_engine(benchmark):
     setting = benchmark("setting")
     engine = setting.engine(1, 8, model="tiny:bert")

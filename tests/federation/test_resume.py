@@ -60,6 +60,15 @@ VARIANTS = [
     # with groups and heads that the run has decided on
     {"name": "fedmerge", "warm_rounds": 1, "own_head": 0.5},
     {"name": "fedmerge", "warm_rounds": 1, "head": "private"},
+    *[
+        {"name": "fedmerge", "server_momentum": 0.0, "soup": soup, **start}
+        for soup in (
+            {"dtype": "bfloat16"},
+            {"storage": "disk"},
+            {"dtype": "bfloat16", "storage": "disk"},
+        )
+        for start in ({"adapters": 3, "start": "independent"}, {"warm_rounds": 1})
+    ],
     {"name": "fedavg_ft", "head": "private"},
     {"name": "fedex_lora", "head": "private"},
     {"name": "fedavg", "server_optimizer": "adam"},

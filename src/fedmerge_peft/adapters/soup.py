@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from fedmerge_peft.adapters.blocks import BlockWeights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.util.checked import damaged, read_tensors, write_tensors
 from fedmerge_peft.util.html import page, table
+from fedmerge_peft.util.row_storage import IN_MEMORY, RowStorage, mix
 
 _SHARED = "shared."
 _BASE = "base."
@@ -62,7 +63,7 @@ class AdapterSoup:
     """
 
     rows: Tensor
-    """``(d, P)``, float32."""
+    """``(d, P)``, float32; bfloat16 with such a ``storage``."""
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``, and
@@ -77,6 +78,8 @@ class AdapterSoup:
     """Own parts of the clients' adapters; None if their adapters have no own parts."""
     blocks: BlockWeights | None = None
     """Merging weights by block; None if they are the same in all columns."""
+    storage: RowStorage = IN_MEMORY
+    """Storage of the rows on the server. Loaded soups have the default."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
@@ -90,9 +93,9 @@ class AdapterSoup:
         title = f"{len(self.rows)} adapters of {self.layout.size:,} parameters ({megabytes:.2f} MB)"
         if len(self.rows) == 1:
             title = title.replace("adapters", "adapter", 1)
-        mean = self.rows.mean(dim=0)
+        mean = mix(torch.full((len(self.rows),), 1 / len(self.rows)), self.rows)
         rows = [
-            (str(number), f"{row.norm():.3g}", f"{(row - mean).norm():.3g}")
+            (str(number), f"{row.float().norm():.3g}", f"{(row - mean).norm():.3g}")
             for number, row in enumerate(self.rows[:_MAX_SHOWN])
         ]
         more = len(self.rows) - len(rows)
@@ -121,12 +124,16 @@ class AdapterSoup:
                     "parts of these adapters are private to the clients, so that only clients "
                     "have whole adapters"
                 )
-        merged = weights.to(self.rows) @ self.rows
+        merged = mix(weights, self.rows)
         if self.blocks is not None and clients is not None:
             self.blocks.add(merged, self.rows, clients)
         if self.own is not None and clients is not None:
-            merged[..., self.own.columns] += clients.to(self.rows) @ self.own.residuals
+            merged[..., self.own.columns] += clients.to(self.own.residuals) @ self.own.residuals
         return merged
+
+    def with_rows(self, rows: Iterable[Tensor], count: int) -> AdapterSoup:
+        """Return this soup with a copy of ``count`` other rows ``(P,)``, in the same storage."""
+        return replace(self, rows=self.storage.store(rows, count))
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
         """Return the adapter ``(P,)`` in PEFT's saved form, including the shared tensors."""
@@ -151,8 +158,15 @@ class AdapterSoup:
         write_tensors(path, tensors, self.layout.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> AdapterSoup:
-        """Read the output of ``save``.
+    def load(cls, path: Path, *, as_stored: bool = False) -> AdapterSoup:
+        """Read the output of ``save``, with float32 rows.
+
+        Float32 rows are mapped into memory, so that only those that are used are read again after
+        the check of the file.
+
+        Args:
+            path: File.
+            as_stored: Return the rows in the file's number format.
 
         Raises:
             RunError: The file is missing, damaged, or not a soup.
@@ -170,7 +184,7 @@ class AdapterSoup:
             )
             parts = _own_parts(own, layout) if own else None
             _check_parts(tensors, shared, base, layout)
-            rows = tensors["rows"]
+            rows = tensors["rows"] if as_stored else tensors["rows"].float()
             by_block = BlockWeights.from_tensors(blocks, layout, len(rows)) if blocks else None
             return cls(rows, layout, shared, base, parts, by_block)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -199,8 +213,9 @@ def _check_parts(
     layout: AdapterLayout,
 ) -> None:
     """Raise ``ValueError`` unless the tensors of a file have the types and names of a soup."""
-    if tensors["rows"].dtype != torch.float32 or len(tensors["rows"]) == 0:
-        raise ValueError("its rows are not float32, or there are none")
+    formats = (torch.float32, torch.bfloat16)
+    if tensors["rows"].dtype not in formats or len(tensors["rows"]) == 0:
+        raise ValueError("its rows are neither float32 nor bfloat16, or there are none")
     if twice := shared.keys() & {entry.key for entry in layout.entries}:
         raise ValueError(f"{min(twice)} is both shared and part of a row")
     if any(update.ndim != 2 or not update.is_floating_point() for update in base.values()):

@@ -226,7 +226,7 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
             distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
-        federation = Federation(one, engine, decisions, ledger)
+        federation = Federation(one, engine, decisions, ledger, directory)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
         stopping = EarlyStopping(one.stop)
@@ -282,7 +282,7 @@ def _restore(federation: Federation, run: RunWriter, stopping: EarlyStopping) ->
         )
         if not distributed.is_main():
             base = {module: tensor.clone() for module, tensor in base.items()}
-            strategy.soup = replace(strategy.soup, rows=rows.clone(), base=base)
+            strategy.soup = replace(strategy.soup.with_rows(rows, len(rows)), base=base)
             strategy.load_state_dict(state)
     federation.restore_progress(records)
     for record in records:

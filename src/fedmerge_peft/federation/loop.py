@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -54,6 +55,7 @@ class Federation:
         engine: Engine | None = None,
         decisions: Decisions | None = None,
         ledger: PrivacyLedger | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Load data and model, unless an engine is given.
 
@@ -63,6 +65,7 @@ class Federation:
             decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
                 ``decide`` chooses them before the first round.
             ledger: Releases of the run's methods. Default: a ledger of this method, in memory.
+            folder: Folder for temporary files of the server. Default: ``TMPDIR``.
 
         Raises:
             RecipeError: The engine was loaded for a recipe with other settings of the clients.
@@ -71,6 +74,7 @@ class Federation:
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
+        self._folder = folder
         self.strategy = self._new_strategy()
         self.completed = 0
         """Completed rounds."""
@@ -106,6 +110,7 @@ class Federation:
             label_counts=self._label_counts(),
             validation=self.recipe.privacy.mode == "none"
             and any(len(client.validation) for client in self.engine.clients),
+            folder=self._folder,
         )
         strategy = make_strategy(self.recipe.strategy, context)
         if not self.recipe.serving.label_prior:

@@ -19,6 +19,7 @@ from fedmerge_peft.recipe.section import (
     Rank,
     WarmRounds,
 )
+from fedmerge_peft.recipe.soup_storage import SoupServerRecipe
 from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, StrategyRecipe
 
 Ranks = Annotated[list[Rank], Field(min_length=1)]
@@ -27,7 +28,7 @@ Ranks = Annotated[list[Rank], Field(min_length=1)]
 # --------------------------------------------------------------------------------------------------
 # Soups
 # --------------------------------------------------------------------------------------------------
-class FedMergeRecipe(HeadRecipe, ServerRecipe):
+class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
     shared_soup = True

@@ -164,7 +164,7 @@ def read(folder: Path, round: int) -> Checkpoint:
     manifest = Manifest(**document)
     if manifest.soup_sha256 != checked.stored_sum(soup):
         raise checked.damaged(soup, "it belongs to another round or run")
-    return Checkpoint(manifest, soup, AdapterSoup.load(soup), tensors)
+    return Checkpoint(manifest, soup, AdapterSoup.load(soup, as_stored=True), tensors)
 
 
 def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:

@@ -60,7 +60,9 @@ def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
     """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
     for key in ("adapters", "clusters"):
         count = getattr(recipe, key, None)
-        if isinstance(count, int) and (lack := shortage(count * context.layout.size)):
+        floats = getattr(getattr(recipe, "soup", None), "floats_in_memory", 1)
+        numbers = count * context.layout.size if isinstance(count, int) else 0
+        if lack := shortage(int(floats * numbers)):
             raise RecipeError(
                 f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
                 f"lower strategy.{key} or lora.r"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class StrategyContext:
     labels, or if the recipe asks for differential privacy."""
     validation: bool = True
     """True if clients may report losses on validation examples."""
+    folder: Path | None = None
+    """Folder for temporary files of the server. Default: ``TMPDIR``."""
 
 
 @dataclass(frozen=True)

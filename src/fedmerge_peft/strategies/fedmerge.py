@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.blocks import Blocks
 from fedmerge_peft.adapters.merging_weights import MergingWeights
-from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
+from fedmerge_peft.adapters.soup import OwnParts
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
@@ -22,12 +22,12 @@ from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
 from fedmerge_peft.strategies.own_head import OwnHead, make_own_heads
 from fedmerge_peft.strategies.reseeding import Reseeding
-from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.strategies.similarity import Grouping, group_by_direction, nearest_row
-from fedmerge_peft.strategies.starts import initial_rows
+from fedmerge_peft.strategies.stored_soup import make_server, make_soup
 from fedmerge_peft.strategies.validation_trial import GroupTrials
 from fedmerge_peft.training.plan import Plan, Train
+from fedmerge_peft.util.row_storage import read
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if clients are not grouped: the default of the authors' code."""
@@ -88,10 +88,8 @@ class FedMerge(Strategy):
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
         number = 1 if self._warming is not None else min(_ADAPTERS, context.clients)
         adapters = number if recipe.adapters == "auto" else recipe.adapters
-        self.soup = AdapterSoup(
-            initial_rows(recipe, context, adapters), context.layout, context.shared
-        )
-        self.server = ServerOptimizer(recipe, self.soup.rows)
+        self.soup = make_soup(recipe, context, adapters)
+        self.server = make_server(recipe, context, self.soup)
         self._set_weights(adapters)
         self.own_head: OwnHead | None = None
         """Own heads of the clients; None before the grouping, or if the head is shared."""
@@ -132,7 +130,7 @@ class FedMerge(Strategy):
     def resize(self, adapters: int) -> None:
         if self.recipe.adapters != "auto" or len(self.soup) != 1:
             super().resize(adapters)
-        self.soup = replace(self.soup, rows=self.soup.rows.repeat(adapters, 1))
+        self.soup = self.soup.with_rows(self.soup.rows.expand(adapters, -1), adapters)
         self.server.repeat(adapters)
         self._set_weights(adapters)
 
@@ -152,7 +150,7 @@ class FedMerge(Strategy):
 
     def adapter(self, client: int) -> Tensor:
         if self._warming is not None:  # all rows equal FedAvg's adapter, bit for bit
-            return self.soup.rows[0].clone()
+            return read(self.soup.rows[:1], slice(None))[0].clone()
         if self.by_block is not None:
             return self.by_block.merge(self.soup.rows, client)
         merged = self.soup.merge(self._softmax(self.merging.logits[client]))
@@ -222,8 +220,8 @@ class FedMerge(Strategy):
             self._join(clients, deltas)
             self._step_weights(clients, before, deltas, sizes)
         self._balance()
-        gradient = self._soup_gradient(clients, before, deltas, sizes)
-        self.soup.rows = self.server.step(self.soup.rows, gradient)
+        gradient = partial(self._soup_gradient, clients, before, deltas, sizes)
+        self.soup.rows = self.server.step_columns(self.soup.rows, gradient, self.rounds)
         if self.own_head is not None and served is not None:
             self.own_head.update(clients, served, deltas[:, self.head])
         self._mean = None
@@ -253,9 +251,9 @@ class FedMerge(Strategy):
             self.shifts = (1 - self.rounds / self.recipe.balance_rounds) * shifts
 
     def _soup_gradient(
-        self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor
+        self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor, columns: slice
     ) -> Tensor:
-        """Combine the updates ``(k, P)`` of some clients into the gradient of Θ, ``(d, P)``.
+        """Combine the updates of some clients into the gradient of Θ in w columns, ``(d, w)``.
 
         In the warm rounds, all rows have FedAvg's gradient; the chain rule divides it by d.
 
@@ -264,11 +262,13 @@ class FedMerge(Strategy):
             before: π of these clients when they trained, ``(k, d)`` float64.
             deltas: δ, ``(k, P)``.
             sizes: n, ``(k,)``.
+            columns: The columns.
         """
+        deltas = deltas[:, columns]
         chain_rule = self.recipe.rule == "gradient"
         if self._warming is not None:
             common = self.aggregator.combine(deltas, torch.ones(len(sizes), 1), sizes)
-            return (common / len(self.soup) if chain_rule else common).expand_as(self.soup.rows)
+            return (common / len(self.soup) if chain_rule else common).expand(len(self.soup), -1)
         if self.by_block is not None:
             combine = partial(self.aggregator.combine, sizes=sizes)
             return self.by_block.gradient(clients, deltas, combine)
@@ -329,18 +329,18 @@ class FedMerge(Strategy):
 
     def _share(self) -> None:
         """Replace the soup by one adapter for all clients, the mean of their merged adapters."""
-        self.soup = replace(self.soup, rows=self._mean_adapter()[None], own=None)
-        self.server = ServerOptimizer(self.recipe, self.soup.rows)
+        self.soup = replace(self.soup.with_rows(self._mean_adapter()[None], 1), own=None)
+        self.server = make_server(self.recipe, self.context, self.soup)
         self._set_weights(1)
 
     def _separate(self) -> None:
         """Give each client its own adapter, which starts as the adapter that it was sent."""
         everyone = range(self.context.clients)
-        rows = torch.stack([self.adapter(client) for client in everyone])
-        self.soup = AdapterSoup(rows, self.soup.layout, self.soup.shared)
-        self.server = ServerOptimizer(self.recipe, self.soup.rows)
+        soup = self.soup.with_rows(map(self.adapter, everyone), len(everyone))
+        self.soup = replace(soup, own=None, blocks=None)
+        self.server = make_server(self.recipe, self.context, self.soup)
         self.blocks = None
-        self._set_weights(len(rows))
+        self._set_weights(len(soup))
         self.own_head = None
         self.joined[:] = True
         self.merging.logits[:] = self._logits(torch.tensor(everyone))
@@ -374,8 +374,8 @@ class FedMerge(Strategy):
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""
         if self._warming is not None:  # all clients were sent the same head
-            return self.soup.rows[:1, self.head].expand(len(clients), -1)
-        merged = self._weights_of(clients) @ self.soup.rows[:, self.head]
+            return read(self.soup.rows[:1], self.head).expand(len(clients), -1)
+        merged = self._weights_of(clients) @ read(self.soup.rows, self.head)
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]
 
@@ -383,7 +383,7 @@ class FedMerge(Strategy):
         """Store the weights by block and the own parts in the soup, which saves them."""
         self.soup.blocks = None if self.by_block is None else self.by_block.offsets()
         if self.own_head is not None:
-            residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, self.head])
+            residuals = self.own_head.residuals(self.weights @ read(self.soup.rows, self.head))
             self.soup.own = OwnParts(self.head, residuals)
 
     def warnings(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.base import Strategy
 from fedmerge_peft.util.row_buffer import RowBuffer
+from fedmerge_peft.util.row_storage import column_chunks, read
 from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.util.vectors import all_finite, row_norms
 
@@ -30,7 +31,10 @@ class SavedState:
 
     @classmethod
     def of(cls, strategy: Strategy) -> Self:
-        """Copy the state of a strategy; large float32 tensors go to a ``RowBuffer``."""
+        """Copy the state of a strategy; large float32 tensors go to a ``RowBuffer``.
+
+        A soup in bfloat16 or on disk is not copied, because its rows are never changed in place.
+        """
         buffer = RowBuffer()
 
         def copied(value: Tensor) -> Tensor:
@@ -43,7 +47,8 @@ class SavedState:
             name: copied(value) if isinstance(value, Tensor) else value
             for name, value in strategy.state_dict().items()
         }
-        return cls(replace(soup, rows=copied(soup.rows), base=base), state)
+        rows = copied(soup.rows) if soup.storage.plain else soup.rows
+        return cls(replace(soup, rows=rows, base=base), state)
 
     def restore(self, strategy: Strategy) -> None:
         """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
@@ -51,9 +56,10 @@ class SavedState:
         if len(saved) != len(strategy.soup):
             strategy.resize(len(saved))
         expected = strategy.soup
-        if (saved.layout, saved.rows.shape, saved.base.keys()) != (
+        if (saved.layout, saved.rows.shape, saved.rows.dtype, saved.base.keys()) != (
             expected.layout,
             expected.rows.shape,
+            expected.rows.dtype,
             expected.base.keys(),
         ):
             raise ValueError(
@@ -62,7 +68,7 @@ class SavedState:
             )
         # Clone, because kernels may round differently on memory that torch did not align.
         base = {module: tensor.clone() for module, tensor in saved.base.items()}
-        strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
+        strategy.soup = replace(expected.with_rows(saved.rows, len(saved)), base=base)
         strategy.load_state_dict(self.state)
 
     def fault_of_next(self, strategy: Strategy) -> str | None:
@@ -73,7 +79,10 @@ class SavedState:
         the adapters must fit into float32.
         """
         soup = strategy.soup
-        parts = {"the soup": soup.rows, "the weights": strategy.weights, **soup.base}
+        norms = _norms(soup.rows)
+        if not all_finite(norms):
+            return "the soup would not be finite"
+        parts = {"the weights": strategy.weights, **soup.base}
         for name, value in strategy.state_dict().items():
             before = self.state.get(name)
             if isinstance(value, Tensor) and (not isinstance(before, Tensor) or all_finite(before)):
@@ -81,7 +90,15 @@ class SavedState:
         for name, value in parts.items():
             if not all_finite(value):
                 return f"{name} would not be finite"
-        largest = float(row_norms(soup.rows).max())
+        largest = float(norms.max())
         if largest > _MAX_SOUP_NORM:
             return f"an adapter would have the norm {largest:.3g}"
         return None
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Compute ‖Θ_j‖₂, ``(d,)`` float64; not finite if a value of the row is not."""
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for columns in column_chunks(rows):
+        squares += row_norms(read(rows, columns)).square()
+    return squares.sqrt()

@@ -5,7 +5,7 @@ PyTorch's Adam corrects the bias of both moments, unlike FedOpt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from fedmerge_peft.util.stateful import State, Stateful, checked_copy
 _SECOND_MOMENT_DECAY = 0.99
 _ADAPTIVITY = 1e-3
 """FedOpt's τ, which Adam adds to the square root of the second moment."""
+
+Gradient = Callable[[slice], Tensor]
+"""Function from columns to the gradient of Θ in these columns, ``(d, w)``."""
 
 
 class ServerOptimizer(Stateful):
@@ -43,6 +46,10 @@ class ServerOptimizer(Stateful):
         self._rows.grad = gradient.to(rows)
         self.optimizer.step()
         return self._rows.detach().clone()
+
+    def step_columns(self, rows: Tensor, gradient: Gradient, round: int) -> Tensor:
+        """Return ``step`` of the gradient in all columns. The round has no effect."""
+        return self.step(rows, gradient(slice(None)))
 
     def repeat(self, adapters: int) -> None:
         """Replace the single row, and its moments, by this many copies."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.util.row_storage import column_chunks, read
 from fedmerge_peft.util.vectors import all_finite
 
 Rule = Literal["normalized", "gradient", "paper"]
@@ -142,15 +144,22 @@ def weights_gradient(
         soup, deltas, norms = soup[:, columns], deltas[:, columns], None
     if norms is None:
         norms = deltas.norm(dim=1)
-    # G does not change if the same vector is subtracted from every Θ_j. Subtracting their mean
-    # avoids cancellation in the products.
-    centered = soup - soup.mean(dim=0)
-    scores = (deltas @ centered.T.to(deltas)).double()
+    scores = deltas.new_zeros(len(deltas), len(soup), dtype=torch.float64)
+    lengths = []  # ‖Θ_j − Θ̄‖₂ and ‖Θ_j‖₂, (2, d), in each chunk of columns
+    for part in column_chunks(soup):
+        rows = read(soup, part)
+        # G does not change if the same vector is subtracted from every Θ_j. Subtracting their mean
+        # avoids cancellation in the products.
+        centered = rows - rows.mean(dim=0)
+        scores += (deltas[:, part] @ centered.T.to(deltas)).double()
+        lengths.append(torch.stack([centered.norm(dim=1), rows.norm(dim=1)]))
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
     # If adapters are equal, only the rounding errors of the products and of the rows (which were
     # rounded independently) remain. A normalizing rule would amplify these errors.
-    longest = centered.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
-    rounding = 4 * torch.finfo(soup.dtype).eps * norms.double() * longest.double()
+    spread, length = reduce(torch.hypot, lengths).amax(dim=1)
+    eps, coarseness = torch.finfo(rows.dtype).eps, torch.finfo(soup.dtype).eps
+    longest = spread + coarseness / eps * length * soup.shape[1] ** -0.5
+    rounding = 4 * eps * norms.double() * longest.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
 
 

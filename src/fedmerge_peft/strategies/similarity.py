@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from fedmerge_peft.util import row_buffer
+from fedmerge_peft.util.row_storage import column_chunks, in_chunks, read
 
 _MIN_EXCESS = 0.12
 """Smallest excess of the agreement within groups over the agreement of unrelated clients."""
@@ -188,8 +189,17 @@ def nearest_row(deltas: Tensor, rows: Tensor) -> Tensor:
     Returns:
         Indices of rows, ``(k,)`` int64.
     """
-    directions = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
-    return (-deltas @ directions.T).argmax(dim=1)
+    if not in_chunks(rows):
+        directions = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+        return (-deltas @ directions.T).argmax(dim=1)
+    scores = torch.zeros(len(deltas), len(rows), dtype=torch.float64)
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for part in column_chunks(rows):
+        chunk = read(rows, part)
+        centered = chunk - chunk.mean(dim=0)
+        scores -= (deltas[:, part] @ centered.T).double()
+        squares += centered.square().sum(dim=1).double()
+    return (scores / squares.sqrt().clamp_min(1e-12)).argmax(dim=1)
 
 
 def _unrelated(clients: int) -> Tensor:

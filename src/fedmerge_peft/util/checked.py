@@ -20,12 +20,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.util import files, strict_json
+from fedmerge_peft.util.row_storage import byte_chunks
 
 T = TypeVar("T")
 
@@ -192,7 +192,8 @@ def _tensors_sum(tensors: Mapping[str, Tensor], note: str) -> str:
     digest = sha256(note.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for part in byte_chunks(tensor):
+            digest.update(part)
     return digest.hexdigest()
 
 

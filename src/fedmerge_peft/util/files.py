@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -17,9 +19,22 @@ from torch import Tensor
 
 from fedmerge_peft.errors import RunBusyError, RunError
 from fedmerge_peft.util import strict_json
+from fedmerge_peft.util.row_storage import byte_chunks, on_disk
 
 _LOCKED: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
 """Directories that this thread has locked."""
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+"""Names of number formats in safetensors files."""
 
 
 @contextmanager
@@ -162,7 +177,31 @@ def write_tensors(
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode  # from the umask; safetensors would use 0600
-        save_file(stored, temporary, metadata=dict([metadata]))
+        if any(map(on_disk, stored.values())):
+            _write_in_chunks(temporary, stored, metadata)
+        else:
+            save_file(stored, temporary, metadata=dict([metadata]))
         temporary.chmod(mode)
 
     write_atomically(path, write)
+
+
+def _write_in_chunks(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str]) -> None:
+    """Write the bytes of ``save_file``, which would bring whole tensors into memory."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict([metadata])}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            for part in byte_chunks(tensor):
+                file.write(part)

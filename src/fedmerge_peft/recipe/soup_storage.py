@@ -1,0 +1,62 @@
+"""Section of the storage of a strategy's soup on the server."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.strategy_base import ServerRecipe
+
+
+class SoupRecipe(Section):
+    """Storage of the soup on the server, to save memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the soup in memory and in files. bfloat16 takes half of the memory. Each
+    step is computed in float32 and rounded up or down at random, so that small steps are not lost
+    (Zamirai et al. 2020, arXiv 2010.06192). Clients receive and train float32 adapters."""
+    storage: Literal["memory", "disk"] = "memory"
+    """memory, or disk for a soup that is larger than memory: a temporary file in the run directory,
+    of which a part is in memory at a time. Each merged adapter then reads the whole file."""
+
+    @property
+    def plain(self) -> bool:
+        """True if the soup is in float32 and in memory."""
+        return (self.dtype, self.storage) == ("float32", "memory")
+
+    @property
+    def floats_in_memory(self) -> float:
+        """Memory of each number of the soup, in units of 4 bytes."""
+        return {"memory": 1.0, "disk": 0.0}[self.storage] * {"float32": 1.0, "bfloat16": 0.5}[
+            self.dtype
+        ]
+
+
+class SoupServerRecipe(ServerRecipe):
+    """Server optimizer of a soup, and the storage of the soup."""
+
+    soup: SoupRecipe = SoupRecipe()
+    """Storage of the soup on the server. bfloat16 and disk go with plain SGD and with merging
+    weights for whole adapters only: not with server_optimizer adam, server_momentum, blocks,
+    reseed_after, or a private head."""
+
+    @model_validator(mode="after")
+    def _soup_has_chunks(self) -> SoupServerRecipe:
+        others = {
+            f"server_optimizer: {self.server_optimizer}": self.server_optimizer != "sgd",
+            f"server_momentum: {self.server_momentum}": self.momentum > 0,
+            "head: private": self.private_head,
+            **{
+                f"{key}: {value}": value is not None
+                for key in ("blocks", "reseed_after")
+                for value in (getattr(self, key, None),)
+            },
+        }
+        if not self.soup.plain and (given := [key for key, there in others.items() if there]):
+            raise ValueError(
+                f"soup: dtype {self.soup.dtype} with storage {self.soup.storage} does not go with "
+                f"{given[0]}; remove one of them"
+            )
+        return self

@@ -131,9 +131,8 @@ def validate(
     loaded = Recipe.load(recipe, overrides or [])
     print(printable(_summary(loaded)))
     if values := resolved(loaded):
-        preset = getattr(loaded.strategy, "preset", None)
         settings = " ".join(f"{key}={written(value)}" for key, value in values.items())
-        print(printable(f"preset {preset}: {settings}"))
+        print(printable(f"preset {loaded.strategy.chosen_preset}: {settings}"))
     if not data:
         print("checked: keys and values. Not checked: the model, and the data (add --data)")
         return
@@ -224,7 +223,7 @@ def _check_data(recipe: Recipe) -> str:
 
 def _summary(recipe: Recipe) -> str:
     data, strategy = recipe.data, recipe.strategy
-    count = getattr(strategy, "adapters", None)
+    count = strategy.requested_adapters
     adapters = "" if count is None else f" with {count} adapters"
     if count == "auto":
         adapters = " with as many adapters as it finds groups"

@@ -245,7 +245,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
-        if any(getattr(baseline, "preset", None) for baseline in self.baselines):
+        if any(baseline.chosen_preset for baseline in self.baselines):
             raise ValueError(
                 "baselines: a preset also sets rounds and training, which baselines share with "
                 "the strategy; name the preset under strategy"

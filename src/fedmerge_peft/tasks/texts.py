@@ -14,7 +14,6 @@ from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import ragged, read_texts, reject_empty
-from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +29,10 @@ class TextTask(EncoderTask):
     pipeline: ClassVar[str] = "text-classification"
     reads_last_token: ClassVar[bool] = True
     loading_code: ClassVar[str] = loading_code("AutoModelForSequenceClassification")
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.recipe.text_pair is not None
 
     @classmethod
     @abstractmethod
@@ -52,7 +55,7 @@ class TextTask(EncoderTask):
 
     @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:
-        texts = ["a", "another text, which is longer"]
+        texts = super().probe_inputs(recipe)
         return texts if recipe.text_pair is None else [(text, text) for text in texts]
 
     @classmethod
@@ -90,8 +93,7 @@ class TextTask(EncoderTask):
             texts.append(read_texts(table, self.recipe.text_pair, "task.text_pair"))
         tokens, truncated = self.tokenize(texts)
         reject_empty(tokens["input_ids"], texts[0], self.recipe.text)
-        reject_unknown_ids(tokens["input_ids"], self._vocabulary)
-        warn_of_unknown(tokens["input_ids"], self.processor)
+        self.check_ids(tokens["input_ids"])
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in tokens.items()},

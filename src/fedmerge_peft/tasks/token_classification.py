@@ -23,7 +23,6 @@ from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.spans import SpanTags
 from fedmerge_peft.tasks.tagged_words import ListedTags, TagSource, first_tokens
 from fedmerge_peft.tasks.tokenization import pad, ragged
-from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,8 +126,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             own[first[known]] = np.array(own_tags)[known]
             labels.append(own.tolist())
             places.append(first.tolist())
-        reject_unknown_ids(tokens["input_ids"], self._vocabulary)
-        warn_of_unknown(tokens["input_ids"], self.processor)
+        self.check_ids(tokens["input_ids"])
         columns = {name: ragged(values) for name, values in tokens.items()}
         bounds = [torch.from_numpy(row.bounds) for row in rows]
         return Examples(

@@ -177,7 +177,7 @@ def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
     import transformers
 
     backbone = recipe.backbone
-    count = getattr(recipe.task, "num_labels", None) or 2
+    count = recipe.task.label_limit or 2
     task.labels = [str(label) for label in range(count)] if recipe.task.label_column else []
     options = {} if backbone.attention is None else {"attn_implementation": backbone.attention}
     with library_errors(

@@ -31,8 +31,10 @@ def errors_as_messages() -> Iterator[None]:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
         if error.rank == rank():
+            from fedmerge_peft.util.text import printable_lines
+
             text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-            print(_escape(text), file=sys.stderr, flush=True)
+            print(printable_lines(text), file=sys.stderr, flush=True)
         else:
             # The launcher ends all ranks when one exits: leave the other time to print its error.
             time.sleep(5)
@@ -43,10 +45,3 @@ def errors_as_messages() -> Iterator[None]:
         # Otherwise the interpreter would report an error when it flushes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    """Escape control characters in each line; names of files and columns may contain some."""
-    from fedmerge_peft.util.text import printable
-
-    return "\n".join(map(printable, text.split("\n")))

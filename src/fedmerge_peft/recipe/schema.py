@@ -51,9 +51,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.loading import Plugins
 
 
-# --------------------------------------------------------------------------------------------------
-# Backbone
-# --------------------------------------------------------------------------------------------------
+# ---- Backbone ------------------------------------------------------------------------------------
 class BackboneRecipe(Section):
     """The frozen pretrained model, the same for all clients."""
 
@@ -82,9 +80,7 @@ class BackboneRecipe(Section):
     """Run Python code that comes with the model. Enable it only for code that you have read."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Training, evaluation, run
-# --------------------------------------------------------------------------------------------------
+# ---- Training, evaluation, run -------------------------------------------------------------------
 Logits = Literal["plain", "restricted", "adjusted"]
 
 

@@ -115,9 +115,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self._chats = ChatTokens(self.processor)
         self._prompted = ChatTokens(self.processor, "input {}")
 
-    # ----------------------------------------------------------------------------------------------
-    # Rows to tensors
-    # ----------------------------------------------------------------------------------------------
+    # ---- Rows to tensors -------------------------------------------------------------------------
     @classmethod
     def check_table(cls, recipe: CausalLMRecipe, table: Dataset) -> None:
         check_columns(recipe, table)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples
+from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
     pad,
@@ -149,6 +150,17 @@ class EncoderTask(TokenTask):
             torch.zeros_like(row if self.per_token else row[0]) for row in columns["input_ids"]
         ]
         return Examples({**columns, "labels": labels})
+
+    def named(self, target: Tensor) -> str:
+        """Return the label of one example as text, for ``fedmerge data --show``."""
+        return str(target.tolist())
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        columns = self.encode(table).columns
+        return [
+            ShownExample([Segment.of(self.processor, "text", ids)], self.named(label))
+            for ids, label in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack examples.

@@ -12,7 +12,6 @@ from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
-from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import ragged, read_texts, reject_empty
 
 if TYPE_CHECKING:
@@ -41,10 +40,6 @@ class TextTask(EncoderTask):
 
         Raises ``DataError`` if the columns do not match the recipe.
         """
-
-    def named(self, target: Tensor) -> str:
-        """Return the label of one example as text, for ``fedmerge data --show``."""
-        return str(target.tolist())
 
     @classmethod
     def check_table(cls, recipe: Any, table: Dataset) -> None:
@@ -108,14 +103,3 @@ class TextTask(EncoderTask):
                 ],
             },
         )
-
-    def show(self, table: Dataset) -> list[ShownExample]:
-        examples = self.encode(table)
-        rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
-        return [
-            ShownExample(
-                [Segment.of(self.processor, "text", ids)],
-                self.named(label),
-            )
-            for ids, label in rows
-        ]

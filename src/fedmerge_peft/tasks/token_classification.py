@@ -19,7 +19,6 @@ from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.entity_metrics import continues_nothing, is_entity_tag
 from fedmerge_peft.tasks.imbalance import WeightedClasses
 from fedmerge_peft.tasks.predictions import Compared
-from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.spans import SpanTags
 from fedmerge_peft.tasks.tagged_words import ListedTags, TagSource, first_tokens
 from fedmerge_peft.tasks.tokenization import pad, ragged
@@ -138,16 +137,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             },
         )
 
-    def show(self, table: Dataset) -> list[ShownExample]:
-        examples = self.encode(table)
-        rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
-        return [
-            ShownExample(
-                [Segment.of(self.processor, "text", ids)],
-                " ".join(self._names(labels[labels != _IGNORED])),
-            )
-            for ids, labels in rows
-        ]
+    def named(self, target: Tensor) -> str:
+        return " ".join(self._names(target[target != _IGNORED]))
 
     def stack_labels(self, labels: Sequence[Tensor], side: Literal["left", "right"]) -> Tensor:
         return pad(labels, _IGNORED, side)

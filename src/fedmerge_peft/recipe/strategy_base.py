@@ -33,6 +33,8 @@ class StrategyRecipe(Section):
     learned_merging: ClassVar[bool] = False
     """True if clients are served weighted averages of the soup with learned weights. Tables and
     figures then show these weights."""
+    adapters_key: ClassVar[str] = "adapters"
+    """Key of the section with the number of adapters, which must fit into memory."""
     dp_modes: ClassVar[frozenset[str]] = frozenset()
     """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 

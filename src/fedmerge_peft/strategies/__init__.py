@@ -58,11 +58,12 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
 
 def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
     """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
-    count = recipe.requested_adapters
+    key = recipe.adapters_key
+    count = getattr(recipe, key, None)
     if isinstance(count, int) and (lack := shortage(count * context.layout.size)):
         raise RecipeError(
-            f"strategy.adapters: {count} adapters of {context.layout.size:,} numbers {lack}; "
-            "lower strategy.adapters or lora.r"
+            f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
+            f"lower strategy.{key} or lora.r"
         )
 
 

@@ -196,9 +196,7 @@ CALLBACKS = Registry("callback", "callbacks")
 REGISTRIES = (STRATEGIES, TASKS, PARTITIONS, METRICS, AGGREGATIONS, CALLBACKS)
 
 
-# --------------------------------------------------------------------------------------------------
-# Discovery
-# --------------------------------------------------------------------------------------------------
+# ---- Discovery -----------------------------------------------------------------------------------
 @cache
 def import_installed() -> None:
     """Import the plugins of installed packages, once per process.

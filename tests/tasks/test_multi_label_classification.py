@@ -77,7 +77,7 @@ def test_labels_in_lists_that_look_alike_are_warned_about(task_of, caplog):
 
 def test_an_unknown_label_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(labels=[["a"], ["b"]]), name=NAME)
-    with pytest.raises(DataError, match=r"row 1 .*'c', which is not a known label.*a, b"):
+    with pytest.raises(DataError, match=r"row 1 .*'c' is not a known label.*a, b"):
         task.encode(table_of(labels=[["a"], ["c"]]))
 
 

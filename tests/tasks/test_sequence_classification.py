@@ -142,7 +142,7 @@ def test_an_unknown_label_is_refused_with_its_row(task_of):
     with pytest.raises(
         DataError,
         match=(
-            r"row 1 \(from 0, .*\): 'c' in column 'label' is not a known label; "
+            r"row 1 \(from 0, .*\): column 'label': 'c' is not a known label; "
             r"the labels are a, b"
         ),
     ):

@@ -106,7 +106,7 @@ def test_unsuitable_rows_are_refused(task_of, words, tags, options, message):
 
 def test_an_unknown_tag_is_refused_with_its_row_and_parts_of_speech_are_accepted(task_of):
     task = task_of("bert", tagged(3), name=NAME)
-    with pytest.raises(DataError, match=r"row 1 .*'ner_tags' has 'B-ORG', which is not a known"):
+    with pytest.raises(DataError, match=r"row 1 .*'ner_tags': 'B-ORG' is not a known"):
         task.encode(table_of([["a"], ["b"]], [["O"], ["B-ORG"]]))
     table = table_of([["a", "b"]], [["DET", "NOUN"]])
     assert task_of("bert", table, name=NAME, metrics=["tag_accuracy"]).labels == ["DET", "NOUN"]

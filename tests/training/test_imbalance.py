@@ -130,7 +130,7 @@ def test_the_focal_loss_of_certain_examples_has_no_gradient(gamma):
 
 
 def test_weights_of_unknown_labels_are_refused(make_bench):
-    with pytest.raises(RecipeError, match=r"task.class_weights: '3' is not a label.*0, 1, 2"):
+    with pytest.raises(RecipeError, match=r"task.class_weights: '3' is not a known label.*0, 1, 2"):
         make_bench("bert", class_weights={"3": 2.0})
 
 

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from fedmerge_peft.distributed import rank
-from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.cli.exit_codes import errors_as_messages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fedmerge`` and exit.
-
-    Exit codes: 0 success; 1 a failed check or a closed pipe; 2 an error, reported as one message;
-    130 and 143 stopped by SIGINT (Ctrl-C) or SIGTERM. With ``FEDMERGE_TRACEBACK=1`` in the
-    environment, errors keep their traceback.
-    """
+    """Run ``fedmerge`` and exit, with one of the codes in ``exit_codes``."""
     # Idle OpenMP threads sleep instead of spinning. torch reads this variable at its first import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
             # Lines appear immediately, even in pipes and files.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
+    with errors_as_messages():
         from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)
             chat,
             compare,
@@ -45,31 +38,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         from fedmerge_peft.cli.app import app
 
-        try:
-            app(arguments, prog_name="fedmerge")
-        finally:
-            if isinstance(sys.stdout, TextIOWrapper):
-                sys.stdout.flush()
-    except FedMergeError as error:
-        if os.environ.get("FEDMERGE_TRACEBACK") == "1":
-            raise
-        if error.rank == rank():
-            text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-            print(_escape(text), file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all ranks when one exits: leave the other time to print its error.
-            time.sleep(5)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        # Otherwise the interpreter would report an error when it flushes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    """Escape control characters in each line; names of files and columns may contain some."""
-    from fedmerge_peft.util.text import printable
-
-    return "\n".join(map(printable, text.split("\n")))
+        app(arguments, prog_name="fedmerge")

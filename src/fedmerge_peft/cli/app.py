@@ -8,7 +8,7 @@ function of the command imports the rest.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,25 +35,23 @@ def shipped_names(incomplete: str) -> list[str]:
     return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a recipe to a new file.
+def write_file(path: Path, text: str, mode: Literal["w", "x"] = "w") -> None:
+    """Write a text file; in the mode x, only a new one.
 
-    Raises ``RecipeError`` if the file exists or cannot be written.
+    Raises ``FedMergeError`` if the file cannot be written, or exists in the mode x.
     """
-    from fedmerge_peft.errors import RecipeError
-    from fedmerge_peft.util.text import printable
+    from fedmerge_peft.errors import FedMergeError
+    from fedmerge_peft.util.text import printable, reason
 
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open(mode, encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise RecipeError(
+        raise FedMergeError(
             printable(f"{path}: already exists and was not changed; give another name")
         ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            printable(f"{path}: cannot be written: {getattr(error, 'strerror', error)}")
-        ) from None
+        raise FedMergeError(printable(f"{path} cannot be written: {reason(error)}")) from None
 
 
 RecipeSource = Annotated[

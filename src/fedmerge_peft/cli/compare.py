@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import TrustRemoteCode, app
+from fedmerge_peft.cli.app import TrustRemoteCode, app, write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,9 +74,9 @@ def compare(
     comparison = Comparison.of(directories, metric=metric, target=target)
     print_tables(comparison, console)
     if csv is not None:
-        _write(csv, as_csv(comparison))
+        write_file(csv, as_csv(comparison))
     if markdown is not None:
-        _write(markdown, as_markdown(comparison))
+        write_file(markdown, as_markdown(comparison))
     if figure is not None:
         comparison.plot().save(figure)
     for path in (csv, markdown, figure):
@@ -105,14 +105,3 @@ def wide_console() -> Console:
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
     return Console(highlight=False, width=_WIDTH)
-
-
-def _write(path: Path, text: str) -> None:
-    from fedmerge_peft.errors import RunError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app, write_new
+from fedmerge_peft.cli.app import app, write_file
 
 if TYPE_CHECKING:
     from fedmerge_peft.data.guesses import ColumnProfile
@@ -148,7 +148,7 @@ def init(
     recipe = loads(Recipe, content, str(target))
     section = recipe.task
     federated = federate_data(recipe.data, section.label_column, recipe.seed, section.media_column)
-    write_new(target, content)
+    write_file(target, content, "x")
     file = shlex.quote(str(target))
     print(printable(f"Wrote {target}: {len(federated.clients)} clients, {recipe.backbone.model}"))
     print(printable(f"Next: fedmerge data {file}, then fedmerge run {file}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import Overrides, RecipeSource, app, shipped_names, write_new
+from fedmerge_peft.cli.app import Overrides, RecipeSource, app, shipped_names, write_file
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe import Recipe
@@ -104,7 +104,7 @@ def cp(
     target = dest or Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
-    write_new(target, recipes[name].read_text(encoding="utf-8"))
+    write_file(target, recipes[name].read_text(encoding="utf-8"), "x")
     print(printable(f"Wrote {target}. Next: edit it, then fedmerge run {shlex.quote(str(target))}"))
 
 
@@ -131,9 +131,8 @@ def validate(
     loaded = Recipe.load(recipe, overrides or [])
     print(printable(_summary(loaded)))
     if values := resolved(loaded):
-        preset = getattr(loaded.strategy, "preset", None)
         settings = " ".join(f"{key}={written(value)}" for key, value in values.items())
-        print(printable(f"preset {preset}: {settings}"))
+        print(printable(f"preset {loaded.strategy.chosen_preset}: {settings}"))
     if not data:
         print("checked: keys and values. Not checked: the model, and the data (add --data)")
         return
@@ -179,11 +178,9 @@ def schema(
     """
     import json
 
-    from fedmerge_peft.errors import RecipeError
     from fedmerge_peft.plugins import import_installed, import_modules
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.markdown import reference
-    from fedmerge_peft.util.text import printable
 
     import_installed()
     import_modules(plugins or [])
@@ -195,12 +192,7 @@ def schema(
     if out is None:
         print(text, end="")
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")
-        ) from None
+    write_file(out, text)
 
 
 def _check_data(recipe: Recipe) -> str:
@@ -224,7 +216,7 @@ def _check_data(recipe: Recipe) -> str:
 
 def _summary(recipe: Recipe) -> str:
     data, strategy = recipe.data, recipe.strategy
-    count = getattr(strategy, "adapters", None)
+    count = strategy.requested_adapters
     adapters = "" if count is None else f" with {count} adapters"
     if count == "auto":
         adapters = " with as many adapters as it finds groups"

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.exit_codes import errors_as_messages
 from fedmerge_peft.distributed import launched_processes
 from fedmerge_peft.errors import DeviceError, RankError
 
@@ -149,8 +151,6 @@ def _run_forked(arguments: Sequence[str]) -> None:
     """Run ``fedmerge`` in a forked rank, as in a new process."""
     import torch
 
-    from fedmerge_peft.cli import main
-
     os.setsid()  # Ctrl-C in a terminal reaches only the launcher, which forwards it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -158,7 +158,8 @@ def _run_forked(arguments: Sequence[str]) -> None:
         int(os.environ["OMP_NUM_THREADS"])
     )  # libraries read the variable at import
     try:
-        main(arguments)
+        with errors_as_messages():
+            app(arguments, prog_name="fedmerge")
     except Exception:  # the launcher would print it differently
         traceback.print_exc()
         sys.exit(1)

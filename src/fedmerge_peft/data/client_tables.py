@@ -11,7 +11,7 @@ import pyarrow as pa
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.data.tables import common_schema
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
+from fedmerge_peft.recipe.data import DataRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -31,9 +31,8 @@ class ClientTables:
 
 
 def client_column(recipe: DataRecipe) -> str:
-    """Return the column that names clients: the natural scheme's column, else ``client``."""
-    scheme = recipe.partition
-    return scheme.by if isinstance(scheme, NaturalRecipe) else "client"
+    """Return the column that names clients: the partition scheme's column, else ``client``."""
+    return recipe.partition.client_column or "client"
 
 
 def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Dataset]:

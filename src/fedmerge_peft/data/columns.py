@@ -56,6 +56,15 @@ def did_you_mean(wrong: object, names: Iterable[object]) -> str:
     return f" (did you mean {close}?)"
 
 
+def check_column(table: Dataset, name: str, key: str) -> None:
+    """Raise ``DataError`` if a table has no such column, which the recipe's ``key`` names."""
+    if name not in table.column_names:
+        raise DataError(
+            f"{key}: there is no column {name!r}{did_you_mean(name, table.column_names)}; "
+            f"the data have {join_values(table.column_names)}"
+        )
+
+
 def no_client(name: object, names: Iterable[str]) -> str:
     """Return the end of a message about a missing client; it follows the name of the run."""
     known = list(names)
@@ -95,11 +104,7 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
         DataError: The column does not exist, or its entries are lists, records or bytes, or have
             several types.
     """
-    if name not in dataset.column_names:
-        raise DataError(
-            f"{key}: there is no column {name!r}{did_you_mean(name, dataset.column_names)}; "
-            f"the data have {join_values(dataset.column_names)}"
-        )
+    check_column(dataset, name, key)
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     column = plain_column(column, name, lambda row: f"{key}: row {row}")
     if pa.types.is_nested(column.type) or _is_bytes(column.type):

@@ -140,10 +140,9 @@ def _join_clients(
 ) -> tuple[DataRecipe, dict[str, Dataset]]:
     """Join the tables of clients by split, and add a column that names the client of each row."""
     _check_clients(recipe, data)
-    scheme = recipe.partition
     by = client_column(recipe)
     splits = join_clients(_client_tables(recipe, data, label), by)
-    if not isinstance(scheme, NaturalRecipe):
+    if recipe.partition.client_column is None:
         recipe = recipe.model_copy(update={"partition": NaturalRecipe(scheme="natural", by=by)})
     return recipe, splits
 

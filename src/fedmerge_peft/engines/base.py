@@ -54,6 +54,10 @@ class TaskInfo(Protocol):
         """Names of the labels; empty if the task has none."""
 
     @property
+    def format(self) -> str | None:
+        """Format of the texts; None if the task has only one."""
+
+    @property
     def padding(self) -> Padding:
         """Padding of batches, such as the side on which shorter examples are padded."""
 

@@ -37,7 +37,7 @@ def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) ->
     training = chosen.apply_to(recipe.training)
     clients = cohort_size(recipe, len(sizes))
     steps = fmean(count_steps(size, training) for size in sizes) if sizes else 0.0
-    steps *= getattr(recipe.strategy, "passes", 1)
+    steps *= recipe.strategy.passes_per_round
     total = recipe.rounds * clients * steps
     if total <= MANY_STEPS:
         return

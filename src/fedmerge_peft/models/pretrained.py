@@ -116,6 +116,10 @@ class ModelRequirements(Protocol):
         """Names of the outputs of the head. Empty for models without one."""
 
     @property
+    def pad_token_id(self) -> int | None:
+        """Id with which tokens are padded; None for other inputs."""
+
+    @property
     def heads(self) -> Sequence[str]:
         """Names of heads that the checkpoint may lack."""
 
@@ -205,9 +209,8 @@ def load_model(
 def _prepared(model: Any, task: ModelRequirements) -> Any:
     """Set a model's padding token and named outputs, align its weights, and return it."""
     # Decoders with a classification head look for the last token before the padding.
-    pad = getattr(task, "pad_token_id", None)
-    if pad is not None:
-        set_pad_token_id(model.config, pad)
+    if task.pad_token_id is not None:
+        set_pad_token_id(model.config, task.pad_token_id)
     _name_outputs(model.config)
     align_weights(model)
     return model

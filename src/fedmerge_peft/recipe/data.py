@@ -45,6 +45,11 @@ class PartitionRecipe(Section):
     counts_lists: ClassVar[bool] = False
     """True if the column ``by`` may contain lists, of which the scheme uses the first value."""
 
+    @property
+    def client_column(self) -> str | None:
+        """Column whose values name the clients; None if the scheme makes clients by itself."""
+        return None
+
     def summary(self) -> str:
         """Summarize the clients, in a few words."""
         return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
@@ -109,8 +114,11 @@ class NaturalRecipe(PartitionRecipe):
     group: str | None = None
     """Column with the group of each client, used only in reports. Default: `by`."""
 
+    @property
+    def client_column(self) -> str:
+        return self.by
+
     def summary(self) -> str:
-        """Summarize the clients, in a few words."""
         several = self.clients_per_value > 1
         count = f"{self.clients_per_value} clients" if several else "one client"
         return f"{count} for each {self.by}"

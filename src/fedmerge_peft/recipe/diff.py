@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge_peft.recipe.schema import Recipe
-from fedmerge_peft.recipe.strategy_base import ServerRecipe
 
 _ABSENT = object()
 
@@ -15,8 +14,8 @@ _ABSENT = object()
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values by dotted key, in the order of the schema.
 
-    The result has the form ``{"name": ..., "strategy.adapters": 5, ...}``. Defaults of
-    ``server_lr`` and ``server_momentum`` are replaced by the values that take effect.
+    The result has the form ``{"name": ..., "strategy.adapters": 5, ...}``. Defaults
+    that depend on other keys, such as ``server_lr``, are replaced by the values that take effect.
     """
     values = recipe.model_dump()
     for strategy, section in zip(
@@ -24,8 +23,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
         [values["strategy"], *values["baselines"]],
         strict=True,
     ):
-        if isinstance(strategy, ServerRecipe):
-            section |= {"server_lr": strategy.lr, "server_momentum": strategy.momentum}
+        section |= strategy.effective_values()
     return _flat(values, "")
 
 

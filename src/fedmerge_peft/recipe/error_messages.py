@@ -18,9 +18,7 @@ from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Mark, Wher
 from fedmerge_peft.util.text import closest
 
 
-# --------------------------------------------------------------------------------------------------
-# The shape of a recipe
-# --------------------------------------------------------------------------------------------------
+# ---- The shape of a recipe -----------------------------------------------------------------------
 def required(annotation: Any) -> Any:
     """Return an annotation without its constraints and without the None of an optional value."""
     while get_origin(annotation) is Annotated and one_of(annotation) is None:
@@ -103,9 +101,7 @@ def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Base
             yield from _keys(field_annotation(info), (*where, key))
 
 
-# --------------------------------------------------------------------------------------------------
-# Words
-# --------------------------------------------------------------------------------------------------
+# ---- Words ---------------------------------------------------------------------------------------
 _PLAIN: dict[Any, tuple[str, str]] = {  # singular, plural
     str: ("text", "text"),
     int: ("a whole number", "whole numbers"),
@@ -193,9 +189,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{guess}'?" if guess else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# Faults
-# --------------------------------------------------------------------------------------------------
+# ---- Faults --------------------------------------------------------------------------------------
 def refuse_values(root: type[BaseModel], values: Any, error: ValidationError) -> RecipeError:
     """Return the error for values that come from Python, and therefore have no line numbers."""
     return refuse(explain(error, Document(values, {(): Mark(root.__name__)}), root))

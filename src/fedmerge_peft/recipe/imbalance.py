@@ -33,3 +33,8 @@ class ImbalanceSettings(Section):
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Exponent γ of the focal loss, which multiplies the training loss -log p by (1 - p)^γ, so that
     easy examples count less. 2 is usual; 0 gives the plain loss."""
+
+    @property
+    def imbalance(self) -> ImbalanceSettings:
+        """Weights of the labels in the training loss: this section."""
+        return self

@@ -10,7 +10,7 @@ from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Count
-from fedmerge_peft.recipe.tasks import ENCODER, TaskRecipe
+from fedmerge_peft.recipe.tasks import ENCODER, TaskRecipe, TextSettings
 from fedmerge_peft.recipe.usual_columns import LABELS, NUMBER, TEXT, UsualColumns, named
 
 TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags", "class_scores"}))]
@@ -68,20 +68,11 @@ class RegressionRecipe(TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
 
-class TextRegressionRecipe(RegressionRecipe):
+class TextRegressionRecipe(TextSettings, RegressionRecipe):
     """A number for each text or pair of texts."""
 
     other_names: ClassVar[str] = "regression sts stsb"
-    small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "target": NUMBER}
-
-    text: str = "text"
-    """Column with the text."""
-    text_pair: str | None = None
-    """Column with the second text of a pair."""
-    max_length: Count | None = None
-    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
-    the model's limit."""
 
 
 TASKS.add(
@@ -115,20 +106,11 @@ class LabelSetRecipe(ImbalanceSettings, TaskRecipe):
         return True
 
 
-class MultiLabelClassificationRecipe(LabelSetRecipe):
+class MultiLabelClassificationRecipe(TextSettings, LabelSetRecipe):
     """Any number of labels for each text or pair of texts."""
 
     other_names: ClassVar[str] = "multilabel multi-label multilabel-classification"
-    small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "labels": LABELS}
-
-    text: str = "text"
-    """Column with the text."""
-    text_pair: str | None = None
-    """Column with the second text of a pair."""
-    max_length: Count | None = None
-    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
-    the model's limit."""
 
 
 TASKS.add(

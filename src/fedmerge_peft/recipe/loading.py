@@ -69,9 +69,7 @@ class Shipped(NamedTuple):
     """Summary, which is the first comment line of the file."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 def shipped() -> list[Shipped]:
     """Return the recipes that come with the package, sorted by name."""
     package = Path(__file__).parents[1]
@@ -141,9 +139,7 @@ def _read(path: Path) -> str:
         ) from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Recipes
-# --------------------------------------------------------------------------------------------------
+# ---- Recipes -------------------------------------------------------------------------------------
 def load(
     model: type[R],
     source: str | os.PathLike[str],
@@ -284,9 +280,7 @@ def _import_plugins(document: Document, plugins: Plugins) -> None:
         raise refuse([*document.faults, *faults])
 
 
-# --------------------------------------------------------------------------------------------------
-# Overrides
-# --------------------------------------------------------------------------------------------------
+# ---- Overrides -----------------------------------------------------------------------------------
 def _apply(model: type[Section], text: str, document: Document) -> None:
     """Apply one override ``key.sub=value``; errors are added to the document's faults."""
     key, equals, value_text = text.partition("=")

@@ -7,14 +7,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from fedmerge_peft.plugins import TASKS
-from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.label_tasks import LabelSetRecipe, RegressionRecipe
-from fedmerge_peft.recipe.section import Labels
-from fedmerge_peft.recipe.tasks import ClassificationMetric, ImageSettings, TaskRecipe
+from fedmerge_peft.recipe.tasks import ClassificationRecipe, ImageSettings
 from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, LABELS, NUMBER, UsualColumns, named
 
 
-class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
+class AudioClassificationRecipe(ClassificationRecipe):
     """Classification of sounds: words, speakers, noises."""
 
     small_model: ClassVar[str | None] = "facebook/wav2vec2-base"
@@ -26,15 +24,13 @@ class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
     audio: str = "audio"
     """Column with the sound: the path or the bytes of a WAV file, a datasets Audio of WAV files, or
     an array of samples at the model's sampling rate."""
-    label: str = "label"
-    """Column with the label: an integer from 0, a boolean, or a name."""
-    num_labels: Labels | None = None
-    """Number of labels. Default: inferred from the data."""
     max_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 20.0
     """Maximum length in seconds. Longer sounds are cut at their end, and a warning states their
     number."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def media_column(self) -> str:
+        return self.audio
 
 
 TASKS.add(

@@ -28,6 +28,7 @@ class FeMAMRecipe(StrategyRecipe):
     clusters, and its own model (Chen et al. 2026, arXiv 2405.16472).
     """
 
+    adapters_key = "clusters"
     levels: Annotated[int, Field(ge=2, le=100)] = 3
     """Number of levels. The levels divide the rank among them, so lora.r must be at least as
     large."""

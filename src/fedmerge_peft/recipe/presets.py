@@ -67,7 +67,7 @@ def with_preset(recipe: Any) -> Any:
 
 def resolved(recipe: Any) -> dict[str, Any]:
     """Return the recipe's values for all keys of its preset, by dotted key; {} without preset."""
-    preset = PRESETS.get(getattr(recipe.strategy, "preset", None) or "", {})
+    preset = PRESETS.get(recipe.strategy.chosen_preset or "", {})
     return {
         f"{section}.{key}".lstrip("."): getattr(
             getattr(recipe, section) if section else recipe, key

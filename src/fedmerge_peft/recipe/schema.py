@@ -51,9 +51,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.loading import Plugins
 
 
-# --------------------------------------------------------------------------------------------------
-# Backbone
-# --------------------------------------------------------------------------------------------------
+# ---- Backbone ------------------------------------------------------------------------------------
 class BackboneRecipe(Section):
     """The frozen pretrained model, the same for all clients."""
 
@@ -83,9 +81,7 @@ class BackboneRecipe(Section):
     """Run Python code that comes with the model. Enable it only for code that you have read."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Training, evaluation, run
-# --------------------------------------------------------------------------------------------------
+# ---- Training, evaluation, run -------------------------------------------------------------------
 Logits = Literal["plain", "restricted", "adjusted"]
 
 
@@ -246,7 +242,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
-        if any(getattr(baseline, "preset", None) for baseline in self.baselines):
+        if any(baseline.chosen_preset for baseline in self.baselines):
             raise ValueError(
                 "baselines: a preset also sets rounds and training, which baselines share with "
                 "the strategy; name the preset under strategy"

@@ -42,6 +42,10 @@ class SoupServerRecipe(ServerRecipe):
     weights for whole adapters only: not with server_optimizer adam, server_momentum, blocks,
     reseed_after, or a private head."""
 
+    @property
+    def floats_in_memory(self) -> float:
+        return self.soup.floats_in_memory
+
     @model_validator(mode="after")
     def _soup_has_chunks(self) -> SoupServerRecipe:
         others = {

@@ -25,9 +25,7 @@ from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, Strateg
 Ranks = Annotated[list[Rank], Field(min_length=1)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Soups
-# --------------------------------------------------------------------------------------------------
+# ---- Soups ---------------------------------------------------------------------------------------
 class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
@@ -95,6 +93,14 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     def rounds_with_one_adapter(self) -> int:
         return self.warm_rounds if self.start == "warm" else 0
 
+    @property
+    def merged_blocks(self) -> str | None:
+        return self.blocks
+
+    @property
+    def chosen_preset(self) -> str | None:
+        return self.preset
+
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMergeRecipe:
         if self.groups is not None and self.adapters != "auto" and self.groups > self.adapters:
@@ -153,9 +159,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         return None
 
 
-# --------------------------------------------------------------------------------------------------
-# One model for all, or one for each
-# --------------------------------------------------------------------------------------------------
+# ---- One model for all, or one for each ----------------------------------------------------------
 class FedAvgRecipe(HeadRecipe, ServerRecipe):
     """One global adapter for all clients (McMahan 2017; with LoRA, FedIT)."""
 
@@ -173,6 +177,10 @@ class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     last round, before the aggregation."""
     passes: Passes = 1
     """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
+
+    @property
+    def passes_per_round(self) -> int:
+        return self.passes
 
     @model_validator(mode="after")
     def _passes_have_rounds(self) -> FedAvgFinetunedRecipe:
@@ -211,7 +219,9 @@ class FedPerRecipe(ServerRecipe):
     1912.00818).
     """
 
-    head: ClassVar[str] = "private"
+    @property
+    def private_head(self) -> bool:
+        return True
 
 
 class FedRepRecipe(ServerRecipe):
@@ -240,9 +250,7 @@ class FedALTRecipe(ServerRecipe):
     """
 
 
-# --------------------------------------------------------------------------------------------------
-# Clusters and mixtures
-# --------------------------------------------------------------------------------------------------
+# ---- Clusters and mixtures -----------------------------------------------------------------------
 class IFCARecipe(HeadRecipe, StrategyRecipe):
     """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020,
     arXiv 2006.04088).
@@ -308,9 +316,7 @@ class FedEMRecipe(StrategyRecipe):
     """Number of components. Each client receives, trains and returns all of them."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Other ways to aggregate LoRA
-# --------------------------------------------------------------------------------------------------
+# ---- Other ways to aggregate LoRA ----------------------------------------------------------------
 class FFALoraRecipe(HeadRecipe, ServerRecipe):
     """A is random and frozen; only B and the head are trained and sent (Sun et al. 2024, arXiv
     2403.12313).

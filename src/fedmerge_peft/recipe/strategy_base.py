@@ -33,6 +33,8 @@ class StrategyRecipe(Section):
     learned_merging: ClassVar[bool] = False
     """True if clients are served weighted averages of the soup with learned weights. Tables and
     figures then show these weights."""
+    adapters_key: ClassVar[str] = "adapters"
+    """Key of the section with the number of adapters, which must fit into memory."""
     dp_modes: ClassVar[frozenset[str]] = frozenset()
     """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 
@@ -42,9 +44,38 @@ class StrategyRecipe(Section):
         return 0
 
     @property
+    def passes_per_round(self) -> int:
+        """Largest number of passes of local training in a round."""
+        return 1
+
+    @property
+    def requested_adapters(self) -> int | Literal["auto"] | None:
+        """Number of adapters: the key ``adapters`` of the section; None if it has no such key."""
+        return getattr(self, "adapters", None)
+
+    @property
+    def floats_in_memory(self) -> float:
+        """Memory of each number of the server's adapters, in units of 4 bytes."""
+        return 1.0
+
+    @property
+    def merged_blocks(self) -> str | None:
+        """Blocks of parameters with merging weights of their own; None for whole adapters."""
+        return None
+
+    @property
+    def chosen_preset(self) -> str | None:
+        """Name of the preset that fills keys of the whole recipe; None without one."""
+        return None
+
+    @property
     def private_head(self) -> bool:
         """True if the method shares the whole adapter except its head."""
-        return bool(getattr(self, "head", "shared") == "private")
+        return False
+
+    def effective_values(self) -> dict[str, float]:
+        """Return the values in effect of keys whose default depends on other keys."""
+        return {}
 
     def privacy_refusal(self, mode: str) -> str | None:
         """Return the reason why these settings rule out a mode of ``dp_modes``, or None."""
@@ -82,6 +113,9 @@ class ServerRecipe(StrategyRecipe):
             else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
         )
 
+    def effective_values(self) -> dict[str, float]:
+        return {"server_lr": self.lr, "server_momentum": self.momentum}
+
 
 class HeadRecipe(Section):
     """Choice between a shared head and private heads."""
@@ -90,3 +124,8 @@ class HeadRecipe(Section):
     """shared: the head is averaged like the rest of the adapter. private: each client trains a
     separate head, which stays at the client, as in FedPer (Arivazhagan et al. 2019, arXiv
     1912.00818); only the rest of the adapter is shared."""
+
+    @property
+    def private_head(self) -> bool:
+        """True if the method shares the whole adapter except its head."""
+        return self.head == "private"

@@ -77,7 +77,17 @@ class TaskRecipe(Section):
     @property
     def label_column(self) -> str | None:
         """Column with one label per example; None if examples have no label or several labels."""
-        return getattr(self, "label", None)
+        return None
+
+    @property
+    def label_limit(self) -> int | None:
+        """Largest number of labels that the recipe allows; None if it sets no limit."""
+        return None
+
+    @property
+    def imbalance(self) -> ImbalanceSettings:
+        """Weights of the labels in the training loss."""
+        return ImbalanceSettings()
 
     @property
     def counts_labels(self) -> bool:
@@ -97,7 +107,7 @@ class TaskRecipe(Section):
     @property
     def media_column(self) -> str | None:
         """Column with images or audio, or with paths of such files; None for other tasks."""
-        return getattr(self, "image", None) or getattr(self, "audio", None)
+        return None
 
     def with_format(self, format: str | None) -> Self:
         """Return a copy with this text format, or the section itself if the task has no formats."""
@@ -111,29 +121,51 @@ class TaskRecipe(Section):
         """Return the section for predictions from single inputs, after a run with ``format``."""
         return self
 
+    def to_complete(self) -> CompletionRecipe | None:
+        """Return the section by which exported models complete prompts; None if they do not."""
+        return None
 
-class SequenceClassificationRecipe(ImbalanceSettings, TaskRecipe):
-    """Classification of texts or pairs of texts."""
 
-    other_names: ClassVar[str] = (
-        "text-classification sentiment-analysis seq_cls classification sentence-classification"
-    )
+class ClassificationRecipe(ImbalanceSettings, TaskRecipe):
+    """Base of tasks that predict one of several labels for each example."""
+
+    label: str = "label"
+    """Column with the label: an integer from 0, a boolean, or a name."""
+    num_labels: Labels | None = None
+    """Number of labels. Default: inferred from the data."""
+    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def label_column(self) -> str:
+        return self.label
+
+    @property
+    def label_limit(self) -> int | None:
+        return self.num_labels
+
+
+class TextSettings(Section):
+    """Settings of tasks on a text or a pair of texts."""
+
     small_model: ClassVar[str | None] = ENCODER
-    usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "label": LABEL}
 
     text: str = "text"
     """Column with the text."""
     text_pair: str | None = None
     """Column with the second text of a pair."""
-    label: str = "label"
-    """Column with the label: an integer from 0, a boolean, or a name."""
-    num_labels: Labels | None = None
-    """Number of labels. Default: inferred from the data."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
     the model's limit."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics. Tables and log lines show the first."""
+
+
+class SequenceClassificationRecipe(TextSettings, ClassificationRecipe):
+    """Classification of texts or pairs of texts."""
+
+    other_names: ClassVar[str] = (
+        "text-classification sentiment-analysis seq_cls classification sentence-classification"
+    )
+    usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "label": LABEL}
 
 
 class CompletionRecipe(GenerationSettings, TaskRecipe):
@@ -154,6 +186,9 @@ class CompletionRecipe(GenerationSettings, TaskRecipe):
     text: they are read as characters. tokens: they are read as tokens, for texts that were already
     rendered with a chat template. Default: rows with special tokens are refused. In messages,
     special tokens are always read as characters."""
+
+    def to_complete(self) -> CompletionRecipe:
+        return self
 
 
 class CausalLMRecipe(CompletionRecipe):
@@ -220,8 +255,12 @@ class ImageSettings(Section):
     for fractions. Default: 65535 for 16-bit images with values above 4095; other images with more
     than 8 bits are refused."""
 
+    @property
+    def media_column(self) -> str:
+        return self.image
 
-class ImageClassificationRecipe(ImageSettings, ImbalanceSettings, TaskRecipe):
+
+class ImageClassificationRecipe(ImageSettings, ClassificationRecipe):
     """Classification of images."""
 
     other_names: ClassVar[str] = "vision img_cls image_cls"
@@ -229,13 +268,6 @@ class ImageClassificationRecipe(ImageSettings, ImbalanceSettings, TaskRecipe):
         "image": IMAGE,
         "label": replace(LABEL, optional=True),
     }
-
-    label: str = "label"
-    """Column with the label: an integer from 0, a boolean, or a name."""
-    num_labels: Labels | None = None
-    """Number of labels. Default: inferred from the data."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics. Tables and log lines show the first."""
 
 
 TASKS.add(

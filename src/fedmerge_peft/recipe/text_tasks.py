@@ -161,11 +161,6 @@ class MultipleChoiceRecipe(TaskRecipe):
     metrics: Annotated[list[ChoiceMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
 
-    @property
-    def label_column(self) -> None:
-        """None, because the number of a choice has a different meaning in each row."""
-        return None
-
     def to_predict(self, format: str | None) -> Self:
         """Return a copy for inputs to predict, whose columns are named like the recipe's keys."""
         own = {key: key for key in ("context", "choices", "label")}

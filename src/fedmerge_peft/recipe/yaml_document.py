@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.util.text import is_encodable, printable
+from fedmerge_peft.util.text import is_encodable, printable, printable_lines
 
 Where = tuple[str | int, ...]
 """Keys from the top of the document to a value: ``("baselines", 0, "adapters")``."""
@@ -137,9 +137,7 @@ for _tag, (_, _first) in _CORE.items():
         _kind.add_implicit_resolver(_TAG + _tag, _SHAPES[_tag], [c.strip("\0") for c in _first])
 
 
-# --------------------------------------------------------------------------------------------------
-# Text to values
-# --------------------------------------------------------------------------------------------------
+# ---- Text to values ------------------------------------------------------------------------------
 def parse(text: str, mark: Mark) -> Document:
     """Parse one YAML document; ``mark`` is the origin of its first line.
 
@@ -250,9 +248,7 @@ def _mapping(
     return values
 
 
-# --------------------------------------------------------------------------------------------------
-# Values to text
-# --------------------------------------------------------------------------------------------------
+# ---- Values to text ------------------------------------------------------------------------------
 _YAML_1_1 = yaml.resolver.Resolver()
 
 
@@ -287,15 +283,4 @@ def write(value: dict[str, Any]) -> str:
         default_flow_style=False,
         width=10**9,
     )
-    return "".join(c if c == "\n" or c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(c: str) -> str:
-    """Return YAML's escape of a character. Only text in double quotes contains such characters."""
-    return (
-        f"\\x{ord(c):02x}"
-        if ord(c) < 0x100
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 0x10000
-        else f"\\U{ord(c):08x}"
-    )
+    return printable_lines(text)

@@ -130,7 +130,7 @@ def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
-    adapters = getattr(run.recipe.strategy, "adapters", None)
+    adapters = run.recipe.strategy.requested_adapters
     clients = Counter(group for group in run.clients["group"] if isinstance(group, str) and group)
     groups = sum(count > 1 for count in clients.values())  # a client on its own is not a group
     if run.recipe.strategy.shared_soup and isinstance(adapters, int) and adapters < groups:

@@ -56,7 +56,7 @@ def answer(method: Method) -> str:
         f"{used} of {adapters} adapters are in use. {most} of {len(weights)} clients have more "
         "than half of their weight on one adapter."
     ]
-    if blocks := getattr(run.recipe.strategy, "blocks", None):
+    if blocks := run.recipe.strategy.merged_blocks:
         sentences.append(
             f"Weights differ between blocks of the adapter ({blocks}); these are their means over "
             "the parameters."

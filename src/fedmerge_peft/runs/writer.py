@@ -289,7 +289,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
         "clients.json": {"clients": clients},
         "task.json": {
             "labels": list(engine.task.labels),
-            "format": getattr(engine.task, "format", None),
+            "format": engine.task.format,
             "padding": engine.task.padding,
         },
         "adapter_config.json": {

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.tasks import CompletionRecipe
 from fedmerge_peft.tasks.chat_template import set_chat_template
 from fedmerge_peft.tasks.generation import generation_options
 from fedmerge_peft.tasks.in_memory import is_passed
 from fedmerge_peft.tasks.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
+    from fedmerge_peft.recipe.tasks import CompletionRecipe
     from fedmerge_peft.runs.directory import RunDirectory
 
 
@@ -29,9 +29,9 @@ def carries_tokenizer(run: RunDirectory) -> bool:
 
     If a Python program passed the model, the export has neither the model nor its tokenizer.
     """
-    task = run.recipe.task
+    task = run.recipe.task.to_complete()
     return (
-        isinstance(task, CompletionRecipe)
+        task is not None
         and run.task.get("format") == "messages"
         and (task.chat_template is not None or task.system_prompt is not None)
         and not is_passed(run.recipe.backbone.model)
@@ -40,8 +40,8 @@ def carries_tokenizer(run: RunDirectory) -> bool:
 
 def usage_code(run: RunDirectory) -> str:
     """Return Python code that generates text, for model cards; empty for other tasks."""
-    task = run.recipe.task
-    if not isinstance(task, CompletionRecipe):
+    task = run.recipe.task.to_complete()
+    if task is None:
         return ""
     given: dict[str, float] = {"max_new_tokens": task.max_new_tokens, "do_sample": task.do_sample}
     if task.do_sample:
@@ -77,8 +77,8 @@ def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
     Raises:
         BackboneError: The tokenizer cannot be loaded.
     """
-    task = run.recipe.task
-    if not isinstance(task, CompletionRecipe):
+    task = run.recipe.task.to_complete()
+    if task is None:
         return lambda folder: None
     from transformers import GenerationConfig
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.recipe.tasks import CompletionRecipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import carries_tokenizer
 from fedmerge_peft.tasks.in_memory import is_passed
@@ -61,13 +60,13 @@ def serve_script(
     Raises:
         RunError: vLLM does not support the adapters, or the base model has no name that vLLM loads.
     """
-    base, task = base_model_id or run.recipe.backbone.model, run.recipe.task
+    base, task = base_model_id or run.recipe.backbone.model, run.recipe.task.to_complete()
     unsupported = _reasons(run)
-    if not isinstance(task, CompletionRecipe):
-        unsupported.append(f"the task {task.name} does not generate text")
+    if task is None:
+        unsupported.append(f"the task {run.recipe.task.name} does not generate text")
     if is_passed(base) or base.startswith("tiny:"):
         unsupported.append(f"it cannot load the base model {base}; name it with --base-model-id")
-    if unsupported or not isinstance(task, CompletionRecipe):
+    if unsupported or task is None:
         raise RunError(f"vLLM cannot serve {run.path}: {'; '.join(unsupported)}")
     model = str(Path(base).expanduser().absolute()) if Path(base).exists() else base
     sampling = {

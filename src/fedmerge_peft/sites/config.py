@@ -30,7 +30,7 @@ from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.recipe.loading import Consent, load
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
-from fedmerge_peft.util.text import printable
+from fedmerge_peft.util.text import printable, reason
 
 FEDERATION_FILE = "federation.json"
 SITE_FILE = "site.yaml"
@@ -99,8 +99,8 @@ class FederationFile(Section):
             return cls.model_validate_json((kit / FEDERATION_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FederateError(
-                f"{kit}: not a federation kit ({FEDERATION_FILE}: {_first_line(error)}); "
-                "create one with: fedmerge federate prepare"
+                f"{kit}: not a federation kit ({FEDERATION_FILE}: "
+                f"{reason(error).splitlines()[0]}); create one with: fedmerge federate prepare"
             ) from error
 
     def write(self, kit: Path) -> None:
@@ -252,7 +252,7 @@ class SiteSettings(Section):
                 )
                 errors.append(f"{document.mark(location)}: {dotted(location)}: {text}")
         if errors:
-            raise FederateError(printable_lines(errors))
+            raise FederateError("\n".join(map(printable, errors)))
         return settings
 
     def with_data(self, path: Path | None) -> SiteSettings:
@@ -373,15 +373,6 @@ def _module(key: str) -> str:
     return steps[adapter - 1]
 
 
-def printable_lines(lines: list[str]) -> str:
-    """Join lines of untrusted text, with control characters escaped."""
-    return "\n".join(printable(line) for line in lines)
-
-
-def _first_line(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON document; return None if there is no such file. Raises ``FederateError``."""
     try:
@@ -389,4 +380,4 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise FederateError(f"{path}: not readable ({_first_line(error)})") from error
+        raise FederateError(f"{path}: not readable ({reason(error).splitlines()[0]})") from error

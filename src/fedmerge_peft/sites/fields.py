@@ -226,10 +226,6 @@ class StoreAdapter(Fields):
     weights: Annotated[Document, Field(alias="weights.json")]
 
 
-class AdapterStored(Fields):
-    """Message ``adapter_stored``, from a site that has stored an adapter. It has no fields."""
-
-
 F = TypeVar("F", bound=Fields)
 
 

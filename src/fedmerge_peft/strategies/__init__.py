@@ -58,15 +58,15 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
 
 def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
     """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
-    for key in ("adapters", "clusters"):
-        count = getattr(recipe, key, None)
-        floats = getattr(getattr(recipe, "soup", None), "floats_in_memory", 1)
-        numbers = count * context.layout.size if isinstance(count, int) else 0
-        if lack := shortage(int(floats * numbers)):
-            raise RecipeError(
-                f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
-                f"lower strategy.{key} or lora.r"
-            )
+    key = recipe.adapters_key
+    count = getattr(recipe, key, None)
+    floats = recipe.floats_in_memory
+    numbers = count * context.layout.size if isinstance(count, int) else 0
+    if lack := shortage(int(floats * numbers)):
+        raise RecipeError(
+            f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
+            f"lower strategy.{key} or lora.r"
+        )
 
 
 def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> None:

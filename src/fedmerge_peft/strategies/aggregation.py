@@ -171,9 +171,7 @@ def _krum(deltas: Tensor, weights: Tensor, malicious: float, *, multiple: bool) 
     return torch.stack(rows).to(deltas) @ deltas
 
 
-# --------------------------------------------------------------------------------------------------
-# Arithmetic of the rules
-# --------------------------------------------------------------------------------------------------
+# ---- Arithmetic of the rules ---------------------------------------------------------------------
 def clipped(deltas: Tensor, bound: float, norms: Tensor | None = None) -> Tensor:
     """Return δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``. Rows within the bound are not changed.
 

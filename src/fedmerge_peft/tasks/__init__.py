@@ -5,7 +5,8 @@ each); ``base`` has the interface. What several tasks need is in modules of its 
 
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
   ``choices``, ``choice_labels``, ``imbalance``, ``in_memory``
-- texts: ``texts``, ``text_tokens``, ``text_formats``, ``encoder``, ``tokenization``, ``vocabulary``
+- texts: ``token_task``, ``encoder``, ``texts``, ``text_tokens``, ``text_formats``,
+  ``tokenization``, ``vocabulary``
 - words and spans: ``words``, ``tagged_words``, ``spans``, ``answer_windows``
 - chats: ``chat_messages``, ``chat_template``, ``chat_tokens``, ``chat_turns``
 - generated text: ``text_generation``, ``generation``

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.library_errors import library_errors
 
@@ -203,12 +203,7 @@ def read_answers(
     column = recipe.answers
     if not column:
         return [[] for _ in contexts]
-    if column not in table.column_names:
-        raise DataError(
-            f"task.answers: there is no column {column!r}"
-            f"{did_you_mean(column, table.column_names)}; the data have "
-            f"{join_values(table.column_names)}"
-        )
+    check_column(table, column, "task.answers")
     answers = []
     for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
         own = _parsed(

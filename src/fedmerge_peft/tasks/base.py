@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.labels import infer_labels, relabel
+from fedmerge_peft.tasks.labels import blank_table, infer_labels, relabel
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
 
@@ -57,9 +57,8 @@ class Examples:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Number of elements in the first column of each example, ``(n,)``: tokens or pixels."""
-        return np.array(
-            [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
-        )
+        first = next(iter(self.columns.values()))
+        return np.array([tensor.numel() for tensor in first], dtype=np.int64)
 
 
 class Task(ABC):
@@ -100,6 +99,10 @@ class Task(ABC):
     """Function that computes further metrics; None if there are no further metrics."""
     processor: Any
     """Tokenizer or image processor of the backbone."""
+    pad_token_id: int | None = None
+    """Id with which tokens are padded; None for a task that does not read tokens."""
+    format: str | None = None
+    """Format of the texts; None for a task with only one format."""
     generates: bool = False
     """True if a metric needs generated text."""
     padding: Padding = "right"
@@ -325,15 +328,18 @@ class Task(ABC):
 
         A server without data builds its task from it.
         """
-        from datasets import ClassLabel, Dataset, Features, Value
+        from datasets import Value
 
-        label = recipe.label_column
-        features = Features({name: Value("string") for name in columns if name != label})
-        values: dict[str, list[Any]] = {name: [""] * max(1, len(labels)) for name in features}
-        if label is not None:
-            features[label] = ClassLabel(names=list(labels))
-            values[label] = list(range(len(labels)))
-        return Dataset.from_dict(values, features=features)
+        texts = {name: Value("string") for name in columns}
+        return blank_table(texts, [[""] * len(columns)], cls.blanks(recipe, labels))
+
+    @classmethod
+    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Return the feature type and a valid value of each column that is not text."""
+        from datasets import ClassLabel
+
+        column = recipe.label_column
+        return {} if column is None else {column: (ClassLabel(names=list(labels)), 0)}
 
     @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:
@@ -376,11 +382,7 @@ class Task(ABC):
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     def stream(
-        self,
-        model: Any,
-        examples: Examples,
-        on_text: Callable[[str], None],
-        device: torch.device,
+        self, model: Any, examples: Examples, on_text: Callable[[str], None], device: torch.device
     ) -> str:
         """Complete the only prompt of ``examples``, and return the completion.
 
@@ -392,9 +394,5 @@ class Task(ABC):
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> tuple[list[str], list[str]]:
-        """Return generated and reference texts of examples. Tasks with ``generates`` override it.
-
-        Raises:
-            TypeError: The task does not generate text.
-        """
+        """Return generated and reference texts of examples. Only for tasks with ``generates``."""
         raise TypeError(f"{type(self).__name__} does not generate text")

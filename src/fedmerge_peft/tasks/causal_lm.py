@@ -35,18 +35,15 @@ from fedmerge_peft.tasks.text_generation import (
     token_losses,
 )
 from fedmerge_peft.tasks.text_tokens import TextTokens
+from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
-    get_pad_token_id,
-    load_tokenizer,
     pad,
     pad_tokens,
-    pipeline_tokenizer,
     ragged,
     read_texts,
     resolve_max_length,
     token_limit,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +52,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 
-class CausalLMTask(TextGeneration):
+class CausalLMTask(TextGeneration, TokenTask):
     """Next-token prediction on texts, chats, or prompts with completions.
 
     Args:
@@ -73,6 +70,7 @@ class CausalLMTask(TextGeneration):
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     pipeline: ClassVar[str] = "text-generation"
+    splits_special: ClassVar[bool] = False  # ``task.special_tokens`` decides
     loading_code: ClassVar[str] = """{imports}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,9 +83,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def __init__(
         self, recipe: CausalLMRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
     ) -> None:
-        self.recipe = recipe
-        self.metrics = recipe.metrics
-        self.format = infer_format(recipe, table)
+        self.format: str = infer_format(recipe, table)
         generative = [name for name in recipe.metrics if compares([name], "texts")]
         self.generates = bool(generative)
         if generative and self.format == "text":
@@ -98,10 +94,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             )
         if self.format == "instruction":
             parse_template(recipe.template)
-        self._model = backbone.model
-        self._vocabulary: int | None = None
-        self.processor, config = load_tokenizer(backbone, model_folder)
-        self.pad_token_id = get_pad_token_id(self.processor)
+        config = self.prepare_tokens(recipe, backbone, model_folder)
         limit = token_limit(self.processor, config)
         self.max_length = (
             resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
@@ -122,9 +115,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self._chats = ChatTokens(self.processor)
         self._prompted = ChatTokens(self.processor, "input {}")
 
-    # ----------------------------------------------------------------------------------------------
-    # Rows to tensors
-    # ----------------------------------------------------------------------------------------------
+    # ---- Rows to tensors -------------------------------------------------------------------------
     @classmethod
     def check_table(cls, recipe: CausalLMRecipe, table: Dataset) -> None:
         check_columns(recipe, table)
@@ -134,20 +125,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return infer_format(recipe, table)
 
     @classmethod
-    def probe_inputs(cls, recipe: CausalLMRecipe) -> list[Any]:
-        return ["a", "another text, which is longer"]
-
-    @classmethod
     def input_table(cls, recipe: CausalLMRecipe, labels: list[str], inputs: list[Any]) -> Dataset:
         from datasets import Dataset
 
         return Dataset.from_dict({recipe.prompt: inputs, recipe.completion: inputs})
 
     @classmethod
-    def pipeline_options(
-        cls, recipe: CausalLMRecipe, backbone: BackboneRecipe, folder: str
-    ) -> dict[str, Any]:
-        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+    def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
+        tokenizer = super().pipeline_options(recipe, backbone, folder)["tokenizer"]
         tokenizer.padding_side = "left"
         tokenizer.split_special_tokens = recipe.special_tokens == "text"
         set_chat_template(tokenizer, recipe)
@@ -203,8 +188,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 )
             if no_text.issuperset(labels[row]):
                 blank.append(row)
-        reject_unknown_ids(inputs, self._vocabulary)
-        warn_of_unknown(inputs, self.processor)
+        self.check_ids(inputs)
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         cuts = {
             f"are longer than {length} tokens and were truncated": long,
@@ -273,12 +257,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
         batch = pad_tokens(inputs, self.pad_token_id, side)
         return {**batch, "labels": pad(labels, IGNORED, side)}
-
-    def match_inputs(self, model: Any) -> None:
-        """Check the tokenizer against the model."""
-        self._vocabulary = check_vocabulary(
-            self.processor, model, self._model, reads_end=self.generates
-        )
 
     def probe(self) -> Examples:
         texts = ["a short text", "another text, which is longer than the first one"]

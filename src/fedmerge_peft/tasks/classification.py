@@ -33,12 +33,6 @@ class Classification(WeightedClasses):
     def targets(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Tensor:
         return encode_labels(table, recipe.label, labels)
 
-    @classmethod
-    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        from datasets import ClassLabel
-
-        return {recipe.label: (ClassLabel(names=list(labels)), 0)}
-
     def named(self, target: Tensor) -> str:
         return self.labels[int(target)]
 

@@ -11,20 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import Batch, Examples, Task
-from fedmerge_peft.tasks.labels import blank_table
+from fedmerge_peft.tasks.base import Batch, Examples
+from fedmerge_peft.tasks.shown import Segment, ShownExample
+from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
-    get_pad_token_id,
-    load_tokenizer,
     pad,
     pad_tokens,
-    pipeline_tokenizer,
     ragged,
     resolve_max_length,
     token_limit,
     truncated,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,10 +48,8 @@ def loading_code(auto: str, problem_type: str | None = None) -> str:
     return _LOADING.format(auto=auto, further=further)
 
 
-class EncoderTask(Task):
+class EncoderTask(TokenTask):
     """Task on tokens, truncated to the model's limit, with a new head for the task's labels.
-
-    Special tokens that are written in a text, such as ``</s>``, are read as characters.
 
     Args:
         recipe: Columns, labels, length and metrics.
@@ -72,13 +67,8 @@ class EncoderTask(Task):
     def __init__(
         self, recipe: Any, backbone: BackboneRecipe, table: Dataset, model_folder: str
     ) -> None:
-        self.recipe = recipe
-        self.metrics = recipe.metrics
         self.labels = self.output_names(recipe, table)
-        self._model = backbone.model
-        self.processor, config = load_tokenizer(backbone, model_folder)
-        self.processor.split_special_tokens = True
-        self.pad_token_id = get_pad_token_id(self.processor)
+        config = self.prepare_tokens(recipe, backbone, model_folder)
         self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
         special = self.processor.num_special_tokens_to_add(self.reads_pairs)
         if self.max_length is not None and self.max_length <= special:
@@ -86,7 +76,6 @@ class EncoderTask(Task):
                 f"task.max_length: {self.max_length} tokens leave no room for texts, because the "
                 f"tokenizer adds {special}; raise task.max_length"
             )
-        self._vocabulary: int | None = None
         self._columns = ["input_ids"]
         # RoBERTa has one token type, but its tokenizers may return two.
         self._types = getattr(config, "type_vocab_size", None)
@@ -96,7 +85,7 @@ class EncoderTask(Task):
     @property
     def reads_pairs(self) -> bool:
         """True if an example is a pair of texts."""
-        return getattr(self.recipe, "text_pair", None) is not None
+        return False
 
     @property
     def _returns_types(self) -> bool:
@@ -107,25 +96,8 @@ class EncoderTask(Task):
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
         """Return the names of the head's outputs. Raises ``DataError`` for unsuitable columns."""
 
-    @classmethod
-    @abstractmethod
-    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the feature type and a valid value of each column that is not text."""
-
-    @classmethod
-    def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
-        from datasets import Value
-
-        return blank_table(
-            {name: Value("string") for name in columns}, [[""] * len(columns)],
-            cls.blanks(recipe, labels),
-        )  # fmt: skip
-
-    @classmethod
-    def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
-        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
-        tokenizer.split_special_tokens = True
-        return {"tokenizer": tokenizer}
+    def reads_end(self, model: Any) -> bool:
+        return bool(getattr(model.config, "is_encoder_decoder", False))
 
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model, and test if the model reads token types.
@@ -133,8 +105,7 @@ class EncoderTask(Task):
         Some models embed them as words (GPT-2). Types that are all 0 must therefore not change the
         output. The test is omitted if the configuration states the number of types.
         """
-        reads_end = bool(getattr(model.config, "is_encoder_decoder", False))
-        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=reads_end)
+        super().match_inputs(model)
         if self._types is not None or not self._returns_types:
             return
         ids = torch.tensor(
@@ -179,6 +150,17 @@ class EncoderTask(Task):
             torch.zeros_like(row if self.per_token else row[0]) for row in columns["input_ids"]
         ]
         return Examples({**columns, "labels": labels})
+
+    def named(self, target: Tensor) -> str:
+        """Return the label of one example as text, for ``fedmerge data --show``."""
+        return str(target.tolist())
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        columns = self.encode(table).columns
+        return [
+            ShownExample([Segment.of(self.processor, "text", ids)], self.named(label))
+            for ids, label in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack examples.

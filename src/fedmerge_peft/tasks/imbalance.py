@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge_peft.data.columns import did_you_mean, join_values
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.tasks.base import Examples, Task
+from fedmerge_peft.tasks.labels import unknown_label
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import TaskRecipe
@@ -55,7 +55,7 @@ class WeightedClasses(Task):
         return torch.where(known, counts.sum() / (known.sum() * counts.clamp_min(1)), 1.0)
 
     def class_weights(self, examples: Examples, indices: NDArray[Any]) -> Tensor | None:
-        given = _class_weights(self.recipe)
+        given = self.recipe.imbalance.class_weights
         if given is None or not len(indices):
             return None
         if given == "balanced":
@@ -66,7 +66,7 @@ class WeightedClasses(Task):
         self, logits: Tensor, labels: Tensor, class_weights: Tensor | None
     ) -> Tensor:
         """Compute Σ w_y (1 - p)^γ · -log p over the terms of each example, ``(batch,)``."""
-        gamma = getattr(self.recipe, "focal_gamma", 0.0)
+        gamma = self.recipe.imbalance.focal_gamma
         if class_weights is None and not gamma:
             return self.losses(logits, labels)[0]
         losses = focal(self.term_losses(logits, labels), gamma)
@@ -91,14 +91,7 @@ def focal(losses: Tensor, gamma: float) -> Tensor:
 
 def check_class_weights(recipe: TaskRecipe, labels: Sequence[str]) -> None:
     """Raise ``RecipeError`` if ``task.class_weights`` names a label that the data do not have."""
-    given = _class_weights(recipe)
+    given = recipe.imbalance.class_weights
     for name in given if isinstance(given, dict) else ():
         if name not in labels:
-            raise RecipeError(
-                f"task.class_weights: {name!r} is not a label{did_you_mean(name, labels)}; the "
-                f"labels are {join_values(labels)}"
-            )
-
-
-def _class_weights(recipe: Any) -> Any:
-    return getattr(recipe, "class_weights", None)
+            raise RecipeError(f"task.class_weights: {unknown_label(name, labels)}")

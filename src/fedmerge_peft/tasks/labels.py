@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,16 +126,37 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
         ids = _integer_labels(values, column)
         _reject_out_of_range(ids, column, len(labels))
         return torch.from_numpy(ids)
+
+    def where(row: int) -> str:
+        return f"row {row} (from 0, of the rows that the run uses): column {column!r}"
+
+    return torch.tensor(label_ids(values.to_pylist(), labels, where), dtype=torch.int64)
+
+
+def label_ids(
+    names: Sequence[str], labels: Sequence[str], where: Callable[[int], str]
+) -> list[int]:
+    """Return the id of each name, its place in ``labels``.
+
+    Args:
+        names: Names of labels, in any number.
+        labels: Names of all labels.
+        where: Function from the index of a name to its row and column, for the error message.
+
+    Raises:
+        DataError: A name is not in ``labels``.
+    """
     known = {name: label for label, name in enumerate(labels)}
-    names = values.to_pylist()
-    for row, name in enumerate(names):
+    for place, name in enumerate(names):
         if name not in known:
-            raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"{name!r} in column {column!r} is not a known "
-                f"label; the labels are {join_values(labels)}"
-            )
-    return torch.tensor([known[name] for name in names], dtype=torch.int64)
+            raise DataError(f"{where(place)}: {unknown_label(name, labels)}")
+    return [known[name] for name in names]
+
+
+def unknown_label(name: str, labels: Sequence[str]) -> str:
+    """Return the end of a message about a name that is not in ``labels``."""
+    hint = did_you_mean(name, labels)
+    return f"{name!r} is not a known label{hint}; the labels are {join_values(labels)}"
 
 
 def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
@@ -156,35 +177,29 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
         DataError: A label is not one of ``labels``; the column does not exist, or has nulls, or
             negative or fractional numbers.
     """
-    from datasets import ClassLabel, Dataset, DatasetInfo
+    from datasets import ClassLabel
 
     values = _label_column(table, column)
     if is_text(values.type):
         row_labels = values.to_pylist()
     else:
-        ids = _integer_labels(values, column).tolist()
+        numbers = _integer_labels(values, column).tolist()
         ordered = all(
             not name.isdecimal() or name == str(label) for label, name in enumerate(labels)
         )
         names = getattr(table.features[column], "names", None) or (labels if ordered else ())
-        row_labels = [names[label] if label < len(names) else str(label) for label in ids]
-    known = {name: label for label, name in enumerate(labels)}
-    for row, name in enumerate(row_labels):
-        if name not in known:
-            hint = did_you_mean(name, labels)
-            raise DataError(
-                f"row {row}: {name!r} in column {column!r} is not a known label{hint}; "
-                f"the labels are {join_values(labels)}"
-            )
+        row_labels = [names[label] if label < len(names) else str(label) for label in numbers]
+    ids = label_ids(row_labels, labels, lambda row: f"row {row}: column {column!r}")
+    return with_column(table, column, pa.array(ids, pa.int64()), ClassLabel(names=list(labels)))
+
+
+def with_column(table: Dataset, column: str, values: Any, kind: Any) -> Dataset:
+    """Replace the values of a column by an Arrow array, and its feature type by ``kind``."""
+    from datasets import Dataset, DatasetInfo, Features
+
     rows = table.with_format("arrow")[:]
-    rows = rows.set_column(
-        rows.column_names.index(column),
-        column,
-        pa.array([known[name] for name in row_labels], pa.int64()),
-    )
-    features = table.features.copy()
-    features[column] = ClassLabel(names=list(labels))
-    return Dataset(rows, info=DatasetInfo(features=features))
+    rows = rows.set_column(rows.column_names.index(column), column, values)
+    return Dataset(rows, info=DatasetInfo(features=Features({**table.features, column: kind})))
 
 
 def _label_column(table: Dataset, column: str) -> Any:

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.data.columns import (
     check_class_names,
-    did_you_mean,
-    join_values,
+    check_column,
     warn_of_lookalikes,
 )
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.labels import MANY_LABELS, is_text
+from fedmerge_peft.tasks.labels import MANY_LABELS, is_text, label_ids, reject_nulls, with_column
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
         DataError: The column does not exist; its entries are not lists of texts or integers; a list
             or a value in it is missing.
     """
-    if column not in table.column_names:
-        raise DataError(
-            f"{key}: there is no column {column!r}{did_you_mean(column, table.column_names)}; "
-            f"the data have {join_values(table.column_names)}"
-        )
+    check_column(table, column, key)
     entries = table.select_columns([column]).with_format("arrow")[:].column(column)
     entries = entries.combine_chunks()
     kind = entries.type
@@ -78,13 +73,7 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
             f"{key}: column {column!r} has the type {shortened(str(kind), 80)}, expected lists, "
             f'such as ["Ada", "lives"]; {remedy}'
         )
-    if entries.null_count:
-        row = int(np.flatnonzero(entries.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"column {column!r} is empty (null); "
-            "fill in the values, or remove the rows"
-        )
+    reject_nulls(entries, column)
     values = entries.flatten()
     lengths = pc.list_value_length(entries).to_numpy(zero_copy_only=False).astype(np.int64)
     lists = ListColumn(column, key, values, lengths)
@@ -148,14 +137,7 @@ def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -
         texts = [names[label] for label in _ids(lists, len(names)).tolist()]
     else:
         return lists.rows(_ids(lists, len(labels)).tolist())
-    known = {name: label for label, name in enumerate(labels)}
-    for position, name in enumerate(texts):
-        if name not in known:
-            raise DataError(
-                f"{lists.where(position)} has {name!r}, which is not a known label"
-                f"{did_you_mean(name, labels)}; the labels are {join_values(labels)}"
-            )
-    return lists.rows([known[name] for name in texts])
+    return lists.rows(label_ids(texts, labels, lists.where))
 
 
 def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> Dataset:
@@ -163,14 +145,10 @@ def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) 
 
     Arguments and errors are those of ``encode_lists``.
     """
-    from datasets import ClassLabel, Dataset, DatasetInfo, List
+    from datasets import ClassLabel, List
 
     ids = pa.array(encode_lists(table, column, key, labels), pa.list_(pa.int64()))
-    rows = table.with_format("arrow")[:]
-    rows = rows.set_column(rows.column_names.index(column), column, ids)
-    features = table.features.copy()
-    features[column] = List(ClassLabel(names=list(labels)))
-    return Dataset(rows, info=DatasetInfo(features=features))
+    return with_column(table, column, ids, List(ClassLabel(names=list(labels))))
 
 
 def reject_indicators(table: Dataset, column: str, key: str) -> None:

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fedmerge_peft.data.columns import join_values
-from fedmerge_peft.errors import DataError
+from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.in_memory import passed_processor
-from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.tokenization import load_pretrained
 
 if TYPE_CHECKING:
@@ -78,11 +76,7 @@ class MediaTask(Task):
 
     @classmethod
     def check_table(cls, recipe: Any, table: Dataset) -> None:
-        if recipe.media_column not in table.column_names:
-            raise DataError(
-                f"task.{cls.medium}: there is no column {recipe.media_column!r}; "
-                f"the data have {join_values(table.column_names)}"
-            )
+        check_column(table, recipe.media_column, f"task.{cls.medium}")
         cls.targets(recipe, table, cls.output_names(recipe, table))
 
     @classmethod
@@ -100,20 +94,6 @@ class MediaTask(Task):
 
         Raises ``DataError`` if the columns do not match the recipe.
         """
-
-    @classmethod
-    @abstractmethod
-    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the feature type of each column with labels, and a valid value, by column."""
-
-    @classmethod
-    def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
-        from datasets import Value
-
-        return blank_table(
-            {name: Value("string") for name in columns}, [[""] * len(columns)],
-            cls.blanks(recipe, labels),
-        )  # fmt: skip
 
     @classmethod
     def load_processor(cls, backbone: BackboneRecipe, folder: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedmerge_peft.util.text import reason
+
 
 def read_file(path: str) -> bytes:
     """Read a file. Raises ``ValueError`` if it cannot be read, or if the path is empty or a URL."""
@@ -14,7 +16,6 @@ def read_file(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{reason}; paths are looked for beside the table, then in {Path.cwd()}"
+            f"{reason(error)}; paths are looked for beside the table, then in {Path.cwd()}"
         ) from error

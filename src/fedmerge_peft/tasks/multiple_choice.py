@@ -18,7 +18,6 @@ from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import pad_parts, ragged, reject_empty
-from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,10 +50,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     @classmethod
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
         return []  # the head's only output does not belong to a label
-
-    @classmethod
-    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        return {}
 
     @classmethod
     def check_table(cls, recipe: Any, table: Dataset) -> None:
@@ -97,8 +92,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         ids = tokens["input_ids"]
         reject_empty([min(own, key=len)[1:] for own in ids], contexts, self.recipe.context)
         flat = {name: [[*chain(*own)] for own in rows] for name, rows in tokens.items()}
-        reject_unknown_ids(flat["input_ids"], self._vocabulary)
-        warn_of_unknown(flat["input_ids"], self.processor)
+        self.check_ids(flat["input_ids"])
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in flat.items()},

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
@@ -261,11 +262,7 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
     """
     columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
     for key, column in columns.items():
-        if column not in table.column_names:
-            raise DataError(
-                f"task.{key}: there is no column {column!r}; the data have "
-                f"{', '.join(table.column_names)}"
-            )
+        check_column(table, column, f"task.{key}")
         reject_nulls(table.select_columns([column]).with_format("arrow")[:].column(column), column)
     own = columns[side]
     if recipe.prompt in table.column_names:

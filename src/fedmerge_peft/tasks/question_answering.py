@@ -12,16 +12,15 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.tasks.answer_windows import Answer, AnswerWindows, read_answers
-from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding, Task
+from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.text_generation import IGNORED
+from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
     as_bytes,
     from_bytes,
-    get_pad_token_id,
-    load_tokenizer,
     pad,
     pad_parts,
     ragged,
@@ -29,7 +28,6 @@ from fedmerge_peft.tasks.tokenization import (
     resolve_max_length,
     token_limit,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +39,7 @@ DEFAULT_LENGTH = 384
 """Maximum length of a window in tokens if the recipe sets none and the model's limit is larger."""
 
 
-class QuestionAnsweringTask(Task):
+class QuestionAnsweringTask(TokenTask):
     """Prediction of the first and the last token of an answer in a context.
 
     An example is a row of the table. Its context is divided into one or more overlapping windows.
@@ -81,17 +79,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         table: Dataset,
         model_folder: str,
     ) -> None:
-        self.recipe = recipe
-        self.metrics = recipe.metrics
-        self._model = backbone.model
-        self.processor, config = load_tokenizer(backbone, model_folder)
+        config = self.prepare_tokens(recipe, backbone, model_folder)
         if not self.processor.is_fast:
             raise BackboneError(
                 f"backbone.tokenizer: the tokenizer of {self._model} does not return the places of "
                 "its tokens in a text; name a model with a tokenizer.json"
             )
-        self.processor.split_special_tokens = True
-        self.pad_token_id = get_pad_token_id(self.processor)
         limit = token_limit(self.processor, config)
         length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
@@ -149,7 +142,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             for row, texts in enumerate(zip(questions, contexts, answers, strict=True))
         ]
         ids = [[token for window in row for token in window.ids] for row in rows]
-        warn_of_unknown(ids, self.processor)
+        self.check_ids(ids)
         columns = {
             "input_ids": ragged(ids),
             SEQUENCES: ragged([[len(window.ids) for window in row] for row in rows]),
@@ -199,10 +192,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 ]
             shown.append(ShownExample([segment for segment in segments if segment.tokens]))
         return shown
-
-    def match_inputs(self, model: Any) -> None:
-        """Check the tokenizer against the model."""
-        check_vocabulary(self.processor, model, self._model, reads_end=False)
 
     def probe(self) -> Examples:
         texts = ["a short text", "another text, which is longer than the first one"]

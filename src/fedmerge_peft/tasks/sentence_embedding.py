@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding, Task
+from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
+from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
-    get_pad_token_id,
-    load_tokenizer,
     pad_tokens,
-    pipeline_tokenizer,
     ragged,
     read_texts,
     reject_empty,
@@ -27,7 +25,6 @@ from fedmerge_peft.tasks.tokenization import (
     token_limit,
     truncated,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.text_tasks import SentenceEmbeddingRecipe
 
 
-class SentenceEmbeddingTask(Task):
+class SentenceEmbeddingTask(TokenTask):
     """Embedding of texts by mean pooling, with a contrastive loss on pairs or triplets.
 
     The vectors of an anchor and its positive are compared with those of the other texts in the
@@ -75,24 +72,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         table: Dataset,
         model_folder: str,
     ) -> None:
-        self.recipe = recipe
-        self.metrics = recipe.metrics
+        config = self.prepare_tokens(recipe, backbone, model_folder)
         self.smallest_batch = 2 if recipe.negative is None else 1
-        self._model = backbone.model
-        self._vocabulary: int | None = None
-        self.processor, config = load_tokenizer(backbone, model_folder)
-        self.processor.split_special_tokens = True
-        self.pad_token_id = get_pad_token_id(self.processor)
         self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
 
     @classmethod
     def check_table(cls, recipe: SentenceEmbeddingRecipe, table: Dataset) -> None:
         for key, column in recipe.columns.items():
             read_texts(table, column, f"task.{key}")
-
-    @classmethod
-    def probe_inputs(cls, recipe: SentenceEmbeddingRecipe) -> list[Any]:
-        return ["a", "another text, which is longer"]
 
     @classmethod
     def input_table(
@@ -104,12 +91,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Dataset.from_dict({recipe.anchor: inputs})
 
     @classmethod
-    def pipeline_options(
-        cls, recipe: SentenceEmbeddingRecipe, backbone: BackboneRecipe, folder: str
-    ) -> dict[str, Any]:
-        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
-        tokenizer.split_special_tokens = True
-        return {"tokenizer": tokenizer, "truncation": True}
+    def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
+        return {**super().pipeline_options(recipe, backbone, folder), "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
@@ -127,8 +110,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             encoded, cut = truncated(self.processor, texts, max_length=self.max_length)
             ids = encoded.get("input_ids", [])
             reject_empty(ids, texts, column)
-            reject_unknown_ids(ids, self._vocabulary)
-            warn_of_unknown(ids, self.processor)
+            self.check_ids(ids)
             tokens.append(ids)
             columns.append(texts)
             long |= {*cut}
@@ -161,10 +143,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             )
             for ids, lengths in rows
         ]
-
-    def match_inputs(self, model: Any) -> None:
-        """Check the tokenizer against the model."""
-        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=False)
 
     def probe(self) -> Examples:
         texts = ["a short text", "another text, which is longer than the first one"]

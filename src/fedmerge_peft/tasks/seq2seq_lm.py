@@ -23,9 +23,8 @@ from fedmerge_peft.tasks.text_generation import (
     likely_tokens,
     token_losses,
 )
+from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
-    get_pad_token_id,
-    load_tokenizer,
     pad,
     pad_tokens,
     ragged,
@@ -35,7 +34,7 @@ from fedmerge_peft.tasks.tokenization import (
     token_limit,
     truncated,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
+from fedmerge_peft.tasks.vocabulary import reject_unknown_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.text_tasks import Seq2SeqLMRecipe
 
 
-class Seq2SeqLMTask(TextGeneration):
+class Seq2SeqLMTask(TextGeneration, TokenTask):
     """Prediction of a target from a source, by models with an encoder and a decoder.
 
     The model itself creates the inputs of its decoder: it shifts the labels to the right.
@@ -76,14 +75,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def __init__(
         self, recipe: Seq2SeqLMRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
     ) -> None:
-        self.recipe = recipe
-        self.metrics = recipe.metrics
+        config = self.prepare_tokens(recipe, backbone, model_folder)
         self.generates = compares(recipe.metrics, "texts")
-        self._model = backbone.model
-        self._vocabulary: int | None = None
-        self.processor, config = load_tokenizer(backbone, model_folder)
-        self.processor.split_special_tokens = True
-        self.pad_token_id = get_pad_token_id(self.processor)
         limit = token_limit(self.processor, config)
         self.max_source = resolve_max_length(
             recipe.max_source_length, limit, DEFAULT_LENGTH, "task.max_source_length"
@@ -115,10 +108,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def check_table(cls, recipe: Seq2SeqLMRecipe, table: Dataset) -> None:
         read_texts(table, recipe.source, "task.source")
         read_texts(table, recipe.target, "task.target")
-
-    @classmethod
-    def probe_inputs(cls, recipe: Seq2SeqLMRecipe) -> list[Any]:
-        return ["a", "another text, which is longer"]
 
     @classmethod
     def input_table(cls, recipe: Seq2SeqLMRecipe, labels: list[str], inputs: list[Any]) -> Dataset:
@@ -161,8 +150,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         tokens, long = truncated(self.processor, texts, max_length=self.max_source)
         ids = tokens["input_ids"]
         reject_empty(ids, texts, self.recipe.source)
-        reject_unknown_ids(ids, self._vocabulary)
-        warn_of_unknown(ids, self.processor)
+        self.check_ids(ids)
         columns = ragged(ids)
         return Examples(
             {"input_ids": columns, "prompt": columns},
@@ -187,13 +175,16 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             for source, target in pairs
         ]
 
+    def reads_end(self, model: Any) -> bool:
+        return True
+
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model, and set the decoder's start token.
 
         Raises:
             BackboneError: Tokenizer and model do not match, or there is no start token.
         """
-        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=True)
+        super().match_inputs(model)
         if model.config.decoder_start_token_id is None and self.recipe.target_language is not None:
             model.config.decoder_start_token_id = self._language
             model.generation_config.decoder_start_token_id = self._language

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.inputs import reject_inputs
-from fedmerge_peft.tasks.labels import blank_table, reject_nulls
+from fedmerge_peft.tasks.labels import blank_table, reject_nulls, unknown_label, with_column
 from fedmerge_peft.tasks.tagged_words import TaggedText, TagSource
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -61,27 +61,23 @@ class SpanTags(TagSource):
                 rows.append(TaggedText(text, bounds, [ids[tag] for tag in tags]))
             except KeyError as error:
                 name = str(error.args[0])[2:]
-                raise self._fault(row, _unknown(name, labels)) from None
+                raise self._fault(row, unknown_label(name, entity_names(labels))) from None
             except ValueError as error:
                 raise self._fault(row, str(error)) from None
         return rows
 
     def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
-        from datasets import Dataset, DatasetInfo
+        from datasets import Features
 
         names = entity_names(labels)
         ids: list[list[dict[str, Any]]] = []
         for row, spans in enumerate(self._rows(table)):
             if unknown := next((span.label for span in spans if span.label not in names), None):
-                raise self._fault(row, _unknown(unknown, labels))
+                raise self._fault(row, unknown_label(unknown, names))
             ids.append([{**span._asdict(), "label": names.index(span.label)} for span in spans])
         kind, _ = self.blank(labels)
-        features = table.features.copy()
-        features[self.column] = kind
-        rows = table.with_format("arrow")[:]
-        values = pa.array(ids, features.arrow_schema.field(self.column).type)
-        rows = rows.set_column(rows.column_names.index(self.column), self.column, values)
-        return Dataset(rows, info=DatasetInfo(features=features))
+        (field,) = Features({self.column: kind}).arrow_schema
+        return with_column(table, self.column, pa.array(ids, field.type), kind)
 
     def blank(self, labels: Sequence[str]) -> tuple[Any, Any]:
         from datasets import ClassLabel, List, Value
@@ -120,12 +116,7 @@ class SpanTags(TagSource):
 
     def _rows(self, table: Dataset) -> Iterator[list[Span]]:
         """Yield the spans of each row, ascending. Raises ``DataError`` for unsuitable values."""
-        if self.column not in table.column_names:
-            raise DataError(
-                f"task.spans: there is no column {self.column!r}"
-                f"{did_you_mean(self.column, table.column_names)}; "
-                f"the data have {join_values(table.column_names)}"
-            )
+        check_column(table, self.column, self.key)
         column = table.select_columns([self.column]).with_format("arrow")[:].column(self.column)
         reject_nulls(column, self.column)
         names = self._class_names(table)
@@ -212,11 +203,3 @@ def _place(value: Any) -> int:
     if isinstance(value, bool) or int(value) != float(value):
         raise ValueError
     return int(value)
-
-
-def _unknown(name: str, labels: Sequence[str]) -> str:
-    known = entity_names(labels)
-    return (
-        f"{name!r} is not a known label{did_you_mean(name, known)}; the labels are "
-        f"{join_values(known)}"
-    )

@@ -59,11 +59,7 @@ class TextGeneration(Task):
         return [texts[row] for row in order.tolist()]
 
     def stream(
-        self,
-        model: Any,
-        examples: Examples,
-        on_text: Callable[[str], None],
-        device: torch.device,
+        self, model: Any, examples: Examples, on_text: Callable[[str], None], device: torch.device
     ) -> str:
         return self._generator.stream(
             model, self._prompts_on(device, examples, np.zeros(1, dtype=int)), on_text

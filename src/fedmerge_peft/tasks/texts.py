@@ -12,9 +12,7 @@ from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
-from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import ragged, read_texts, reject_empty
-from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +29,10 @@ class TextTask(EncoderTask):
     reads_last_token: ClassVar[bool] = True
     loading_code: ClassVar[str] = loading_code("AutoModelForSequenceClassification")
 
+    @property
+    def reads_pairs(self) -> bool:
+        return self.recipe.text_pair is not None
+
     @classmethod
     @abstractmethod
     def targets(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Tensor:
@@ -38,10 +40,6 @@ class TextTask(EncoderTask):
 
         Raises ``DataError`` if the columns do not match the recipe.
         """
-
-    def named(self, target: Tensor) -> str:
-        """Return the label of one example as text, for ``fedmerge data --show``."""
-        return str(target.tolist())
 
     @classmethod
     def check_table(cls, recipe: Any, table: Dataset) -> None:
@@ -52,7 +50,7 @@ class TextTask(EncoderTask):
 
     @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:
-        texts = ["a", "another text, which is longer"]
+        texts = super().probe_inputs(recipe)
         return texts if recipe.text_pair is None else [(text, text) for text in texts]
 
     @classmethod
@@ -90,8 +88,7 @@ class TextTask(EncoderTask):
             texts.append(read_texts(table, self.recipe.text_pair, "task.text_pair"))
         tokens, truncated = self.tokenize(texts)
         reject_empty(tokens["input_ids"], texts[0], self.recipe.text)
-        reject_unknown_ids(tokens["input_ids"], self._vocabulary)
-        warn_of_unknown(tokens["input_ids"], self.processor)
+        self.check_ids(tokens["input_ids"])
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in tokens.items()},
@@ -106,14 +103,3 @@ class TextTask(EncoderTask):
                 ],
             },
         )
-
-    def show(self, table: Dataset) -> list[ShownExample]:
-        examples = self.encode(table)
-        rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
-        return [
-            ShownExample(
-                [Segment.of(self.processor, "text", ids)],
-                self.named(label),
-            )
-            for ids, label in rows
-        ]

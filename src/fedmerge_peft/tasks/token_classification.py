@@ -19,11 +19,9 @@ from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.entity_metrics import continues_nothing, is_entity_tag
 from fedmerge_peft.tasks.imbalance import WeightedClasses
 from fedmerge_peft.tasks.predictions import Compared
-from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.spans import SpanTags
 from fedmerge_peft.tasks.tagged_words import ListedTags, TagSource, first_tokens
 from fedmerge_peft.tasks.tokenization import pad, ragged
-from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,8 +126,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             own[first[known]] = np.array(own_tags)[known]
             labels.append(own.tolist())
             places.append(first.tolist())
-        reject_unknown_ids(tokens["input_ids"], self._vocabulary)
-        warn_of_unknown(tokens["input_ids"], self.processor)
+        self.check_ids(tokens["input_ids"])
         columns = {name: ragged(values) for name, values in tokens.items()}
         bounds = [torch.from_numpy(row.bounds) for row in rows]
         return Examples(
@@ -141,16 +138,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             },
         )
 
-    def show(self, table: Dataset) -> list[ShownExample]:
-        examples = self.encode(table)
-        rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
-        return [
-            ShownExample(
-                [Segment.of(self.processor, "text", ids)],
-                " ".join(self._names(labels[labels != _IGNORED])),
-            )
-            for ids, labels in rows
-        ]
+    def named(self, target: Tensor) -> str:
+        return " ".join(self._names(target[target != _IGNORED]))
 
     def stack_labels(self, labels: Sequence[Tensor], side: Literal["left", "right"]) -> Tensor:
         return pad(labels, _IGNORED, side)

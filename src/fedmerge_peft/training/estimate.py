@@ -153,7 +153,7 @@ def estimate(
         size = sum(tensor.numel() for tensor in base.parameters() if tensor.requires_grad)
         frozen = [tensor for tensor in base.parameters() if id(tensor) not in parts]
         weights, transient = _weight_bytes(base, frozen, recipe.backbone)
-        precision = _autocast(training, recipe.backbone, device)
+        precision = _autocast(training, device)
         batch = recipe.evaluation.batch_size
         trained = recipe.task.sequences * clients * training.batch_size
         step = _pass(peft, task, trained, length, precision, train=True)
@@ -177,7 +177,7 @@ def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
     import transformers
 
     backbone = recipe.backbone
-    count = getattr(recipe.task, "num_labels", None) or 2
+    count = recipe.task.label_limit or 2
     task.labels = [str(label) for label in range(count)] if recipe.task.label_column else []
     options = {} if backbone.attention is None else {"attn_implementation": backbone.attention}
     with library_errors(
@@ -261,9 +261,7 @@ def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
     return int(numbers / 2 + scales * scale_bytes)
 
 
-def _autocast(
-    training: TrainingRecipe, backbone: BackboneRecipe, device: str
-) -> torch.dtype | None:
+def _autocast(training: TrainingRecipe, device: str) -> torch.dtype | None:
     """Return the dtype of autocast on a device; None without autocast."""
     chosen = training.mixed_precision
     if chosen == "auto":

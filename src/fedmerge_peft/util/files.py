@@ -20,6 +20,7 @@ from torch import Tensor
 from fedmerge_peft.errors import RunBusyError, RunError
 from fedmerge_peft.util import strict_json
 from fedmerge_peft.util.row_storage import byte_chunks, on_disk
+from fedmerge_peft.util.text import reason
 
 _LOCKED: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
 """Directories that this thread has locked."""
@@ -43,9 +44,8 @@ def translated_write_errors(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"{path} cannot be written ({reason}); finished rounds are intact. "
+            f"{path} cannot be written ({reason(error)}); finished rounds are intact. "
             "Free disk space, or choose another --out"
         ) from error
 

@@ -25,6 +25,16 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """Escape every non-printable character but line feeds."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def reason(error: Exception) -> str:
+    """Return the operating system's words for a failed file operation, or the error's own text."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def spreadsheet_cell(text: str) -> str:
     """Return text that a spreadsheet shows as it is, instead of evaluating it as a formula.
 

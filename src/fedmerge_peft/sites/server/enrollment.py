@@ -13,7 +13,6 @@ from fedmerge_peft.errors import DataError, FederateError, WireError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.sites.config import printable_lines
 from fedmerge_peft.sites.fields import Enrolled, Failure, read_fields
 from fedmerge_peft.sites.server.roster import Roster
 from fedmerge_peft.sites.server.transport import Transport
@@ -21,7 +20,7 @@ from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.tasks import make_task, task_type
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.ranges import MAX_REASON
-from fedmerge_peft.util.text import shortened
+from fedmerge_peft.util.text import printable_lines, shortened
 
 
 def agree_and_load(
@@ -107,7 +106,7 @@ def parse_reply(reply: bytes | str, kind: str) -> Message:
 
 def _reason(text: str) -> str:
     """Return a site's reason for a failure, shortened and with control characters escaped."""
-    return printable_lines(shortened(text, MAX_REASON).split("\n"))
+    return printable_lines(shortened(text, MAX_REASON))
 
 
 @contextmanager

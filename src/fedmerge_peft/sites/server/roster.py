@@ -119,7 +119,7 @@ class Roster:
             self.columns = list(columns)
             self.format = _most_frequent([summary.format for summary in fitting.values()])
             if task.has_labels:
-                number = getattr(recipe.task, "num_labels", None)
+                number = recipe.task.label_limit
                 named = {site: summary.labels or [] for site, summary in fitting.items()}
                 refused |= (excess := sites_beyond(named, number))
                 kept = [labels for site, labels in named.items() if site not in excess]

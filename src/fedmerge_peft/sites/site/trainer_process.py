@@ -13,10 +13,10 @@ from fedmerge_peft.sites.config import (
     PERMANENT_FAILURE,
     SETTINGS_VARIABLE,
     SiteSettings,
-    printable_lines,
 )
 from fedmerge_peft.sites.site.connection import serve
 from fedmerge_peft.util.exit_with_parent import exit_with_parent
+from fedmerge_peft.util.text import printable_lines
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         settings = SiteSettings.model_validate_json(os.environ[SETTINGS_VARIABLE])
         trainer = Trainer(Path(os.environ[KIT_VARIABLE]), site, settings)
     except FedMergeError as error:
-        print(printable_lines(str(error).split("\n")), file=sys.stderr, flush=True)
+        print(printable_lines(str(error)), file=sys.stderr, flush=True)
         sys.exit(PERMANENT_FAILURE)
     sizes = ", ".join(
         f"{client.name}: {client.size} training examples" for client in trainer.data.clients

@@ -56,7 +56,7 @@ class Run(RunDirectory):
         return client_adapter(self, name, best=best)
 
     def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
-        """Return a weighted mean of adapters of the soup and clients' adapters.
+        """Return a weighted mean of adapters: rows of the soup, clients' adapters, or both.
 
         ``run.merge({0: 1, 2: 1})`` is the mean of adapter 0 and adapter 2.
         ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` weights these clients' adapters 3 to 1.
@@ -85,13 +85,19 @@ class Run(RunDirectory):
         return Predictor(self, best=best, device=device)(inputs)
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
-        """Return a client's merged adapter by the names that PEFT saves. Raises ``RunError``."""
+        """Return the tensors of a client's merged adapter, by their names in PEFT's saved form.
+
+        Raises the errors of ``client``.
+        """
         return self.client(client, best=best).peft_state()[0]
 
     def save_adapter(
         self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False
     ) -> Path:
-        """Write a client's merged adapter as a PEFT folder with a model card."""
+        """Write a client's merged adapter as a PEFT folder with a model card.
+
+        ``MergedAdapter.save`` describes ``exact`` and the errors.
+        """
         return self.client(client, best=best).save(folder, exact=exact)
 
     @property
@@ -117,7 +123,7 @@ def load_run(
     """Open a run directory.
 
     Args:
-        path: The run directory. It may come from somebody else.
+        path: The run directory. It may come from an untrusted source.
         model: The model in memory that was passed to ``federate``, for predictions and training.
             Tables, reports and exports do not need it.
         tokenizer: As in ``federate``.
@@ -126,8 +132,8 @@ def load_run(
             ``plugins``, and code that comes with a model (``backbone.trust_remote_code``).
 
     Raises:
-        RunError: There is no run, it contains links, or it has an unsupported format.
-        ResumeError: The run had another model.
+        RunError: The path is not a run directory, contains links, or has an unsupported format.
+        ResumeError: The run was trained with another model.
         BackboneError: The model cannot be used (``federate``).
     """
     if not isinstance(path, str | Path):
@@ -163,8 +169,8 @@ def federate(
         data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
             ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
             dictionary of these by client. The run stores only their fingerprint.
-        model: A loaded model, instead of ``backbone.model``: one of transformers, or a module whose
-            ``forward(**batch)`` returns logits. Runs train copies and store only the model's
+        model: A loaded model, instead of ``backbone.model``: a model of transformers, or a module
+            whose ``forward(**batch)`` returns logits. Runs train copies and store only the model's
             fingerprint.
         tokenizer: The model's tokenizer, for texts.
         processor: The model's image processor, or a function from a PIL image to an array
@@ -180,7 +186,7 @@ def federate(
 
     Raises:
         RunExistsError: The directory is not empty. Nothing was changed.
-        RunBusyError: Another process is writing it. Nothing was changed.
+        RunBusyError: Another process is writing the directory. Nothing was changed.
         BackboneError: The model cannot be loaded, or the passed model cannot be used.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
@@ -217,7 +223,7 @@ def resume(
 
     Args:
         path: The run directory.
-        overrides: New values as ``key=value``, of ``name``, ``rounds``, ``stop``,
+        overrides: New values as ``key=value``, for ``name``, ``rounds``, ``stop``,
             ``evaluation.every``, ``tracking``, ``callbacks`` or ``plugins``.
         data: The examples that were passed to ``federate``. Other examples raise an error.
         model: The model that was passed to ``federate``. Other models raise an error.
@@ -235,7 +241,7 @@ def resume(
         RecipeError: An override is not allowed, or sets fewer rounds than are completed. Nothing
             was changed.
         ResumeError: The run has ended, or its data, recipe or checkpoints have changed.
-        RunBusyError: Another process is writing it. Nothing was changed.
+        RunBusyError: Another process is writing the run. Nothing was changed.
         FedMergeError: As ``federate``.
     """
     run = Run.open(path, trust_remote_code=trust_remote_code)

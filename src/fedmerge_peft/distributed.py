@@ -54,9 +54,10 @@ def all_gather(work: Callable[[], T]) -> list[T]:
     Results are pickled, so they should be small.
 
     Raises:
-        BaseException: ``work`` raised it on this rank. If ``work`` failed on other ranks only, the
-            error of the lowest failed rank is raised, as a ``RankError`` unless it is a
-            ``FedMergeError``. ``FedMergeError.rank`` is the lowest failed rank.
+        BaseException: ``work`` raised this error on this rank. If ``work`` failed on other ranks
+            only, the error of the lowest failed rank is raised. Errors other than
+            ``FedMergeError`` and ``KeyboardInterrupt`` then become a ``RankError``. The attribute
+            ``rank`` of a ``FedMergeError`` is the lowest failed rank.
         RankError: Another rank has exited.
     """
     if world_size() == 1:
@@ -124,6 +125,8 @@ def rank_zero(method: Callable[P, T]) -> Callable[P, T]:
 def broadcast(tensor: Tensor, owner: int) -> Tensor:
     """Return the tensor of rank ``owner`` on all ranks, on the CPU.
 
+    A single process returns ``tensor`` itself, on its device.
+
     Args:
         tensor: On ``owner``, the tensor to send. On other ranks, a tensor of the same shape and
             dtype, which may be overwritten.
@@ -140,7 +143,10 @@ def broadcast(tensor: Tensor, owner: int) -> Tensor:
 
 
 def require_single_process(what: str) -> None:
-    """Raise ``DeviceError`` if a launcher started several ranks."""
+    """Raise ``DeviceError`` if a launcher started several ranks.
+
+    ``what`` is the subject of the message, such as ``a sweep``.
+    """
     if launched_processes() > 1:
         raise DeviceError(
             f"{what} does not run on several ranks: start it without the launcher, "

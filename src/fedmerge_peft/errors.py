@@ -48,7 +48,11 @@ def _rebuild(
 
 
 class RecipeError(FedMergeError):
-    """Recipe with one or more faults, one per line, each as ``file:line: dotted.path: fault``."""
+    """Recipe with one or more faults.
+
+    ``faults`` lists them in the form ``file:line: dotted.path: fault``, and the message has one
+    line for each.
+    """
 
     def __init__(self, *faults: str) -> None:
         self.faults = faults
@@ -129,10 +133,7 @@ class WireError(FederateError):
 
 
 class ClientError(FedMergeError):
-    """Failure of a client. The message names the client and the round.
-
-    The original error is the cause.
-    """
+    """Failure of a client. The message names the client, the round and ``cause``."""
 
     def __init__(self, client: str, round: int, cause: str) -> None:
         self.client, self.round, self.cause = client, round, cause

@@ -44,7 +44,7 @@ SHAPES: list[tuple[str, tuple[int, ...], Role]] = [
 
 @contextmanager
 def isolated_registries() -> Iterator[None]:
-    """When the context ends, remove the strategies, tasks and other parts registered inside it."""
+    """Remove, when the context ends, all strategies, tasks and other parts registered in it."""
     before = [{entry.name for entry in registry} for registry in REGISTRIES]
     try:
         yield
@@ -152,7 +152,7 @@ class FormulaClients:
         """Return class statistics of features with unit variance, ``(classes, d + 2)``.
 
         All classes have the same number of examples, up to rounding. The mean of class k is the
-        k-th row of the head in the client's centre, plus the first d columns of the adapter.
+        k-th row of the head in the minimum c_i, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)

@@ -16,9 +16,10 @@ class ClientsRecipe(Section):
     """Fraction of the clients that is drawn at random for each round; at least one client."""
     sampling: Literal["fixed", "poisson"] = "fixed"
     """fixed: each round has the same number of clients. poisson: each client is drawn independently
-    with the probability `fraction`. A round may then have no clients; it changes nothing, except by
-    its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md), and across sites
-    the server draws the clients with the operating system's random number generator."""
+    with the probability `fraction`. A round may then have no clients; such a round changes nothing,
+    except that central privacy adds its noise. With `privacy.mode: central`, poisson reduces
+    epsilon (privacy.md), and across sites the server draws the clients with the operating system's
+    random number generator."""
     failures: Literal["raise", "skip"] = "raise"
     """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
     record name the client, and the round continues as if the client had not been selected. A client
@@ -31,5 +32,6 @@ class ClientsRecipe(Section):
     timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Maximum time in seconds that a client may take for a round, including evaluation; null for no
     limit. Clients that train in this process are not interrupted: their time is checked afterwards.
-    Clients that train in one forward pass divide its time among them. A run is not reproducible if
+    If several clients train in one forward pass, each of them counts an equal part of its time. A
+    run is not reproducible if
     clients take about as long as this limit."""

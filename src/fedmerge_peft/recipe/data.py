@@ -71,7 +71,8 @@ class DirichletRecipe(PartitionRecipe):
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.1
     """Concentration. Smaller values concentrate each class at fewer clients."""
     min_examples: Count = 10
-    """Minimum number of a client's training examples; the draw is repeated until all have it."""
+    """Minimum number of training examples per client. The draw is repeated until every client has
+    this number."""
     by: str | None = None
     """Column whose values are distributed. A list counts as its first value. Default: the label."""
 
@@ -86,8 +87,9 @@ class ClustersRecipe(PartitionRecipe):
     classes_per_group: Labels = 30
     """Number of classes per group. Groups may share classes."""
     size_spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Maximum relative deviation of a group's size, drawn at random. With 0.3, 100 clients in ten
-    groups form groups of 7 to 13 clients, as in the program of FedMerge's authors."""
+    """Maximum relative deviation of a group's number of clients from the mean. The numbers are
+    drawn at random. With 0.3, 100 clients in ten groups form groups of 7 to 13 clients, as in the
+    program of FedMerge's authors."""
     deck: bool = False
     """Deal the classes to the groups from one deck, as FedMerge's authors do, so that groups share
     as few classes as possible. With false, each group draws from all classes."""
@@ -108,7 +110,8 @@ class NaturalRecipe(PartitionRecipe):
     """One or more clients for each value of a column, such as a hospital, an author or a domain."""
 
     by: str
-    """Column with one client for each value, or several clients (`clients_per_value`)."""
+    """Column whose values define the clients: one client for each value, or several
+    (`clients_per_value`)."""
     clients_per_value: Count = 1
     """Number of clients that share the examples of one value, in equal parts."""
     group: str | None = None
@@ -130,7 +133,7 @@ class ShardsRecipe(PartitionRecipe):
     clients: Count
     """Number of clients."""
     shards_per_client: Count = 2
-    """Number of shards per client. A client has examples of about as many classes."""
+    """Number of shards per client. A client has examples of about this number of classes."""
     by: str | None = None
     """Column to sort by. Default: the label."""
 
@@ -163,9 +166,9 @@ class DataRecipe(Section):
     """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
     tab for .tsv."""
     quoting: Quoting = "auto"
-    """Meaning of quotation marks in csv and tsv files. double: they enclose fields, and are doubled
-    within them. none: they are text. auto: they enclose fields, except in a file with tabs that can
-    be read only if they are text; an ambiguous file is an error."""
+    """Meaning of quotation marks in csv and tsv files. double: quotation marks enclose fields; a
+    mark within a field is written twice. none: quotation marks are text. auto: as double, or as
+    none if a file with tabs cannot be read otherwise; an ambiguous file is an error."""
     encoding: Encoding | None = None
     """Encoding of csv, tsv and json files, such as cp1252. Default: the encoding of the byte order
     mark if the file has one, else utf-8."""

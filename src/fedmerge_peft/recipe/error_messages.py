@@ -41,7 +41,7 @@ class Kinds(NamedTuple):
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
-    """Return the kinds of section that a field may hold; None if no registry lists them."""
+    """Return the kinds of section that a field may hold; None if they are not in a registry."""
     marker = one_of(required(annotation))
     if marker is None:
         return None

@@ -1,4 +1,4 @@
-"""Sections of the evaluation, and of the adapters that clients are served with."""
+"""Sections of the evaluation, and of the served adapters."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class EvaluationRecipe(Section):
 
 
 class ServingRecipe(Section):
-    """Changes to the adapters that clients are served with."""
+    """Changes to the served adapters."""
 
     label_prior: Boolean = False
     """Add a label prior to the logits of the served adapters: the logarithm of a client's label
-    frequencies relative to all clients' or, with `training.logits: adjusted`, relative to equal
-    frequencies. The prior is added to the head's bias, so exported adapters contain it; the
-    adapters that clients train do not. It requires a classifier with a bias and, at the server, the
-    clients' label counts, which `privacy` rules out."""
+    frequencies relative to those of all clients together or, with `training.logits: adjusted`,
+    relative to equal frequencies. The prior is added to the head's bias, so exported adapters
+    contain it; the adapters that clients train do not. The prior requires a classifier with a bias,
+    and the clients' label counts at the server, which `privacy` rules out."""

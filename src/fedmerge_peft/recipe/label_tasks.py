@@ -27,18 +27,18 @@ class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     }
 
     words: str = "tokens"
-    """Column with the words of a text, a list."""
+    """Column with the words of each text, as a list."""
     tags: str = "ner_tags"
-    """Column with the tag of each word, a list of names or ids. Entities have the tags of IOB2
+    """Column with the tags of the words, as a list of names or ids. Entities have the tags of IOB2
     (B-PER, I-PER, O) or BIOES."""
     text: str = "text"
-    """Column with the text of spans."""
+    """Column with the text to which `spans` refers."""
     spans: str | None = None
-    """Column with the entities of a text, a list of {start, end, label} in characters, instead of
-    words and tags. Entities may not overlap."""
+    """Column with the entities of each text, as a list of {start, end, label} with positions in
+    characters. It replaces `words` and `tags`. Entities may not overlap."""
     max_length: Count | None = None
     """Maximum length in tokens. Words beyond it have no loss and no prediction, and a warning
-    states the number of these texts. Default: the model's limit."""
+    states the number of longer texts. Default: the model's limit."""
     metrics: Annotated[list[TagMetric], Field(min_length=1)] = ["entity_f1"]
     """Metrics. Tables and log lines show the first."""
 

@@ -175,7 +175,7 @@ def loads(
         overrides: ``key.sub=value``, applied in this order.
         plugins: Treatment of the modules that the recipe lists.
         foreign: True if the text comes from an untrusted source, such as a run directory or a
-            message. Keys whose value may be a file name, to include its content, then reject it.
+            message. Keys that can read a file, such as a chat template, then reject file names.
 
     Raises:
         RecipeError: The text is not a valid recipe. The error lists all faults, as in ``load``.
@@ -334,7 +334,7 @@ def _place(model: type[Section], key: str) -> Where:
 
 
 def _section(model: type[Section], where: Where, document: Document) -> dict[str, Any] | str:
-    """Return the section at a place, created if missing, or the reason why it cannot exist."""
+    """Return the section at a place, or the reason why it cannot exist; create it if missing."""
     section: dict[str, Any] = document.value
     for depth, step in enumerate(where, start=1):
         here = where[:depth]
@@ -370,7 +370,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
 def _forget_other_kind(
     model: type[Section], where: Where, section: dict[str, Any], document: Document
 ) -> None:
-    """Remove the file's keys that the kind which the command line selects does not have."""
+    """Remove keys of the file that do not exist in the kind that the command line selects."""
     kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return

@@ -20,7 +20,7 @@ class LoraRecipe(Section):
     alpha: Alpha = 16.0
     """Numerator of the scaling (PEFT's lora_alpha): the update of a weight is alpha / r · B A."""
     dropout: Fraction = 0.0
-    """Dropout of the adapter's input in training."""
+    """Probability of dropout on the adapter's input in training."""
     target_modules: list[str] | str | None = None
     """Module names, a regular expression, or all-linear. Default: PEFT's choice for the
     architecture, if it has one."""
@@ -34,7 +34,7 @@ class LoraRecipe(Section):
     use_rslora: Boolean = False
     """Scale the update by alpha / sqrt(r) instead of alpha / r."""
     use_dora: Boolean = False
-    """Weight-decomposed LoRA. Merging averages the magnitudes, which is not exact in any mode."""
+    """Weight-decomposed LoRA (DoRA). Merging averages the magnitudes, which is never exact."""
     init_lora_weights: bool | str = True
     """Initialization of the factors: true (A random, B zero) or gaussian. Initializations that
     change the backbone are rejected."""

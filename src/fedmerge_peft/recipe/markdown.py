@@ -12,7 +12,7 @@ from fedmerge_peft.recipe.schema import Recipe
 Schema = dict[str, Any]
 
 _SHARED_BY = 4
-"""Minimum number of kinds of a section with the same key for which it is listed only once."""
+"""Number of kinds that must share a key so that the key is listed once, before the kinds."""
 _NAMES = {
     "string": "text",
     "integer": "integer",

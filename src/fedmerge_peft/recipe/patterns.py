@@ -34,9 +34,11 @@ def pattern_fault(pattern: str) -> str | None:
 def _ways(pattern: Any) -> float:
     """Bound the number of ways in which an expression matches a name of ``_LENGTH`` characters.
 
-    The numbers of the parts of a sequence are multiplied, the numbers of alternatives are added,
-    and k repetitions of an expression with w ways have wᵏ. The engine does not backtrack into an
-    assertion that has matched, so only the largest number of the assertion and of the rest counts.
+    The numbers of the parts of a sequence are multiplied, and the numbers of alternatives are
+    added. At most k repetitions of an expression with w > 1 ways have wᵏ ways; with w = 1, there is
+    one way for each number of repetitions. The engine does not backtrack into an assertion that has
+    matched. The number of an assertion is therefore not a factor: if it is larger than the product
+    of the parts before it, it replaces this product.
     """
     total = 1.0
     for kind, value in pattern:
@@ -57,7 +59,7 @@ def _ways(pattern: Any) -> float:
 
 
 def _repeated(ways: float, least: int, most: int) -> float:
-    """Return the number of ways to match ``least`` to ``most`` repetitions of an expression."""
+    """Bound the number of ways to match ``least`` to ``most`` repetitions of an expression."""
     if ways == 1 or most <= 1:
         return max(1.0, (most - least + 1) if ways == 1 else ways + (least == 0))
     return min(ways, _MOST) ** min(most, 40)

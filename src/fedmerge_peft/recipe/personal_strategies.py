@@ -30,8 +30,8 @@ class FeMAMRecipe(StrategyRecipe):
 
     adapters_key = "clusters"
     levels: Annotated[int, Field(ge=2, le=100)] = 3
-    """Number of levels. The levels divide the rank among them, so lora.r must be at least as
-    large."""
+    """Number of levels. Each level has a part of the rank, so `lora.r` must be at least this
+    number."""
     clusters: Adapters = 5
     """Number of clusters in each level between the first and the last."""
     global_rounds: Count = 10

@@ -48,8 +48,8 @@ def with_preset(recipe: Any) -> Any:
             validated sections.
 
     Returns:
-        New values, or ``recipe`` itself if it does not name a preset of its strategy. The
-        validation refuses any other preset.
+        New values, or ``recipe`` itself if it does not name a preset of its strategy. If it names
+        another preset, the validation refuses it later.
     """
     sections = recipe if isinstance(recipe, Mapping) else {}
     strategy = _written(sections.get("strategy"))
@@ -66,7 +66,7 @@ def with_preset(recipe: Any) -> Any:
 
 
 def resolved(recipe: Any) -> dict[str, Any]:
-    """Return the recipe's values for all keys of its preset, by dotted key; {} without preset."""
+    """Return the recipe's values of all keys that its preset sets, by dotted key; {} if none."""
     preset = PRESETS.get(recipe.strategy.chosen_preset or "", {})
     return {
         f"{section}.{key}".lstrip("."): getattr(

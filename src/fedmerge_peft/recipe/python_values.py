@@ -1,4 +1,4 @@
-"""Checks of Python arguments, and values with dotted keys, as on the command line."""
+"""Check arguments that Python passes, and nest values with dotted keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmerge_peft.recipe.yaml_document import Fault, Mark, Where, refuse
 
 
 def check_recipe(value: object, argument: str = "recipe") -> None:
-    """Raise ``RecipeError`` if an argument is not a recipe. The name of a recipe is an error."""
+    """Raise ``RecipeError`` if an argument is not a recipe but, for example, a recipe's name."""
     if not isinstance(value, Section):
         loading = f"Recipe.load({value!r})" if isinstance(value, str) else "Recipe.load(...)"
         raise RecipeError(
@@ -57,7 +57,7 @@ def listed_overrides(values: object) -> list[str]:
 
 
 def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
-    """Return values with dotted keys nested: ``training.epochs`` as ``epochs`` in ``training``.
+    """Convert dotted keys to nested dictionaries.
 
     ``{"training.epochs": 2}`` becomes ``{"training": {"epochs": 2}}``. Only outermost keys are
     split, because keys within sections may be names with dots, such as columns of ``data.filter``.
@@ -68,7 +68,7 @@ def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
         source: Place of the values, for error messages.
 
     Raises:
-        RecipeError: A key is given twice, or its section is not a dictionary.
+        RecipeError: A key is not text or is given twice, or its section is not a dictionary.
     """
     result = {key: value for key, value in values.items() if not _is_dotted(key)}
     faults = [

@@ -17,7 +17,7 @@ from fedmerge_peft.plugins import Registry
 
 @dataclass(frozen=True)
 class OneOf:
-    """Mark a field that holds a section of any kind that a registry has.
+    """Mark a field that holds a section of any kind in a registry.
 
     Example: ``strategy: Annotated[StrategyRecipe, OneOf(STRATEGIES)]``.
     """

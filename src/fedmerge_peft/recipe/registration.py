@@ -1,7 +1,8 @@
 """The public decorators that register a plugin's parts.
 
-Each decorator takes the name of the part in recipes. Most take the section with its settings, which
-is then the first argument of the registered class or function:
+Each decorator takes the name of the part in recipes. Those of strategies, tasks, partition schemes
+and callbacks also take the class of the section with its settings. The section is then the first
+argument of the registered class or function:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
@@ -67,7 +68,7 @@ def register_strategy(
         recipe: The section with the strategy's settings and facts. Default: a section without keys.
 
     Raises:
-        PluginError: Another module has registered the name.
+        PluginError: Another module has registered the name, or an argument is invalid.
     """
     return _section_of(STRATEGIES, name, recipe, StrategyRecipe)
 
@@ -75,7 +76,8 @@ def register_strategy(
 def register_task(name: str, *, recipe: type[TaskRecipe]) -> Callable[[Code], Code]:
     """Register a subclass of ``Task`` under a name, the value of ``task.name`` in recipes.
 
-    Raises ``PluginError`` if another module has registered the name.
+    ``recipe`` is the section with the task's columns and settings. Raises ``PluginError`` if
+    another module has registered the name, or an argument is invalid.
     """
     return _section_of(TASKS, name, recipe, TaskRecipe)
 
@@ -86,10 +88,11 @@ def register_partition(
     """Register, under a name, a function that assigns rows to clients.
 
     The name is the value of ``data.partition.scheme`` in recipes. The function takes its section
-    and the ``Splits``, and returns a list of ``ClientRows`` for each split. If it returns only
-    ``train``, the other splits are partitioned in the same proportions.
+    (``recipe``, by default a section without keys) and the ``Splits``. It returns a list of
+    ``ClientRows`` for each split. If it returns only ``train``, the other splits are partitioned in
+    the same proportions.
 
-    Raises ``PluginError`` if another module has registered the name.
+    Raises ``PluginError`` if another module has registered the name, or an argument is invalid.
     """
     return _section_of(PARTITIONS, name, recipe, PartitionRecipe)
 
@@ -99,7 +102,8 @@ def register_callback(
 ) -> Callable[[Code], Code]:
     """Register a subclass of ``Callback`` under a name, for the list ``callbacks`` of recipes.
 
-    Raises ``PluginError`` if another module has registered the name.
+    ``recipe`` is the section with the callback's settings; by default, a section without keys.
+    Raises ``PluginError`` if another module has registered the name, or an argument is invalid.
     """
     return _section_of(CALLBACKS, name, recipe, CallbackRecipe)
 
@@ -168,7 +172,7 @@ def register_aggregation(name: str) -> Callable[[Code], Code]:
     ``RobustnessRecipe``. Each column of the weights sums to 1, or is zero if no client uses the
     adapter. The function returns one update for each adapter, ``(d, P)``, in the dtype of δ.
 
-    Raises ``PluginError`` if another module has registered the name.
+    Raises ``PluginError`` if another module has registered the name, or the name is invalid.
     """
     return _named(AGGREGATIONS, name)
 
@@ -213,7 +217,7 @@ def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code
 
 
 def _check_name(registry: Registry, name: object) -> None:
-    """Raise ``PluginError`` if a name is missing, or contains other characters than allowed."""
+    """Raise ``PluginError`` if a name is missing, or has characters that are not allowed."""
     if not isinstance(name, str):
         raise PluginError(
             f"the {registry.kind} {getattr(name, '__name__', repr(name))} has no name; pass it to "

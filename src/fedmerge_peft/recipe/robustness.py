@@ -39,19 +39,20 @@ class RobustnessRecipe(Section):
     and trimmed_mean: coordinate-wise and weighted (Yin et al. 2018, arXiv 1803.01498). krum: the
     update nearest to its neighbors; multi_krum: the mean of the nearest ones (Blanchard et al.
     2017, arXiv 1703.02757). cosine_filter: the weighted mean of the updates with a positive cosine
-    to the sum of the others (after Cao et al. 2021, arXiv 2012.13995, which compares with an update
-    from the server's own data). similarity_filter: the same, except that clients with more similar
-    updates than usual share one vote (after Fung et al. 2020, arXiv 1808.04866)."""
+    to the sum of all other updates (after Cao et al. 2021, arXiv 2012.13995, which compares with an
+    update from the server's own data). similarity_filter: as cosine_filter, except that clients
+    whose updates are unusually similar share one vote (after Fung et al. 2020, arXiv
+    1808.04866)."""
     trim: Minority = 0.2
-    """Fraction of the weight that trimmed_mean removes at each end. Choose a value above the
-    fraction of clients that may be malicious."""
+    """Fraction of the weight that trimmed_mean removes from the lowest and from the highest values
+    of each coordinate. Choose a value above the fraction of clients that may be malicious."""
     malicious: Minority = 0.2
-    """Fraction of the clients using an adapter that krum and multi_krum assume to be malicious."""
+    """Fraction of malicious clients that krum and multi_krum assume among an adapter's clients."""
     norm_bound: Norm | None = None
     """Clip updates to this L2 norm; null for no bound."""
     norm_multiple: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    """Clip updates to this multiple of their typical L2 norm, the median of the median norms of the
-    last five rounds; null for no relative bound."""
+    """Clip updates to this multiple of their typical L2 norm; null for no relative bound. The
+    typical norm is the median of each round's median norm over the last five rounds."""
 
     @property
     def defends(self) -> bool:

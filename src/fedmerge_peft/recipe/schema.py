@@ -76,7 +76,7 @@ class BackboneRecipe(Section):
     """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
     per weight."""
     gradient_checkpointing: Boolean = False
-    """Recompute activations in the backward pass, to save memory for about a third more time."""
+    """Recompute activations in the backward pass: less memory, but about a third more time."""
     trust_remote_code: Boolean = False
     """Run Python code that comes with the model. Enable it only for code that you have read."""
 
@@ -102,20 +102,21 @@ class TrainingRecipe(Section):
     learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest
-    validation loss, or a higher rate if the training loss keeps falling well above this rate: a
-    single client overfits at lower rates than a federation. If no rate reduces the validation loss
-    by more than its noise, or if there are no validation examples, the training loss decides. The
-    baselines of the run use the same rate. With `privacy`, there is no test, because its replies
-    would not be private; the rate is then 5e-3 for adamw and 0.1 for sgd."""
+    validation loss. If the training loss is still lower at much higher rates, a higher rate is
+    chosen, because a single client overfits at lower rates than a federation. If no rate reduces
+    the validation loss by more than its noise, or if there are no validation examples, the training
+    loss decides. The baselines of the run use the same rate. With `privacy`, there is no test,
+    because its replies would not be private; the rate is then 5e-3 for adamw and 0.1 for sgd."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Weight decay, decoupled for adamw; for sgd, the gradient of an L2 penalty."""
+    """Weight decay: decoupled for adamw, the gradient of an L2 penalty for sgd."""
     momentum: Fraction = 0.0
     """Momentum of sgd."""
     batch_size: BatchSize = 8
     """Examples per micro-batch. The default is small, because clients often have fewer than a
     hundred examples, and small batches give them enough optimizer steps."""
     gradient_accumulation: BatchSize = 1
-    """Micro-batches per optimizer step. Their mean is exact, even if their label counts differ."""
+    """Micro-batches per optimizer step. The loss of a step is the exact mean over its examples or
+    labeled tokens, even if micro-batches differ in their number."""
     epochs: Count | Literal["auto"] = "auto"
     """Passes over a client's examples per round. auto: as many passes, at most 4, as a client of
     median size needs for about 200 optimizer steps in the run, and at least 10 per round."""
@@ -153,9 +154,10 @@ class TrainingRecipe(Section):
     model whose logits differ is refused."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
-    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
-    16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. With unsupported
-    settings, such as DoRA, clients train one at a time; the log states the reason."""
+    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: as
+    many clients as have at most 8 examples per pass together, or 256 on a CUDA GPU, and at most 16;
+    one if this number is below 3 or the backbone is quantized. With unsupported settings, such as
+    DoRA, clients train one at a time; the log states the reason."""
 
 
 Tracker = Literal[
@@ -169,7 +171,7 @@ class Recipe(Section):
     name: FileName
     """Name of the run. Its directory is runs/NAME unless --out is given."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of all random choices, together with the round and the client."""
+    """Seed of the run. All random choices follow from it, the round and the client."""
     rounds: Count = 20
     """Number of rounds. More than 10 million optimizer steps of all clients together in a run cause
     a warning, and more than 10 billion are refused."""
@@ -188,8 +190,9 @@ class Recipe(Section):
     directory. A baseline with the name of `strategy` is skipped."""
     baselines_from: str | None = None
     """Directory of an earlier run whose finished baselines this run reuses instead of running them
-    again. It is refused if data, model, seed, rounds or any other setting of the baselines differs.
-    The run also uses the learning rate and the epochs that were chosen automatically for them."""
+    again. The directory is refused if data, model, seed, rounds or any other setting of the
+    baselines differs. This run also uses the learning rate and the epochs that the earlier run
+    chose automatically."""
     clients: ClientsRecipe = ClientsRecipe()
     """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
@@ -203,7 +206,7 @@ class Recipe(Section):
     stop: StopRecipe = StopRecipe()
     """Early stopping."""
     serving: ServingRecipe = ServingRecipe()
-    """Adapters that clients are served with."""
+    """Changes to the served adapters."""
     tracking: list[Tracker] = []
     """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
     installed. They write files to the folder `tracking` of the run directory."""
@@ -372,7 +375,7 @@ class Recipe(Section):
         """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
         Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
-        ``plugins`` is the treatment of the modules listed in the recipe. Raises ``RecipeError``
+        ``plugins`` is the treatment of the modules that the recipe lists. Raises ``RecipeError``
         with all faults.
         """
         from fedmerge_peft.recipe.loading import load

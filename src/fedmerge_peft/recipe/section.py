@@ -36,7 +36,7 @@ Labels = Annotated[int, Field(gt=0, le=100_000)]
 Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
 """L2 norm of a gradient or an update."""
 Passes = Annotated[int, Field(gt=0, le=1_000)]
-"""Passes of local training in one round."""
+"""Number of passes of local training in one round."""
 Rank = Annotated[int, Field(gt=0, le=4_096)]
 """Rank of an adapter."""
 Rate = Annotated[float, Field(gt=0, le=100)]
@@ -44,7 +44,7 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 """Text that is not empty, such as a path."""
 WarmRounds = Annotated[int, Field(gt=0, le=1_000)]
-"""Rounds before clients are grouped."""
+"""Number of rounds before clients are grouped."""
 Scalar = str | int | float | bool
 
 

@@ -18,8 +18,8 @@ class SoupRecipe(Section):
     step is computed in float32 and rounded up or down at random, so that small steps are not lost
     (Zamirai et al. 2020, arXiv 2010.06192). Clients receive and train float32 adapters."""
     storage: Literal["memory", "disk"] = "memory"
-    """memory, or disk for a soup that is larger than memory: a temporary file in the run directory,
-    of which a part is in memory at a time. Each merged adapter then reads the whole file."""
+    """Place of the soup. disk, for soups larger than memory: a temporary file in the run directory,
+    of which only a part is in memory at a time. Each merge then reads the whole file."""
 
     @property
     def plain(self) -> bool:
@@ -28,7 +28,7 @@ class SoupRecipe(Section):
 
     @property
     def floats_in_memory(self) -> float:
-        """Memory of each number of the soup, in units of 4 bytes."""
+        """Memory that each number of the soup takes, in units of 4 bytes."""
         return {"memory": 1.0, "disk": 0.0}[self.storage] * {"float32": 1.0, "bfloat16": 0.5}[
             self.dtype
         ]
@@ -38,9 +38,9 @@ class SoupServerRecipe(ServerRecipe):
     """Server optimizer of a soup, and the storage of the soup."""
 
     soup: SoupRecipe = SoupRecipe()
-    """Storage of the soup on the server. bfloat16 and disk go with plain SGD and with merging
-    weights for whole adapters only: not with server_optimizer adam, server_momentum, blocks,
-    reseed_after, or a private head."""
+    """Storage of the soup on the server. bfloat16 and disk require plain SGD on the server and
+    merging weights for whole adapters. They cannot be combined with server_optimizer adam,
+    server_momentum, blocks, reseed_after, or a private head."""
 
     @property
     def floats_in_memory(self) -> float:

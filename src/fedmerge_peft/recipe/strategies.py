@@ -42,8 +42,9 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     in the clients' updates, which may be one; with other starts 5, or the number of clients if that
     is smaller."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
-    """Update rule of the weights: normalized (each client's gradient divided by its largest
-    absolute entry), adam, gradient (plain), or paper."""
+    """Update rule of the weights. normalized: a step along each client's gradient, divided by its
+    largest absolute entry. adam: Adam. gradient: plain gradient descent. paper: the rule of
+    FedMerge's authors (method.md)."""
     weights_lr: Coefficient | None = None
     """Step size of the merging logits. Default: 0.3; 1.0 for gradient; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
@@ -55,13 +56,13 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
     balance_rounds: CountOrZero = 0
-    """Number of rounds at the start in which the use of the adapters is balanced (Sinkhorn) with
+    """Number of first rounds in which the use of the adapters is balanced (Sinkhorn), with
     decreasing strength, so that no adapter is unused in these rounds."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
     """Initialization of the adapters. warm: a few rounds of FedAvg, then clients are grouped by the
     direction of their updates, and each group gets an adapter. independent: random and different,
-    as in the paper; required for central privacy. noise: equal, plus noise on all parameters.
-    identical: equal, for tests only, because equal adapters never specialize."""
+    as in the paper; suitable for central privacy, which rules out warm. noise: equal, plus noise on
+    all parameters. identical: equal, for tests only, because equal adapters never specialize."""
     start_noise: Annotated[float, Field(gt=0, le=10)] = 0.02
     """Standard deviation of the noise of `start: noise`."""
     warm_rounds: WarmRounds = 3
@@ -71,17 +72,17 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Mean merging weight, after the grouping, of the group that a client resembles most. A client
-    that resembles several groups starts with weights between them. With more adapters than groups,
-    each client has this weight for its group's adapter, and the other adapters share the rest
-    evenly."""
+    """Merging weight after the grouping, as a mean over clients, of the adapter of the group that a
+    client resembles most. A client that resembles several groups starts with a mixture of their
+    adapters. With more adapters than groups, each client has this weight for its group's adapter,
+    and the other adapters share the rest evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
     from the soup has the rest. auto: the estimated share of a client's label distribution that
     differs from its group's, which is 0 if the clients of a group have the same distribution. auto
     requires the clients' label counts, and gives 0 with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
-    """Merging weights for each block of an adapter's parameters, instead of one row per client.
+    """Separate merging weights for each block of an adapter's parameters. Default: no blocks.
     head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
     modules: each adapted module, and the head. classes: the head's parameters of each class, and
     the rest. With blocks, there are no own heads."""
@@ -167,14 +168,14 @@ class FedAvgRecipe(HeadRecipe, ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
-    """FedAvg with finetuning: each client predicts with the global adapter after its last local
-    training, or after rounds of finetuning at the end.
+    """FedAvg with finetuning: each client predicts with the global adapter as it trained it last,
+    in a round of FedAvg or in rounds of finetuning at the end.
     """
 
     fedavg_rounds: Count | None = None
-    """Number of rounds of FedAvg; in all further rounds, each client finetunes the global adapter.
-    Default: all rounds are FedAvg, and a client predicts with the adapter that it trained in its
-    last round, before the aggregation."""
+    """Number of rounds of FedAvg. In all further rounds, each client finetunes the global adapter.
+    Default: all rounds are rounds of FedAvg, and a client predicts with the adapter that it trained
+    in its last round, before the aggregation."""
     passes: Passes = 1
     """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
 

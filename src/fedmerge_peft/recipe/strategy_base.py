@@ -34,7 +34,7 @@ class StrategyRecipe(Section):
     """True if clients are served weighted averages of the soup with learned weights. Tables and
     figures then show these weights."""
     adapters_key: ClassVar[str] = "adapters"
-    """Key of the section with the number of adapters, which must fit into memory."""
+    """Key of the section that sets the number of adapters. All of them must fit into memory."""
     dp_modes: ClassVar[frozenset[str]] = frozenset()
     """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 
@@ -55,12 +55,12 @@ class StrategyRecipe(Section):
 
     @property
     def floats_in_memory(self) -> float:
-        """Memory of each number of the server's adapters, in units of 4 bytes."""
+        """Memory that each number of the server's adapters takes, in units of 4 bytes."""
         return 1.0
 
     @property
     def merged_blocks(self) -> str | None:
-        """Blocks of parameters with merging weights of their own; None for whole adapters."""
+        """Kind of blocks with separate merging weights; None if weights are for whole adapters."""
         return None
 
     @property
@@ -74,7 +74,7 @@ class StrategyRecipe(Section):
         return False
 
     def effective_values(self) -> dict[str, float]:
-        """Return the values in effect of keys whose default depends on other keys."""
+        """Return the effective values of the keys whose defaults depend on other keys."""
         return {}
 
     def privacy_refusal(self, mode: str) -> str | None:

@@ -132,7 +132,7 @@ _VALUES = {
 }
 """Words of other programs, separated by spaces, by the value that they stand for.
 
-Those of tasks are in ``TaskRecipe.other_names``.
+The words for names of tasks are in ``TaskRecipe.other_names``.
 """
 
 

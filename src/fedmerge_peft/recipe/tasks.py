@@ -25,7 +25,7 @@ ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
-    """Return the text of a chat template, read from a file if necessary, or a template's name.
+    """Return the text of a chat template, from a file if ``value`` names one, or a template's name.
 
     The recipe contains the text itself, so that a run does not depend on the file. A recipe from an
     untrusted source may not name a file, because exports and messages would contain its content.
@@ -66,10 +66,10 @@ class TaskRecipe(Section):
     small_model: ClassVar[str | None] = None
     """Hub id of a small model, which ``fedmerge init`` suggests."""
     usual_columns: ClassVar[UsualColumns] = {}
-    """Columns that ``fedmerge init`` searches in a table and asks for, by key of the section."""
+    """Columns that ``fedmerge init`` looks for in a table and asks for, by key of the section."""
     known_columns: ClassVar[Sequence[str]] = ()
-    """Sets of columns, one for each format of rows, that the task reads without keys in the recipe.
-    The names in a set are separated by spaces."""
+    """Sets of columns that the task recognizes without keys in the recipe, one for each format of
+    rows. The names in a set are separated by spaces."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares this field itself."""
@@ -114,11 +114,11 @@ class TaskRecipe(Section):
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def of_one_sequence(self) -> TaskRecipe:
-        """Return the section of a task whose examples are single ``sequences`` of this task's."""
+        """Return the section of a task on single ``sequences`` of this task's examples."""
         return self
 
     def to_predict(self, format: str | None) -> TaskRecipe:
-        """Return the section for predictions from single inputs, after a run with ``format``."""
+        """Return the section for predictions with the models of a run on texts in ``format``."""
         return self
 
     def to_complete(self) -> CompletionRecipe | None:
@@ -207,9 +207,9 @@ class CausalLMRecipe(CompletionRecipe):
     """Format of a row. Default: the first of messages, prompt-completion, instruction and text
     whose columns exist."""
     loss: Literal["assistant", "completion", "all"] | None = None
-    """Tokens with a loss. assistant: the assistant's messages in chats. completion: the completion,
-    or in chats of one column the last message. all: all tokens but the first. Default: assistant
-    for chats, completion for rows with a prompt and a completion, all for text."""
+    """Tokens with a loss. assistant: the assistant's messages in chats. completion: the completion
+    or, in chats in a single column, the last message. all: all tokens but the first. Default:
+    assistant for chats, completion for rows with a prompt and a completion, all for text."""
     text: str = "text"
     """Column with plain text."""
     messages: str = "messages"

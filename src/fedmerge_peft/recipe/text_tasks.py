@@ -68,18 +68,18 @@ class QuestionAnsweringRecipe(TaskRecipe):
     """Column with the text that contains the answer."""
     answers: Annotated[str, Field(min_length=1)] = "answers"
     """Column with the answers, {text, answer_start}: texts, and the positions of their first
-    characters in the context. The model learns the first answer; metrics compare with the answer
-    that fits best."""
+    characters in the context. The model learns the first answer. Metrics compare a prediction with
+    the answer that is most similar to it."""
     no_answer: Boolean = False
     """True if the context may contain no answer to a question, as in SQuAD 2."""
     max_length: Count | None = None
-    """Maximum length of question and context in tokens. Longer contexts become several windows.
-    Default: the model's limit, at most 384."""
+    """Maximum length in tokens of question and context together. Longer contexts become several
+    windows. Default: the model's limit, at most 384."""
     stride: CountOrZero | None = None
     """Number of tokens that consecutive windows of a context share. Default: 128, at most a third
     of a window."""
     max_answer_length: Count = 30
-    """Maximum length of a predicted answer in tokens."""
+    """Maximum length in tokens of a predicted answer."""
     metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = ["squad_f1", "squad_exact_match"]
     """Metrics. Tables and log lines show the first."""
 
@@ -156,8 +156,8 @@ class MultipleChoiceRecipe(TaskRecipe):
     label: str = "label"
     """Column with the right choice: its number from 0, its letter from A, its name or its text."""
     max_length: Count | None = None
-    """Maximum length of a context with a choice in tokens. Longer ones are truncated, and a warning
-    counts them. Default: the model's limit."""
+    """Maximum length in tokens of a context with one choice. Longer inputs are truncated, and a
+    warning counts them. Default: the model's limit."""
     metrics: Annotated[list[ChoiceMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
 

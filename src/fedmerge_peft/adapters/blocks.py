@@ -68,7 +68,7 @@ class Blocks:
 
 
 def _name(kind: Kind, entry: Entry) -> Hashable:
-    """Return a key of a tensor's block; with ``classes``, ``create`` overrides it for the head."""
+    """Return the key of a tensor's block; for ``classes``, ``create`` splits the classifier."""
     if kind == "classes":
         return "others"
     if entry.role == "head" or kind == "head":
@@ -83,8 +83,8 @@ def _name(kind: Kind, entry: Entry) -> Hashable:
 class BlockWeights:
     """Merging weights by block: θ_ib = Σ_j π_ijb Θ_jb in the columns of block b.
 
-    Files and tables contain the mean π_ij over the columns. This class stores the differences from
-    this mean.
+    Files and tables contain π_ij, the mean of π_ijb over the columns. This class stores the
+    differences from this mean.
     """
 
     blocks: Blocks
@@ -109,9 +109,9 @@ class BlockWeights:
         return mixed
 
     def spread(self, mask: Tensor) -> BlockWeights:
-        """Return the weights for rows with added columns; ``mask`` ``(P,)`` is True for old ones.
+        """Return the weights for rows with added columns; ``mask`` ``(P,)`` is False for these.
 
-        The added columns are 0 in all adapters, so their block does not matter.
+        All adapters are 0 in the added columns, so the block of these columns does not matter.
         """
         of = torch.zeros(len(mask), dtype=torch.int64)
         of[mask] = self.blocks.of
@@ -125,7 +125,10 @@ class BlockWeights:
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], layout: AdapterLayout, adapters: int
     ) -> BlockWeights:
-        """Return the weights of a file. Raises ``ValueError`` if they do not fit the soup."""
+        """Return the weights of a file for a soup with this layout and number of adapters.
+
+        Raises ``ValueError`` if they do not fit.
+        """
         of, offsets = tensors["of"], tensors["offsets"]
         fits = of.dtype == torch.int64 and of.shape == (layout.size,) and layout.size > 0
         if not fits or bool(((of < 0) | (of >= layout.size)).any()):

@@ -35,15 +35,15 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
-        clients: As in ``AdapterSoup.merge``; one-hot or a mixture, ``(m,)``. Own parts are in the
-            head, which enters linearly.
+        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``. Own parts are in
+            the head, which enters linearly.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
         the number of adapters with a nonzero weight. The scaling is unchanged.
 
     Raises:
-        ValueError: The adapters use DoRA, or adapt convolutions or experts. Or the own parts are
+        ValueError: The adapters use DoRA, or adapt convolutions or experts; or own parts are
             private, and ``clients`` does not sum to 1.
     """
     _check_exact(soup)

@@ -63,7 +63,7 @@ class AdapterSoup:
     """
 
     rows: Tensor
-    """``(d, P)``, float32; bfloat16 with such a ``storage``."""
+    """Θ, ``(d, P)``, float32 or bfloat16."""
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``, and
@@ -110,9 +110,9 @@ class AdapterSoup:
 
         Args:
             weights: π.
-            clients: Weights over the clients, ``(m,)`` or ``(k, m)``, for their own parts and their
-                weights by block; one-hot for a single client. If None, own parts and weights by
-                block are omitted.
+            clients: Weights over the clients, ``(m,)`` or ``(k, m)``, one-hot for a single client.
+                They mix the clients' own parts and weights by block. If None, own parts and weights
+                by block are omitted.
 
         Raises:
             ValueError: The own parts are private, and the weights of the clients do not sum to 1.
@@ -132,7 +132,7 @@ class AdapterSoup:
         return merged
 
     def with_rows(self, rows: Iterable[Tensor], count: int) -> AdapterSoup:
-        """Return this soup with a copy of ``count`` other rows ``(P,)``, in the same storage."""
+        """Return this soup with ``count`` other rows ``(P,)``, copied to the same storage type."""
         return replace(self, rows=self.storage.store(rows, count))
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
@@ -159,14 +159,14 @@ class AdapterSoup:
 
     @classmethod
     def load(cls, path: Path, *, as_stored: bool = False) -> AdapterSoup:
-        """Read the output of ``save``, with float32 rows.
+        """Read the output of ``save``.
 
-        Float32 rows are mapped into memory, so that only those that are used are read again after
-        the check of the file.
+        Float32 rows are memory-mapped. The check of the file reads all rows once; later, only the
+        rows that are used are read.
 
         Args:
             path: File.
-            as_stored: Return the rows in the file's number format.
+            as_stored: Keep the number format of the file's rows. Default: convert them to float32.
 
         Raises:
             RunError: The file is missing, damaged, or not a soup.

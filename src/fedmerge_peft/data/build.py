@@ -37,9 +37,9 @@ def federate_data(
     """Load the data of a recipe and partition them among clients.
 
     Validation and test splits are partitioned like the training split: a client gets the same
-    fraction of each class as in training. With the natural scheme, a client gets the rows that have
-    its value; with iid, it gets an equal part. If a split is missing, a fraction of each client's
-    training rows replaces it (``partition.split_off``).
+    fraction of each class as in training. With the natural scheme, a client gets the rows with its
+    value of the column; with iid, it gets an equal part. If a split is missing, a fraction of each
+    client's training rows replaces the split (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
@@ -48,8 +48,8 @@ def federate_data(
             in training.
         media: Column with images or audio of the task, or None. Relative paths in it are resolved
             against the folder of the table if the file exists there.
-        whole: True for the examples of all clients. They must have several labels, and each split
-            must share labels with training. The examples of a single site need not.
+        whole: True if the data are those of all clients. They must then have several labels, and
+            each split must share labels with training. False for the data of a single site.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:

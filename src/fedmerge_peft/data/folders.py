@@ -44,7 +44,7 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     split either, all files form the training split.
 
     Raises:
-        DataError: Some names name evaluation splits, but other names do not name a split.
+        DataError: Some files or folders are named as evaluation splits, but others not as splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 
@@ -106,8 +106,8 @@ def split_media(folder: Path, files: Sequence[Path]) -> Splits:
     Otherwise, all files form the training split.
 
     Raises:
-        DataError: Some subfolders are named as the training split and as an evaluation split, but
-            other entries are not named as splits.
+        DataError: There are subfolders named as the training split and as an evaluation split, but
+            other files or folders are not named as splits.
     """
     entries = _by_entry(folder, files)
     splits = {

@@ -182,7 +182,11 @@ def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str
 def guess_any(
     kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
 ) -> str | None:
-    """Return a column of a kind: as ``guess_label``, or the only one for lists and fractions."""
+    """Return a column of a kind; None if there is none, or no clear one.
+
+    A column of lists or fractions is returned if it is the only one. Other columns are chosen as by
+    ``guess_label``.
+    """
     free = _free(columns, taken)
     match kind:
         case "number":

@@ -1,4 +1,4 @@
-"""Convert examples that a Python program passes to splits, as if they were read from files.
+"""Convert the examples that a Python program passes into splits, as if they came from files.
 
 The examples are one table, the splits of a table, or a mapping from clients to their tables. Tables
 are checked and converted like files. A recipe refers to the examples by their fingerprint.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Table: TypeAlias = Dataset | pd.DataFrame | pa.Table
     Parts: TypeAlias = Table | DatasetDict | tuple[Table, Table]
     Data: TypeAlias = Parts | Mapping[str, Parts]
-    """One table, a pair (train, test) or a ``DatasetDict``; or one of them for each client."""
+    """One table, a pair (train, test) or a ``DatasetDict``; or a mapping from clients to these."""
 
 
 def take_data(

@@ -46,7 +46,7 @@ IN_MEMORY = "memory"
 """``data.path`` of examples that a Python program passes; runs append their fingerprint."""
 
 _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
-"""Other suffixes of files. A path with one of them is a local file, not a hub id."""
+"""Suffixes of files besides those of tables. A path with one of them is not a hub id."""
 
 
 def load_splits(
@@ -56,9 +56,10 @@ def load_splits(
 ) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
 
-    If the recipe does not name an evaluation split, the split ``validation`` or ``test`` is used.
-    It is omitted if it already serves as the other evaluation split, or if the filter removes all
-    of its rows. A fraction of the training examples then replaces it.
+    If the recipe does not name an evaluation split, the data's split ``validation`` or ``test`` is
+    used. It is not used if it already serves as the other evaluation split, or if the filter
+    removes all of its rows. If the result lacks an evaluation split, ``federate_data`` replaces the
+    split by a fraction of the training examples.
 
     Args:
         recipe: Source of the examples.

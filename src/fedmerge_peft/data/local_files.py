@@ -28,7 +28,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"})
 
 
 def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read a table, a folder of tables, of images or of audio, or a saved data set, by split.
+    """Read a table, a folder of tables, images or audio, or a saved data set; return the splits.
 
     Args:
         path: File or folder.

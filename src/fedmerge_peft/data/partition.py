@@ -1,8 +1,8 @@
 """Random partitions of rows among clients, with numpy's generators.
 
 ``classes`` contains one class number per row, from 0. Rows with class -1 are not assigned. A scheme
-returns disjoint, sorted row numbers of one split for each client. ``assign_by_class`` and
-``split_off`` select the clients' rows for evaluation.
+returns disjoint, sorted row numbers of one split for each client. ``assign_by_class`` divides a
+split in given proportions. ``split_off`` sets training rows aside for evaluation.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def clusters(
         size_spread: Relative spread s. The number of clients of a group is drawn from the range
             ``clients / groups`` · (1 ± s). With 0, group sizes differ by at most 1.
         deck: True to deal the classes to one group after another from a shuffled deck, which is
-            renewed when it runs out. Groups then share as few classes as possible. Default: each
-            group draws from all classes.
+            renewed when it runs out. Groups then share as few classes as possible. False to let
+            each group draw from all classes.
 
     Raises:
         DataError: There are fewer classes than ``classes_per_group``.
@@ -208,7 +208,7 @@ def natural(
 def shards(
     classes: Indices, clients: int, shards_per_client: int, rng: np.random.Generator
 ) -> list[ClientRows]:
-    """Sort rows by class, cut them into equal shards, and assign the same number to each client.
+    """Sort rows by class, cut them into equal shards, and assign equally many to each client.
 
     This is the pathological non-IID partition of McMahan et al. 2017 (arXiv 1602.05629, section 3).
 

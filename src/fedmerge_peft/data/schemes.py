@@ -96,7 +96,7 @@ class Splits:
 
 
 def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
-    """Partition the other splits in the proportions of the training split.
+    """Partition validation and test splits in the proportions of the training split.
 
     A client gets the same fraction of each class as in training. Without classes, it gets the same
     fraction of all rows.

@@ -123,7 +123,10 @@ def _bars(counts: NDArray[np.int64], top: int) -> str:
 
 
 def label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the training rows by client and label, ``(clients, labels)``, and the label names."""
+    """Return the numbers of training rows ``(clients, labels)``, and the names of the labels.
+
+    Without a column, there are no labels.
+    """
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
     # Labels that occur only in evaluation rows would result in empty columns.

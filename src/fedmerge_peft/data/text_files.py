@@ -14,7 +14,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark is the beginning of this one
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is the beginning of this mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -33,7 +33,7 @@ def read_text(path: Path, encoding: str | None) -> str:
 
     Args:
         path: File.
-        encoding: Name of the encoding. Default: as the byte order mark says, UTF-8 without one.
+        encoding: Name of the encoding. Default: that of the byte order mark, or UTF-8 without one.
 
     Raises:
         DataError: The file is not a text file, or its bytes are not text in this encoding. For the

@@ -25,10 +25,10 @@ Pairs = Sequence[Sequence[int]]
 
 
 def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] | None:
-    """Return the labels, and the pairs of each client in the state that a run serves.
+    """Return the labels, and the ``Pairs`` of each client in the state that a run serves.
 
-    Return None if the run has no confusion matrices: it has not ended, its task has no classes, it
-    is private or across sites, or it serves an earlier round than its last.
+    Return None if the run has no confusion matrices of this state: the run has not ended, its task
+    has no classes, it is private or across sites, or it serves an earlier round than its last.
 
     Raises:
         RunError: The file is damaged.

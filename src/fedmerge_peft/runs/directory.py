@@ -3,7 +3,7 @@
 recipe.yaml             the recipe with all defaults
 environment.json        format version, start time, versions, git commit, device, precision; each
                         time the run is resumed, one more entry under "resumed"
-decisions.json          chosen values for keys of training that are auto, reasons, and range test
+decisions.json          values for keys of training that are auto, with reasons and the range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, text format, and padding
 examples.json           digest of the encoded examples, if the recipe has baselines
@@ -12,8 +12,8 @@ confusion.json          test examples of each client by true and predicted class
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
 weights/                π after each round
-soup.safetensors        the adapters after the last finished round, and the updates that flora has
-                        added to the backbone; after the end, both are from the round that is served
+soup.safetensors        adapters after the last finished round, and updates of the backbone (flora,
+                        fedex_lora); after the end of the run, both are from the served round
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
 privacy.json            releases of the clients, if the recipe has differential privacy
@@ -142,12 +142,12 @@ class RunDirectory:
         """Open a run, finished or not.
 
         Args:
-            path: The run directory. It may come from somebody else.
+            path: The run directory. It may come from an untrusted source.
             trust_remote_code: Consent to run code that its recipe names.
 
         Raises:
-            RunError: There is no run, it contains links, or it has the format of another version
-                of the package.
+            RunError: The path is not a run directory, contains links, or has the format of another
+                version of the package.
         """
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
@@ -161,10 +161,10 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe, read again if it has changed: ``resume`` may add rounds.
+        """The run's recipe, read again if the file has changed: ``resume`` may add rounds.
 
         Raises:
-            RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
+            RecipeError: The recipe is invalid, or would import plugins without consent.
         """
         recipe: Recipe = self._files.get(self.path / "recipe.yaml", self._load_recipe)
         return recipe
@@ -192,7 +192,7 @@ class RunDirectory:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The objects of ``metrics.jsonl``, one per finished round."""
+        """The objects of ``metrics.jsonl``, one per finished round. Raises ``RunError``."""
         path = self.path / "metrics.jsonl"
         records: list[dict[str, Any]] = self._files.get(path, documents.read_rounds)
         checkpoints = (self.path / "checkpoint").glob("round-*[0-9].safetensors")
@@ -279,7 +279,7 @@ class RunDirectory:
 
     @property
     def weights(self) -> pd.DataFrame:
-        """π that the run serves: clients × adapters; the mean over blocks if there are blocks."""
+        """Served π, clients × adapters; the mean over the columns if weights differ by block."""
         import pandas as pd
 
         weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))
@@ -317,9 +317,9 @@ class RunDirectory:
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:
-        """Return after how many completed rounds the served or the best state was saved.
+        """Return the number of completed rounds in the served or the best state.
 
-        With ``best``, return the round of the served state if no best state was saved.
+        With ``best``, return the served state's number if no best state was saved.
         """
         if best and self._best:
             return int(self._best["after_round"])

@@ -1,8 +1,9 @@
 """Schemas of the JSON documents of a run directory, and functions that read them.
 
-A SHA-256 sum shows that a file is as it was written. It does not show who wrote it: a document may
-have been edited by hand, or come from another version or a stranger. Every document is therefore
-checked when it is read. The first fault raises an error that names the file and the field.
+A SHA-256 sum shows that a file has not changed since it was written. It does not show who wrote the
+file: it may have been edited by hand with a new sum, or come from another version or a stranger.
+Every document is therefore checked when it is read. The first fault raises an error that names the
+file and the field.
 """
 
 from __future__ import annotations

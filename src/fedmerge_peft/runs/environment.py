@@ -62,7 +62,7 @@ def source(folder: Path) -> dict[str, Any]:
     The result is empty if git does not track the folder. It is cached, because a running process
     does not reload its code.
     """
-    # An installed package may lie below an unrelated repository: its files are not tracked there.
+    # An installed package may lie below an unrelated repository, which does not track its files.
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:
         return {}
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", ".")

@@ -13,7 +13,7 @@ from fedmerge_peft.util.ranges import Number, Text, Whole
 
 
 def worst_tenth(metric: str, scores: Iterable[float]) -> float:
-    """Return the mean of the worst tenth of the scores, rounded up; nan without scores.
+    """Return the mean of the ⌈n / 10⌉ worst of n scores. Ignore nan; return nan without scores.
 
     Args:
         metric: A task's metric, without ``test_`` or ``validation_``. It determines which scores
@@ -34,7 +34,7 @@ class Scores:
     mean: Number
     """Unweighted mean over clients."""
     worst: Number
-    """Mean over the worst tenth of the clients, rounded up; see ``worst_tenth``."""
+    """Mean over the worst tenth of the clients (``worst_tenth``)."""
     worst_client: Text
     """The client with the worst score; the first one if several have it."""
     worst_client_score: Number
@@ -123,7 +123,7 @@ class RoundRecord:
     """Scores of the models served at the start of this round; for most methods these are the
     adapters as sent, before any local training. None in rounds without evaluation."""
     finetuned: Scores | None
-    """Scores after this round's local training; the difference to ``served`` is the gain of
+    """Scores after this round's local training; the difference from ``served`` is the gain of
     finetuning. None for methods whose training does not start from the served model
     (``fedavg_ft``)."""
     gap: Number
@@ -134,11 +134,11 @@ class RoundRecord:
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
     client. None if the strategy learns no weights, or has a single adapter."""
     adapter_mass: list[Number] | None
-    """Mean over clients of the weight of each adapter after the round; sums to 1. None under the
-    same conditions as ``weights_entropy``."""
+    """Mean weight of each adapter over the clients, after the round. The numbers sum to 1. None
+    under the same conditions as ``weights_entropy``."""
     update_norm: Number | None
-    """Median over clients of ‖δ_i‖₂, the norm of the shared part of their updates. None for
-    methods without a shared mean."""
+    """Median over clients of ‖δ_i‖₂, the norm of the shared part of an update. None for methods
+    that compute no mean of updates."""
     bytes_down: Whole
     """Bytes of the adapters that the server sent to all clients."""
     bytes_up: Whole
@@ -152,7 +152,7 @@ class RoundRecord:
     clients: list[Text]
     """Clients whose replies were accepted."""
     failures: dict[Text, Text] = field(default_factory=dict)
-    """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
+    """Reason for each failed client that was skipped (``clients.failures: skip``)."""
     warnings: list[Text] = field(default_factory=list)
     decisions: list[Text] = field(default_factory=list)
     """Decisions of the strategy in this round, one sentence each, such as the number of groups."""

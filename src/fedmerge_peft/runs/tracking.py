@@ -1,4 +1,4 @@
-"""Experiment trackers through Accelerate, for scalars of each round and π as an image.
+"""Log each round's scalars, and π as an image, to the experiment trackers of Accelerate.
 
 The step of each value is the number of the round.
 """
@@ -132,7 +132,8 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
     Args:
         recipe: Names the trackers (``tracking``); its values become the tracked configuration.
         path: The run directory; trackers write files to its folder ``tracking``.
-        accelerator: The engine's accelerator; the trackers use its device type and precision.
+        accelerator: The engine's accelerator. The trackers' own accelerator gets the same device
+            type and precision.
 
     Raises:
         RunError: A tracker cannot be started.
@@ -199,7 +200,7 @@ def _log_figure(tracker: Any, name: str, figure: Any, step: int) -> None:
             tracker.log_images({name: pixels}, step=step)
         case "mlflow":  # artifacts have no step
             tracker.log_figure(figure, f"{name}/round-{step:05}.png")
-        # Accelerate forwards only scalars to these; ``tracker.tracker`` is the native object.
+        # Accelerate sends only scalars to these trackers; ``tracker.tracker`` is the native object.
         case "trackio":
             from trackio import Image
 

@@ -92,7 +92,7 @@ def _verify_file(file: Path) -> None:
 
 
 def _inconsistent(run: Path) -> list[str]:
-    """Return the fault, if any, of files that differ in their numbers of clients or adapters."""
+    """Return a sentence if files disagree on the numbers of clients or adapters, else []."""
     directory = RunDirectory(run)
     if not directory.rounds_on_disk:
         return []

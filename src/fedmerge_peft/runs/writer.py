@@ -1,4 +1,4 @@
-"""Write a run directory: metadata, rounds and the summary; roll an interrupted run back."""
+"""Write a run directory: metadata, rounds and the summary. Roll back an interrupted run."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class RunWriter(RunDirectory):
 
     @rank_zero
     def save_if_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
-        """Save soup and weights to ``best/`` if their mean validation loss is the lowest so far.
+        """Save soup and weights to ``best/`` if ``scores.validation_loss`` is the lowest so far.
 
         Args:
             completed: Number of completed rounds in this state.
@@ -238,7 +238,10 @@ class RunWriter(RunDirectory):
                 checked.write_document(self.path / name, document)
 
     def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """Remove the output after a checkpoint, or of all rounds if it is None. Repeatable."""
+        """Remove the output after a checkpoint, or of all rounds if ``checkpoint`` is None.
+
+        The removal can be repeated if it is interrupted.
+        """
         self.completed = checkpoint.manifest.round if checkpoint is not None else 0
         stale = [
             path
@@ -250,7 +253,7 @@ class RunWriter(RunDirectory):
         with translated_write_errors(self.path):
             for path in [self.path / "summary.json", self.path / "confusion.json", *stale]:
                 path.unlink(missing_ok=True)
-        # Checkpoints go first, so that metrics.jsonl always contains the rounds of all that exist.
+        # Checkpoints go first, so that metrics.jsonl has the rounds of all existing checkpoints.
         checkpoints.prune(self.path / "checkpoint", self.completed)
         self._truncate_metrics(checkpoint.manifest if checkpoint is not None else None)
         if checkpoint is not None:

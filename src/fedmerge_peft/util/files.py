@@ -187,7 +187,7 @@ def write_tensors(
 
 
 def _write_in_chunks(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str]) -> None:
-    """Write the bytes of ``save_file``, which would bring whole tensors into memory."""
+    """Write the same bytes as ``save_file``, without reading whole tensors into memory."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict([metadata])}
     end = 0

@@ -1,7 +1,8 @@
 """Folders that are written whole or not at all, with the SHA-256 sums of their files.
 
-The sums are in ``SHA256SUMS``, in the format of ``sha256sum``. A subfolder with sums of its own is
-covered by the sum of its ``SHA256SUMS``, so that it can also be passed on alone.
+The sums are in ``SHA256SUMS``, in the format of ``sha256sum``. If a subfolder has its own
+``SHA256SUMS``, the folder lists only the sum of that file. A copy of the subfolder alone can
+therefore be verified, too.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder of mode 0700, or revoke the access of others to an existing one.
+    """Create a folder of mode 0700, or revoke other users' access to an existing folder.
 
     Raises:
         OSError: The folder is a link, belongs to another user, or cannot be created.

@@ -1,6 +1,6 @@
 """Ranges of the numbers and texts that come from other machines and from files.
 
-A field that crosses a wire or a file is annotated with one of these types, and pydantic checks it.
+Fields of messages and files are annotated with one of these types, and pydantic checks them.
 Values are never coerced. The upper bounds are far beyond honest values; they keep sums finite in
 float64 and squared norms finite in float32.
 """
@@ -16,7 +16,7 @@ from fedmerge_peft.util.text import printable, shortened
 
 MAX_COUNT = 10**9
 MAX_NORM = 1e9
-"""Largest L2 norm of an update. The squared norm of a million such steps fits into float32."""
+"""Largest L2 norm of an update. The squared norm of a sum of a million updates fits float32."""
 MAX_SCORE = 1e30
 MAX_SECONDS = 1e9
 MAX_NAME = 256
@@ -45,7 +45,7 @@ Name = Annotated[str, Field(strict=True, max_length=MAX_NAME), AfterValidator(_w
 Number = Annotated[float, Field(strict=True)]
 """Number in a file; it may be infinite or nan, such as a score of a diverged model."""
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**62)]
-"""Count in a file: of rounds, examples, values or bytes."""
+"""Number of rounds, examples, values or bytes in a file."""
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Loss = Annotated[float, real(-MAX_SCORE, MAX_SCORE)]

@@ -1,12 +1,12 @@
 """Storage of the server's rows: in float32 or bfloat16, in memory or in a memory-mapped file.
 
 Float32 rows in memory are ordinary tensors. Other rows are read, computed in float32 and written in
-chunks of columns. They are never changed in place; new rows replace them, so that a reference to
-the old ones is a copy of the state before.
+chunks of columns. Such rows are never changed in place: new rows replace them, so that a reference
+to the old rows keeps the earlier state.
 
-A file has no name and vanishes with its rows, also if the process is killed. Its pages leave the
+A file has no name and vanishes with its rows, even if the process is killed. Its pages leave the
 resident memory of the process as soon as they are copied (``release``). The operating system keeps
-as many of them in its cache as fit.
+as many pages in its cache as fit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from fedmerge_peft.errors import RunError
 
 CHUNK_BYTES = 2**23
-"""Bytes of float32 rows that are computed at a time. Larger chunks leave the processor's cache."""
+"""Bytes of float32 rows that are computed at a time. Larger chunks exceed the CPU's cache."""
 _MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 """Mapping of each file, by the address of its first byte."""
 
@@ -56,7 +56,7 @@ class RowStorage:
         try:
             with TemporaryFile(prefix="fedmerge-", dir=folder) as file:  # the mapping keeps it
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, length)  # a full disk would kill later
+                    os.posix_fallocate(file.fileno(), 0, length)  # else a full disk kills later
                 file.truncate(length)
                 mapping = mmap.mmap(file.fileno(), length)
         except OSError as error:
@@ -87,7 +87,7 @@ IN_MEMORY = RowStorage()
 
 
 def in_chunks(rows: Tensor) -> bool:
-    """Return False for rows that are computed as a whole, such as float32 rows in memory."""
+    """Return True for rows that are computed in chunks of columns: bfloat16 rows, rows on disk."""
     return rows.dtype == torch.bfloat16 or on_disk(rows)
 
 
@@ -158,13 +158,13 @@ def _mapping(rows: Tensor) -> mmap.mmap | None:
 class StochasticRounding:
     """Rounding of float32 to bfloat16, up or down at random, so that the mean is exact.
 
-    A value between two neighbors in bfloat16 is rounded up with its relative distance from the
-    lower one as the probability. Rounding to the nearest would cancel all steps below half of this
-    gap, 0.2 to 0.4 % of a value (Zamirai et al. 2020, arXiv 2010.06192). The other remedy in that
-    paper, Kahan summation, needs a second bfloat16 number for each value, and so as much memory as
-    float32.
+    For a value between two neighbors in bfloat16, the probability of rounding up is the distance
+    from the lower neighbor, relative to the gap between them. Rounding to the nearest would cancel
+    all steps below half of the gap (0.2 to 0.4 % of a value; Zamirai et al. 2020, arXiv
+    2010.06192). The other remedy in that paper is Kahan summation. It needs a second bfloat16
+    number for each value, and therefore as much memory as float32.
 
-    Each column has one draw, which its rows share, so that equal rows stay equal.
+    There is one draw for each column. All rows share it, so that equal rows stay equal.
 
     Args:
         seed: Seed of the draws. The same seed gives the same bits.
@@ -174,7 +174,7 @@ class StochasticRounding:
         self._bits = np.random.PCG64(seed)
 
     def round(self, values: Tensor) -> Tensor:
-        """Round the next columns ``(d, w)``. Values that are not finite stay so.
+        """Round the next w columns of d rows, ``(d, w)``. Values that are not finite stay so.
 
         The draws do not depend on the division into chunks, if all chunks but the last have a
         multiple of four columns.

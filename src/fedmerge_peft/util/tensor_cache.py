@@ -24,9 +24,10 @@ _TENSOR, _SUM = "tensor", "blake2b"
 _RESERVE = 10**9
 """Bytes of the disk that the cache leaves free."""
 _SMALL = 2**20
-"""Bytes below which a tensor is copied, as a process has a limited number of mappings."""
+"""Size in bytes below which a tensor is copied, because a process has few memory mappings."""
 _RESCANS = 20
-"""The folder is read again after 1/20 of the limit is written, as other processes write too."""
+"""Number of listings of the folder while ``max_bytes`` are written. A listing finds the files that
+other processes wrote."""
 
 
 def cache_folder() -> Path:
@@ -41,7 +42,7 @@ class TensorCache:
     Files are written under another name and renamed, so that processes can read and write at the
     same time. A damaged file counts as missing. The least recently used files are removed to stay
     within the limit, but none that this object has read or written. Only the user may open folder
-    and files, because tensors can reveal examples, and a file from somebody else would change
+    and files, because tensors can reveal examples, and a file of another user could change
     results. A folder or a file that is a link or belongs to another user is not used. A failure to
     write is logged, and nothing is written afterwards.
 

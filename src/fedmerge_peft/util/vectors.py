@@ -42,7 +42,7 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def norm_fault(rows: Tensor) -> str | None:
-    """Return the reason why rows ``(k, P)`` are out of range for adapters and updates, or None.
+    """Return the reason why adapters or updates ``(k, P)`` are out of range; None if they are not.
 
     Rows are in range if all values are finite and the L2 norm is at most ``MAX_NORM``.
     """
@@ -57,7 +57,10 @@ def norm_fault(rows: Tensor) -> str | None:
 
 
 def tensor_mismatch(value: object, shape: tuple[int, ...]) -> str | None:
-    """Describe a value unless it is a finite, dense float32 CPU tensor of ``shape``; else None."""
+    """Describe how a value differs from a finite, dense float32 CPU tensor of ``shape``.
+
+    Return None if it does not differ.
+    """
     if not isinstance(value, Tensor):
         return f"of type {type(value).__name__}, expected a tensor"
     if value.layout is not torch.strided or value.device.type != "cpu":

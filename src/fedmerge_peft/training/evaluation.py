@@ -24,7 +24,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss (nats) and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
 
-    Metrics of ``task.compute_metrics`` are added.
+    The result also contains the metrics that ``task.compute_metrics`` returns.
 
     Args:
         runtime: Model, task and examples.

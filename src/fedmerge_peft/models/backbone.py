@@ -109,7 +109,7 @@ class Backbone:
         return row
 
     def load_shared(self, shared: Mapping[str, Tensor]) -> None:
-        """Replace the shared tensors by others of the same names and shapes."""
+        """Replace the shared tensors by tensors of the same names and shapes."""
         from peft import set_peft_model_state_dict
 
         if shared:

@@ -1,7 +1,7 @@
 """Checks of a checkpoint against its configuration: missing, mismatched and unused tensors.
 
-Transformers initializes tensors that a checkpoint lacks at random, and ignores tensors that the
-model does not use. Both are right for heads, and wrong for all other modules.
+Transformers initializes missing tensors at random, and ignores tensors that the model does not use.
+Both are right for heads, and wrong for all other modules.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
         if getattr(backbone, option):
             raise BackboneError(
                 f"backbone.{option}: needs a model of transformers without changed modules or "
-                f"hooks, which the {type(passed.model).__name__} that was passed is not; remove it"
+                f"hooks, but the {type(passed.model).__name__} that was passed is not one; "
+                f"remove backbone.{option}"
             )
     with library_errors(
         lambda reason: BackboneError(

@@ -101,8 +101,9 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
     """Return the path of the output layer of a module from outside transformers, as its head.
 
-    Return None for models of transformers. Return None, too, if the recipe or the names of the
-    task's heads determine the head, or if no output layer fits the labels.
+    Return None for models of transformers. Return None, too, if ``lora.modules_to_save`` is set, if
+    a module has the name of one of the task's heads, if LoRA adapts the output layer, or if this
+    layer does not have one output per label.
     """
     from transformers import PreTrainedModel
 

@@ -163,8 +163,8 @@ class PreferenceTask(CausalLMTask):
         The reference is the model with its adapter disabled.
 
         Raises:
-            BackboneError: The outputs of the model depend on padding, which two sequences of
-                different lengths need.
+            BackboneError: The outputs of the model depend on padding. The two sequences of an
+                example need padding if their lengths differ.
         """
         if self.padding in ("none", "alone"):
             raise BackboneError(

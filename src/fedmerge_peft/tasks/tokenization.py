@@ -135,7 +135,10 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
 
 
 def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | None) -> Any:
-    """Return the tokenizer of a transformers pipeline, which truncates to ``max_length`` tokens."""
+    """Return a tokenizer for a transformers pipeline. It truncates to ``max_length`` tokens.
+
+    Without ``max_length``, the model's limit applies.
+    """
     tokenizer, config = load_tokenizer(backbone, folder)
     limit = resolve_max_length(max_length, token_limit(tokenizer, config))
     if limit is not None:

@@ -1,4 +1,4 @@
-"""Checks of tokenizer, configuration and model against each other."""
+"""Checks that tokenizer, configuration and model match."""
 
 from __future__ import annotations
 

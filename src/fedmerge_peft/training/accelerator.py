@@ -81,7 +81,7 @@ def choose_precision(requested: str, device: torch.device) -> str:
     """Return ``no``, ``bf16`` or ``fp16`` for a recipe's ``training.mixed_precision``.
 
     Raises:
-        DeviceError: fp16 is requested without a CUDA GPU, which would silently train in float32.
+        DeviceError: fp16 is requested without a CUDA GPU. Training would silently use float32.
     """
     if requested == "fp16" and device.type != "cuda":
         raise DeviceError(

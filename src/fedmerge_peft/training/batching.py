@@ -34,8 +34,8 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     """Check that strategy and batches suit the task's loss; warn of clients with too few examples.
 
     Raises:
-        RecipeError: ``training.batch_size`` is too small, or a strategy mixes the outputs of
-            several adapters, which the task does not support.
+        RecipeError: ``training.batch_size`` is too small; or a strategy mixes the outputs of
+            several adapters, but the task does not support mixtures.
         DataError: All clients have fewer examples than the smallest batch of the task.
     """
     mixing = [

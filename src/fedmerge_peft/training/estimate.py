@@ -365,7 +365,7 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _peak_of_storages(known: Iterable[Tensor]) -> Iterator[_Peak]:
-    """Measure the storages that are created inside the context, except those of known tensors."""
+    """Measure storages that are created inside the context, except storages of known tensors."""
     peak = _Peak(known)
     with peak:
         yield peak

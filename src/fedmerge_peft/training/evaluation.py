@@ -33,8 +33,8 @@ def evaluate(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: A metric needs generated text, which mixtures do not support, or
-            ``compute_metrics`` did not return a mapping of names to numbers.
+        RecipeError: A metric needs generated text, but ``served`` is a mixture; or
+            ``compute_metrics`` did not return a mapping of new names to numbers.
     """
     return evaluate_parts(runtime, served, [indices], batch_size)[0]
 

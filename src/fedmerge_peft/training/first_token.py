@@ -35,7 +35,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":
         return None
-    if getattr(layer, "gradient_checkpointing", False):  # it recomputes without the cut
+    if getattr(layer, "gradient_checkpointing", False):  # recomputation lacks the cut
         return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]

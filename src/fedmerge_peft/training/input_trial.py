@@ -1,4 +1,4 @@
-"""Trial of the loaded model on three examples, which compares a batch with single examples.
+"""Trial of the loaded model on three examples: one batch is compared with single examples.
 
 Models treat padding differently. Some have no attention mask, some read the last position, some
 count padding in the position numbers, and recurrent decoders process it. The trial compares passes

@@ -80,7 +80,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     For a classifier, ``Objective`` defines the class weights and the logits' offsets in the loss ℓ.
 
     A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
-    (``AdapterStack``); up to rounding, and without dropout, the results equal sequential training.
+    (``AdapterStack``); without dropout, the results equal sequential training up to rounding.
     Each job has its own examples in its own order, mean loss, gradient clipping, learning rate and,
     in fp16, loss scale. A job leaves the batch after its last step.
 

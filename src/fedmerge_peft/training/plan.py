@@ -1,9 +1,9 @@
 """Plans: a client's work with the adapters that it receives.
 
-In most methods, a client trains one adapter (``Train``). In others, it first chooses one of several
-(``Choose``), trains several in turn (``InTurn``), or trains a mixture (``Mixture``). A strategy may
-define another plan. All plans run in the same three phases, so an engine can run the plans of
-several clients in parallel:
+In most methods, a client trains one adapter (``Train``). In other methods, it first chooses one of
+several adapters (``Choose``), trains several adapters in turn (``InTurn``), or trains a mixture
+(``Mixture``). A strategy may define another plan. All plans run in the same three phases, so an
+engine can run the plans of several clients in parallel:
 
 1. Compute the losses of the client's examples with ``scored_rows``, without training.
 2. Train the adapters of ``train_requests``, which depend on these losses.

@@ -341,7 +341,7 @@ def test_what_is_no_model_with_its_processor_is_refused(passed, message, tmp_pat
         (
             TextNet(),
             {"backbone": {"model": "memory", "gradient_checkpointing": True}},
-            "backbone.gradient_checkpointing: needs a model of transformers whose modules",
+            "backbone.gradient_checkpointing: needs a model of transformers without changed",
         ),
     ],
 )

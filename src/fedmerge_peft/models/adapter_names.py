@@ -16,7 +16,7 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def adaptable_modules(model: Any) -> list[str]:
-    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
+    """Return the distinct last parts of the paths of layers that LoRA can adapt, in order."""
     kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
     return _last_names(
         name for name, module in model.named_modules() if type(module).__name__ in kinds
@@ -28,8 +28,8 @@ def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str
 
     Args:
         model: Transformers model, without an adapter.
-        lora: Adapter.
-        defaults: PEFT's target modules for the architecture, for adapters that name none.
+        lora: Section of the adapter.
+        defaults: PEFT's target modules for the architecture. They apply if ``lora`` names none.
         name: Name of the model, for error messages.
     """
     modules = [path for path, _ in model.named_modules() if path]
@@ -51,7 +51,11 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
     """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
 
     The factors of a layer have r · (inputs + outputs) numbers. If the target modules are not a
-    list, only the smallest layer is counted, so that no adapter that fits is refused.
+    list, only the smallest layer is counted. Otherwise, an adapter that fits could be refused.
+
+    Args:
+        model: Transformers model, without an adapter.
+        lora: Section of the adapter.
     """
     targets = lora.target_modules
     widths = [
@@ -71,7 +75,7 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
 
     Args:
         model: PEFT model.
-        lora: Adapter of the model.
+        lora: Section of the adapter.
     """
     from peft.utils.other import get_pattern_key
 
@@ -182,6 +186,6 @@ def _is_excluded(path: str, lora: LoraRecipe) -> bool:
 
 
 def _last_names(paths: Iterable[str]) -> list[str]:
-    """Return the distinct last names of paths, in order of appearance, without numbers."""
+    """Return the distinct last parts of paths, in order of appearance, without numbers."""
     names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
     return [name for name in names if name and not name.isdecimal()]

@@ -19,9 +19,9 @@ class AdapterStack:
     """K adapters on one frozen model, each applied to one of K equal, consecutive parts of a batch.
 
     Frozen weights process the whole batch at once. Adapted layers, that is LoRA layers and the
-    layers of a head, apply K matrices in one ``bmm``. An example passes through the adapter of its
-    own part only. Therefore the gradient of the sum of the parts' losses with respect to one
-    adapter equals the gradient of its own part's loss.
+    layers of a head, apply K matrices in one ``bmm``. An example passes only through the adapter of
+    its part. Therefore, with respect to one adapter, the gradient of the sum of the parts' losses
+    equals the gradient of the loss of the adapter's part.
 
     Args:
         backbone: Model for which ``stacking_obstacle`` returns None.
@@ -68,7 +68,7 @@ class AdapterStack:
         Backward passes must run inside the context too.
         """
         modules = list(_adapted_modules(self._backbone.model))
-        # Instance attributes that replace the method of the class, such as accelerate's.
+        # A module may have its own ``forward``, which Accelerate sets on the instance.
         originals = [vars(module).get("forward") for module in modules]
         for module in modules:
             module.forward = self._forward(module)
@@ -90,7 +90,7 @@ class AdapterStack:
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """Compute W x + scaling · B_k A_k x, as PEFT's LoRA layers of ``_is_plain_lora`` do."""
+        """Compute W x + scaling · B_k A_k x, as PEFT does in a layer with ``_is_plain_lora``."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -213,9 +213,9 @@ def _stacked_tensors(module: nn.Module) -> list[Tensor]:
 def _is_plain_lora(layer: Any) -> bool:
     """Return True if the layer computes W x + scaling · B A x, example by example.
 
-    W may have 4 bits, because each weight is dequantized alike for all examples. DoRA, convolutions
-    and embeddings are not plain LoRA. With W in 8 bits (LLM.int8, arXiv 2208.07339), all examples
-    of a batch determine the columns that are computed in 16 bits.
+    W may have 4 bits, because each weight is dequantized alike for all examples. W must not have 8
+    bits: in LLM.int8 (arXiv 2208.07339), all examples of a batch determine the columns that are
+    computed in 16 bits. DoRA, convolutions and embeddings are not plain LoRA either.
     """
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D

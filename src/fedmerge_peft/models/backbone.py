@@ -35,7 +35,7 @@ class Backbone:
         model: PEFT model.
         layout: Order, names and shapes of the trainable tensors.
         trainable: Trainable tensors in the order of the layout.
-        shared: Frozen tensors that all adapters share, by PEFT's saved name.
+        shared: Frozen tensors that all adapters share, by the name under which PEFT saves them.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Backbone:
         shared: Mapping[str, Tensor],
     ) -> None:
         self.model = model
-        """PEFT model. Only ``set_base`` changes its frozen weights."""
+        """PEFT model. Only ``set_base`` and ``load_shared`` change its frozen tensors."""
         self.layout = layout
         self.shared = shared
-        """Frozen tensors that all adapters share: A with ``merge: shared_a``, and the buffers of
-        heads."""
+        """Frozen tensors that all adapters share: the buffers of heads and, with ``merge:
+        shared_a``, the factors A."""
         self.prefix = find_prefix(model)
         """Layers before the first trainable layer, or None."""
         self.trainable = trainable
@@ -98,7 +98,7 @@ class Backbone:
     def fresh_row(self, seed: int) -> Tensor:
         """Create a randomly initialized adapter ``(P,)``.
 
-        LoRA factors and heads without pretrained weights are initialized. The random numbers are
+        LoRA factors, and heads without pretrained weights, are initialized. The random numbers are
         drawn on the CPU, so they are the same for all devices.
         """
         row = self._initial.clone()
@@ -109,7 +109,7 @@ class Backbone:
         return row
 
     def load_shared(self, shared: Mapping[str, Tensor]) -> None:
-        """Replace the shared tensors by others of the same names and shapes."""
+        """Replace the shared tensors by tensors of the same names and shapes."""
         from peft import set_peft_model_state_dict
 
         if shared:
@@ -193,7 +193,7 @@ def load_backbone(
 
     Args:
         backbone: Model and number format.
-        lora: Adapter.
+        lora: Section of the adapter.
         task: Task, which determines model class, labels and padding token.
         folder: Folder or hub id from ``model_folder``.
         device: Device of the model.

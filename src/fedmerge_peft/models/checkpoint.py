@@ -1,7 +1,7 @@
 """Checks of a checkpoint against its configuration: missing, mismatched and unused tensors.
 
-Transformers initializes tensors that a checkpoint lacks at random, and ignores tensors that the
-model does not use. Both are right for heads, and wrong for all other modules.
+Transformers initializes missing tensors at random, and ignores tensors that the model does not use.
+Both are right for heads, and wrong for all other modules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SHOWN = 3
 def check_folder(name: str, folder: Path) -> None:
     """Check the files of a model folder.
 
-    Transformers would load an adapter into the model, and the run would train on top of it.
+    A folder with an adapter is refused. Transformers would load the adapter into the model, and the
+    run would train on top of it.
 
     Args:
         name: Name of the model, for error messages.
@@ -63,7 +64,7 @@ def adapter_found(name: str) -> str:
 def missing_tensors(
     model: Any, report: Mapping[str, Any], name: str, *, new_heads: bool
 ) -> set[str]:
-    """Return the names of a head's or pooler's tensors that the checkpoint lacks.
+    """Return the names of the tensors in heads and poolers that the checkpoint lacks.
 
     Args:
         model: Model of transformers, loaded.
@@ -72,8 +73,9 @@ def missing_tensors(
         new_heads: True if the task initializes heads and poolers that the checkpoint lacks.
 
     Raises:
-        BackboneError: The checkpoint lacks other tensors, or has them in other shapes. Or it has
-            tensors of an adapter, or tensors of layers that the configuration leaves out.
+        BackboneError: A tensor that the task does not initialize is missing, or has another shape;
+            the checkpoint has tensors of an adapter, or of layers that the configuration leaves
+            out.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | misfit.keys()

@@ -1,7 +1,7 @@
 """Hooks that cut the last encoder layer to the position that the classification head reads.
 
-BERT's pooler reads the first token alone. After the attention of the last layer, the other
-positions are therefore not needed. They are two thirds of that layer's work, forward and backward.
+BERT's pooler reads only the first token. After the attention of the last layer, the other positions
+are therefore not needed. They account for two thirds of this layer's work, forward and backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FirstToken:
-    """Hooks that keep only the first token after the attention of one layer."""
+    """Hooks that keep only the first token after the attention of one layer.
+
+    Args:
+        layer: Last layer of an encoder, built like BERT's.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self._shape = torch.Size()
@@ -43,7 +47,10 @@ class FirstToken:
         return states[:, :1], residual[:, :1]
 
     def _masked(self, dropout: nn.Module):  # type: ignore[no-untyped-def]
-        """Return a forward function that draws a mask for all positions and uses the first one."""
+        """Return a forward function that draws masks for all positions, and uses the first one.
+
+        The random numbers are then the same as without the cut.
+        """
 
         def forward(states: Tensor) -> Tensor:
             keep = 1 - float(dropout.p)  # type: ignore[arg-type]

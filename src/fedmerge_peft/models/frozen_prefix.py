@@ -101,7 +101,7 @@ class Prefix:
             return hidden if self._entries is None else (hidden, *[None] * (self._entries - 1))
 
         handle = self.first.register_forward_pre_hook(replace_input, with_kwargs=True)
-        # Instance attributes that replace the method of the class, such as accelerate's.
+        # A layer may have its own ``forward``, which Accelerate sets on the instance.
         originals = [vars(layer).get("forward") for layer in self.layers]
         for layer in self.layers:
             layer.forward = identity
@@ -126,12 +126,12 @@ class _Reached(Exception):  # noqa: N818 - not an error
 def prefix_identity(model: nn.Module, prefix: Prefix) -> Iterator[Tensor | str]:
     """Yield everything that determines the input of ``prefix.first``, except batch and rounding.
 
-    These are the class, the configuration and the attention implementation of the model, the number
-    of layers in the prefix, and the frozen tensors of all modules that run before ``prefix.first``
-    or contain it.
+    The values are the class, the configuration and the attention implementation of the model, the
+    number of layers in the prefix, and the frozen tensors of all modules that run before
+    ``prefix.first`` or contain it.
 
     Args:
-        model: PEFT model of a model of transformers, without code of its own.
+        model: PEFT model around a model of transformers that runs no code from the hub.
         prefix: The model's prefix.
     """
     base: Any = model.get_base_model()  # type: ignore[operator]
@@ -159,9 +159,8 @@ def find_prefix(model: nn.Module) -> Prefix | None:
 
     The prefix is found if exactly one ``ModuleList`` has layers with trainable tensors, its first
     layer has none, and all other trainable tensors belong to heads after it. These conditions are
-    necessary, but not sufficient; ``PrefixCache`` verifies the prefix by running the model. Modules
-    that are not of transformers have no prefix, because the order in which their parts run is
-    unknown.
+    necessary, but not sufficient; ``PrefixCache`` verifies the prefix by running the model. A model
+    from outside transformers has no prefix, because the order in which its parts run is unknown.
 
     Returns:
         The prefix, or None.

@@ -121,14 +121,14 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
                 f"backbone.model: {path.name} lacks {len(missing)} of the tensors of "
                 f"{type(loaded).__name__}, such as {missing[0]}"
             )
-        # The model is marked as quantized. A new model with the same weights is not.
+        # The loaded model is marked as quantized. A new model with the same weights is not marked.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = type(loaded)._from_config(config, dtype=loaded.dtype)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
-        # Each rank writes a folder of its own; transformers would save on rank 0 alone.
+        # Each rank writes its own folder, but transformers would save only on rank 0.
         model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -23,9 +23,9 @@ def label_names(config: Any) -> list[str]:
 def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
     """Reorder the outputs of a pretrained head to match the task's labels.
 
-    Transformers matches weights by position. The outputs of a checkpoint for negative and positive
-    would therefore be swapped if the data list positive first. The comparison of names ignores
-    case. A head for other names keeps its order.
+    Transformers matches weights by position. If a checkpoint has outputs for negative and positive,
+    in this order, and the task's first label is positive, the outputs would be swapped. The
+    comparison of names ignores case. A head with other names keeps its order.
 
     Args:
         model: Model of transformers with a head for ``labels``.

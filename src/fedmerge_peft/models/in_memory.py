@@ -1,10 +1,10 @@
 """Copies of models that a Python program passes (``tasks/in_memory.py``).
 
 An unchanged model of transformers is saved to a scratch folder, and loaded from there like a model
-from the hub. Any other module is copied unchanged. The contract of such a module is small:
+from the hub. Any other module is copied. Such a module has these members:
 
     forward(**batch)   takes the outputs of the tokenizer or image processor by name, and returns
-                       logits, or an object or a dictionary with them
+                       logits, or an object or a dictionary with ``logits``
     config             optional, as in transformers
 """
 
@@ -46,20 +46,20 @@ def save_stock(model: nn.Module, folder: Path) -> None:
 
 
 def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.device) -> Any:
-    """Return a copy of a module; add the attributes of transformers' models that a run needs.
+    """Return a copy of a module, with the attributes of transformers' models that a run needs.
 
-    Its forward pass returns an object with ``logits``.
+    The forward pass of the copy returns an object with ``logits``.
 
     Raises:
-        BackboneError: The module cannot be copied, or the recipe has options for which only
-            transformers has code.
+        BackboneError: The module cannot be copied, or the recipe has options that only models of
+            transformers support.
     """
     for option in _NEEDS_TRANSFORMERS:
         if getattr(backbone, option):
             raise BackboneError(
-                f"backbone.{option}: needs a model of transformers whose modules and hooks are "
-                f"those of its class, not the {type(passed.model).__name__} that was passed; "
-                "remove it"
+                f"backbone.{option}: needs a model of transformers without changed modules or "
+                f"hooks, but the {type(passed.model).__name__} that was passed is not one; "
+                f"remove backbone.{option}"
             )
     with library_errors(
         lambda reason: BackboneError(
@@ -81,6 +81,10 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
 
 def linear_layers(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """Return the paths of all linear layers outside the heads, for LoRA.
+
+    Args:
+        model: The module.
+        heads: Names or paths of the heads.
 
     Raises:
         BackboneError: The model has no such layers.
@@ -111,7 +115,7 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_stock(model: nn.Module) -> bool:
     """Return True for a model of transformers that computes what its configuration describes.
 
-    Return False for a model with other modules or settings, or with hooks of a program.
+    Return False if a program has added hooks, or changed modules or settings.
     """
     from transformers import PreTrainedModel
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK = 2**24
-"""Most logits of a chunk in ``LabeledHead.losses``: 64 MiB in float32, 341 tokens of 49 152 words.
-"""
+"""Largest number of logits in a chunk of ``LabeledHead.losses``. They take 64 MiB in float32, for
+example 341 positions with a vocabulary of 49,152 tokens."""
 
 
 class LabeledHead:
     """Frozen output layer of a decoder, applied to the hidden states before labeled tokens only.
 
-    The layer is often the largest matrix product of a pass. Its output is often the largest tensor:
-    a number for each position and each token of the vocabulary.
+    The layer is often the largest matrix product of a pass. Its output has one number for each
+    position and each token of the vocabulary, and is often the largest tensor.
 
     Args:
         layer: The output layer, which processes each position separately.
@@ -78,13 +78,13 @@ class LabeledHead:
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """Compute ``-log softmax(logits)[target]`` at n positions, in chunks of ``CHUNK`` logits.
 
-        A loss depends on the state of its own position only. Its gradient is therefore computed
-        with the chunk. The backward pass multiplies it by the upstream gradient, for example that
-        of the clients' weights or of a preference loss. There are two matrix products, as without
-        chunks. ``torch.utils.checkpoint`` and
-        ``functional.linear_cross_entropy(reduction="none")`` would compute the logits twice, and
-        the sums of the latter have no weights of positions. Calling the layer itself covers biases,
-        quantized weights and autocast.
+        A loss depends only on the state of its own position. Its gradient is therefore computed
+        together with the chunk. The backward pass multiplies this gradient by the upstream
+        gradient, which contains, for example, the weights of examples. Both passes together need
+        two matrix products, as without chunks. ``torch.utils.checkpoint`` and
+        ``functional.linear_cross_entropy(reduction="none")`` would compute the logits twice; other
+        reductions of ``linear_cross_entropy`` cannot weight positions. Because the layer itself is
+        called, biases, quantized weights and autocast have their usual effect.
 
         Args:
             states: ``(n, width)``, from ``set_aside``.

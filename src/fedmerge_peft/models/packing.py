@@ -12,8 +12,8 @@ class Packing:
     """Mapping of a padded batch's tokens to rows that contain several examples each.
 
     No row is longer than the longest example, so attention costs no more than with padding. The
-    position ids start at 0 in each example. From them, transformers derives the attention mask: no
-    token attends to another example (``find_packed_sequence_indices``).
+    position ids start at 0 in each example. Transformers derives the attention mask from the
+    position ids, so that no token attends to another example (``find_packed_sequence_indices``).
 
     Args:
         mask: Attention mask of the padded batch, ``(batch, length)``.
@@ -28,7 +28,7 @@ class Packing:
         starts = range(0, len(lengths), size)
         parts = [_first_fit(lengths[start : start + size], max(lengths)) for start in starts]
         rows = max(len(part) for part in parts)
-        # Index of each token in the padded batch, -1 for padding; and its position in its example.
+        # By place in the rows: index in the padded batch, -1 for padding; position in the example.
         self._source = torch.full((adapters * rows, max(lengths)), -1)
         positions = torch.zeros_like(self._source)
         places = torch.arange(inside.numel()).view(inside.shape)
@@ -66,7 +66,7 @@ class Packing:
         return padded.view(*self._shape, *values.shape[2:])
 
     def in_order(self, values: Tensor, selected: Tensor) -> Tensor:
-        """Sort values at selected tokens of the rows into the order of the padded batch.
+        """Return values at selected tokens of the rows in the order of the padded batch.
 
         Args:
             values: ``(n, ...)``, in the order of the rows.

@@ -29,7 +29,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 
     Args:
         model: Transformers model.
-        lora: Adapter.
+        lora: Section of the adapter.
         task: Task, which determines the heads.
         name: Name of the model, for error messages.
         missing: Names of tensors that are not pretrained.
@@ -47,7 +47,8 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         lora = _with_targets(model, lora, head, task)
     heads = _heads(model, task, lora.modules_to_save or [], missing)
     if head is not None:
-        # PEFT treats each module whose path ends like this as a head, such as lora_dropout for out.
+        # PEFT treats every module whose path ends with the name of a head as a head: the name
+        # ``out`` would include lora_dropout. Therefore, this name is the whole path.
         heads.append(f"base_model.model.{head}")
     model_type = getattr(model.config, "model_type", "") or type(model).__name__
     defaults = DEFAULTS.get(model_type, ())
@@ -82,7 +83,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT corrects fan_in_fan_out for each layer.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        # check_matches refuses what PEFT warns about.
+        # PEFT warns about patterns that check_matches refuses.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
         config = LoraConfig(
             **{**fields, "modules_to_save": heads or None},
@@ -98,10 +99,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 
 
 def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
-    """Return the path of the output layer of a module that is not of transformers, as its head.
+    """Return the path of the output layer of a module from outside transformers, as its head.
 
-    Return None for models of transformers, or if the recipe or the module's names determine the
-    head, or if no output layer fits the labels.
+    Return None for models of transformers. Return None, too, if ``lora.modules_to_save`` is set, if
+    a module has the name of one of the task's heads, if LoRA adapts the output layer, or if this
+    layer does not have one output per label.
     """
     from transformers import PreTrainedModel
 
@@ -114,10 +116,10 @@ def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
 
 
 def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Task) -> LoraRecipe:
-    """Return the adapter of a module that is not of transformers, with the paths of its layers.
+    """Return the section of an adapter with the paths of the layers that LoRA adapts.
 
-    PEFT has no defaults for such modules. LoRA adapts all linear layers outside the heads, unless
-    the recipe names other layers.
+    PEFT has no defaults for modules from outside transformers. LoRA adapts all their linear layers
+    outside the heads, unless the recipe names other layers.
     """
     unnamed = lora.target_modules is None and lora.target_parameters is None
     if not unnamed and lora.target_modules != "all-linear":
@@ -128,7 +130,7 @@ def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Ta
 
 
 def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list[str]:
-    """Return ``lora.exclude_modules``, extended by last names of modules."""
+    """Return ``lora.exclude_modules``, extended by names of modules (the last parts of paths)."""
     if not isinstance(patterns, str):
         return [*(patterns or []), *names]
     return rf"(?:{patterns})|(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
@@ -212,7 +214,7 @@ def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]
 
 
 def prepare_heads(model: Any, missing: set[str], outputs: Sequence[str]) -> None:
-    """Convert heads to float32, and mark those without pretrained weights (``fedmerge_fresh``).
+    """Convert heads to float32, and mark heads without pretrained weights (``fedmerge_fresh``).
 
     Args:
         model: PEFT model.
@@ -243,7 +245,7 @@ def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def reinitialize(model: Any) -> None:
-    """Reinitialize LoRA factors and heads without pretrained weights, with torch's generator."""
+    """Reinitialize LoRA factors, and heads without pretrained weights, with torch's generator."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 

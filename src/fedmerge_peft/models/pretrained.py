@@ -40,10 +40,11 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
     """Resolve ``backbone.model`` to a folder or hub id that transformers can load.
 
     Args:
-        backbone: Its model is a folder, a hub id, ``tiny:KIND`` for a tiny random model, or
-            ``memory:DIGEST`` for one that a Python program passes. If an installed package contains
-            the weights of a hub id, the package's folder is used. GGUF files are dequantized.
-        scratch: Folder in which a tiny model or one in memory is written.
+        backbone: Section with the model: a folder, a hub id, ``tiny:KIND`` for a tiny random model,
+            or ``memory:DIGEST`` for a model that a Python program passes. If an installed package
+            contains the weights of a hub id, the package's folder is used. GGUF files are
+            dequantized.
+        scratch: Folder for the files of a tiny model, or of a model in memory.
 
     Raises:
         BackboneError: The folder does not contain a model, or contains an adapter; KIND is unknown;
@@ -117,7 +118,7 @@ class ModelRequirements(Protocol):
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id with which tokens are padded; None for other inputs."""
+        """Id with which tokens are padded; None if the inputs are not tokens."""
 
     @property
     def heads(self) -> Sequence[str]:
@@ -226,7 +227,7 @@ def _name_outputs(config: Any) -> None:
 
 
 def set_pad_token_id(config: Any, pad_token_id: int) -> None:
-    """Set the id in a configuration and its nested configurations, such as a text model's."""
+    """Set the padding id in a configuration and its nested configurations."""
     config.pad_token_id = pad_token_id
     for name in getattr(config, "sub_configs", {}):
         if (nested := getattr(config, name, None)) is not None:
@@ -234,10 +235,10 @@ def set_pad_token_id(config: Any, pad_token_id: int) -> None:
 
 
 def align_weights(model: Any) -> None:
-    """Copy weights on the CPU that are not aligned to 64 bytes, such as those of a mapped file.
+    """Copy weights on the CPU that are not aligned to 64 bytes, such as weights in a mapped file.
 
-    Kernels for small products round differently on such memory, so the results of the same weights
-    could differ between processes.
+    Kernels for small products round differently on such memory. With the same weights, the results
+    of two processes could therefore differ.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -247,9 +248,9 @@ def align_weights(model: Any) -> None:
 def _keep_packing(model: Any) -> None:
     """Prevent bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU.
 
-    It does so on processors with AVX512-BF16 only. The new format has coarser scales and fits only
-    some shapes, so that results would depend on the processor, and evaluation would change the
-    weights that are trained on.
+    bitsandbytes does so only on processors with AVX512-BF16. The new format has coarser scales and
+    fits only some shapes. Results would therefore depend on the processor, and evaluation would
+    change the weights for further training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hide transformers' progress bars and its log messages, except errors, inside the context.
 
-    Expected messages are the report of a missing head, and the deprecation of an attribute that
-    PEFT reads, which is a ``FutureWarning``.
+    A ``FutureWarning`` about an attribute that PEFT reads is hidden, too.
     """
     from transformers.utils import logging
 

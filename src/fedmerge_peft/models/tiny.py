@@ -2,8 +2,8 @@
 
 ``write("bert", folder)`` writes a model folder as on the hub: ``config.json``,
 ``model.safetensors`` and the files of the tokenizer or image processor. The files of a kind are
-always the same. Encoders have no head, so a classification head is initialized at random, as with
-a pretrained model.
+always the same. Encoders have no head. A run therefore initializes a classification head at random,
+as for a pretrained encoder.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
 """Tasks: from examples to batches, losses and metrics.
 
-Each task has a module with its name (the three kinds of labels of images and texts are a few lines
-each); ``base`` has the interface. What several tasks need is in modules of its own:
+The module of a task has the task's name; ``base`` has the interface. The other modules contain code
+that several tasks share:
 
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
   ``choices``, ``choice_labels``, ``imbalance``, ``in_memory``
+- inputs and outputs: ``inputs``, ``predictions``
 - texts: ``token_task``, ``encoder``, ``texts``, ``text_tokens``, ``text_formats``,
   ``tokenization``, ``vocabulary``
 - words and spans: ``words``, ``tagged_words``, ``spans``, ``answer_windows``
 - chats: ``chat_messages``, ``chat_template``, ``chat_tokens``, ``chat_turns``
 - generated text: ``text_generation``, ``generation``
 - images and sounds: ``media``, ``media_files``, ``images``, ``pictures``, ``pixels``, ``sound``
-- metrics: ``metrics``, and one ``..._metrics`` module for each kind of output, ``calibration``
-- what a row became: ``shown``, ``cuts``; batches that may share a pass: ``passes``
+- metrics: ``metrics``, ``calibration``, and one ``..._metrics`` module for each kind of output
+- rows after tokenization and truncation: ``shown``, ``cuts``
+- division of batches into passes of the model: ``passes``
 """
 
 from __future__ import annotations

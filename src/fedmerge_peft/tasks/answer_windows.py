@@ -28,29 +28,32 @@ class Answer:
     score: float
     """Sum of the logits of the first and last token; infinite for references."""
     probability: float
+    """Product of the probabilities of the first and last token; 1 for references."""
     start: int = 0
     """Index of the first character in the context."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of a question and of as much of its context as fits."""
+    """Tokens of a question and of a part of its context."""
 
     ids: list[int]
     types: list[int]
+    """Token types; empty if the model does not read them."""
     places: list[tuple[int, int]]
     """Begin and end of each token's characters in the context, end excluded; (-1, -1) for tokens
     outside of the context."""
     label: tuple[int, int]
-    """Indices of the answer's first and last token; ``(none, none)`` if a part is missing."""
+    """Indices of the answer's first and last token; ``(none, none)`` if there is no answer, or if
+    the window does not contain all of it."""
     none: int
     """Index of the token that stands for no answer."""
 
 
 class AnswerWindows:
-    """Splitter of questions with contexts into overlapping windows.
+    """Splitter of contexts into overlapping windows, each preceded by the question.
 
-    The division follows transformers' question answering example.
+    The division follows the question answering example of transformers.
 
     Args:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
@@ -136,7 +139,7 @@ class AnswerWindows:
         return 0
 
     def no_answer(self, logits: Tensor, ids: Tensor) -> Answer:
-        """Return the empty answer, with the score and probability of no answer in a window.
+        """Return an empty answer, with the score and probability that a window gives to no answer.
 
         Args:
             logits: Start and end logits, ``(2, length)``.
@@ -176,7 +179,7 @@ class AnswerWindows:
 
 
 def _label(places: Sequence[tuple[int, int]], answer: Answer | None, none: int) -> tuple[int, int]:
-    """Return the first and last token of an answer; ``(none, none)`` if a part is outside."""
+    """Return ``Window.label`` for an answer: the indices of its first and last token."""
     inside = [number for number, (begin, _) in enumerate(places) if begin >= 0]
     if answer is None or not inside:
         return none, none

@@ -106,7 +106,10 @@ class AudioClassificationTask(Classification, MediaTask):
         )
 
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add the number of positions after the convolutions, if the model reads raw samples."""
+        """Set ``positions`` to the lengths after the convolutions, if the model reads raw samples.
+
+        For the arguments, see ``Task.finish``.
+        """
         count = getattr(model, "_get_feat_extract_output_lengths", None)
         if count is None or examples.columns[self._input_name][0].ndim > 1:
             return examples

@@ -29,7 +29,7 @@ Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
 
 SEQUENCES = "sequences"
-"""Column with the lengths of an example's sequences, such as texts of a pair."""
+"""Column with the lengths of an example's sequences, such as its choices or windows."""
 Padding = Literal["right", "left", "none", "alone"]
 """Side on which shorter examples are padded. none: all examples of a pass have the same length;
 alone: a pass has one example."""
@@ -41,17 +41,17 @@ class Examples:
 
     columns: Mapping[str, Sequence[Tensor]]
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Indices of truncated, incomplete or empty examples, by predicate: ``are longer than 32 tokens
-    and were truncated``."""
+    """Indices of truncated, incomplete or empty examples. Each key is a predicate, such as ``are
+    longer than 32 tokens and were truncated``."""
     positions: NDArray[np.int64] | None = None
-    """Positions of each example in the model's layers, ``(n,)``; None: as in the batch."""
+    """Number of each example's positions in the layers, ``(n,)``; None if equal to the batch's."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     @property
     def sequences(self) -> Sequence[Tensor] | None:
-        """Lengths of the sequences in each example's first column; None if each has only one."""
+        """Lengths of each example's concatenated sequences; None if each example has only one."""
         return self.columns.get(SEQUENCES)
 
     @cached_property
@@ -149,7 +149,8 @@ class Task(ABC):
     def forward(self, model: Any, inputs: Batch) -> Tensor:
         """Run the model on a batch without ``labels``; return input for ``losses`` and ``predict``.
 
-        The first dimension has the order of the batch, in which K adapters have K equal parts.
+        The first dimension follows the order of the batch. If K adapters share the pass, it has K
+        equal, consecutive parts, one per adapter.
         """
         logits: Tensor = model(**inputs).logits
         return logits
@@ -167,8 +168,9 @@ class Task(ABC):
         """Compute the summed loss and the number of loss terms of each example.
 
         Args:
-            logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
-                another; at ``token_targets``: ``(n, vocabulary)``, or cross-entropies ``(n,)``.
+            logits: Output of ``forward``, such as ``(batch, classes)`` or ``(batch, length,
+                vocabulary)``. With ``token_targets``, it may also be the logits at the n targets
+                alone, ``(n, vocabulary)``, or their cross-entropies, ``(n,)``.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:
@@ -212,7 +214,7 @@ class Task(ABC):
         return None
 
     def match_inputs(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to match
-        """Adapt the encoding to the loaded model, and check them against each other.
+        """Adapt the encoding to the loaded model, and check that tokenizer and model match.
 
         Raises:
             BackboneError: Model and tokenizer do not match.
@@ -221,7 +223,7 @@ class Task(ABC):
     def probe(self) -> Examples | None:
         """Return a short and two long examples to try the model; return None to skip the trial.
 
-        All have the same length if the task has no padding.
+        If the task has no padding, all three have the same length.
         """
         return None
 
@@ -230,7 +232,7 @@ class Task(ABC):
     ) -> Tensor:
         """Return logits of the first two generated tokens, ``(batch, 2, vocabulary)``.
 
-        Only for tasks that generate text.
+        Only tasks that generate text implement this method.
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
 
@@ -250,9 +252,9 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return outputs and references of a batch, by the kind that metrics read (``of``).
+        """Return outputs and references of a batch by kind, such as ``classes``.
 
-        Arguments are those of ``losses``.
+        A metric registers the kinds that it reads as ``of``. Arguments are those of ``losses``.
         """
 
     def outputs(
@@ -326,7 +328,7 @@ class Task(ABC):
     def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
         """Return a table with these columns and all labels, but without real examples.
 
-        A server without data builds its task from it.
+        A server without data builds its task from this table.
         """
         from datasets import Value
 

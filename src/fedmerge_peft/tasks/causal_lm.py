@@ -63,7 +63,8 @@ class CausalLMTask(TextGeneration, TokenTask):
 
     Raises:
         DataError: The columns match no format, or a length exceeds the model's limit.
-        RecipeError: A metric of generated text or ``loss`` does not match the format of the data.
+        RecipeError: The metrics need generated text, but the data have no prompts; or ``loss`` does
+            not match the format of the data.
         BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 

@@ -57,10 +57,11 @@ class Chat:
 
 
 def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
-    """Return the columns with a row's chat: one, or prompt and completion; empty if there are none.
+    """Return the columns that contain the chats: one column, or prompt and completion.
 
-    Prompt and completion are chats if the entries of both are lists, or if ``recipe.format`` is
-    messages. Raises ``DataError`` if only one of the two columns has lists.
+    The result is empty if the table has no chats. Prompt and completion are chats if the entries of
+    both are lists, or if ``recipe.format`` is messages. Raises ``DataError`` if only one of the two
+    columns has lists.
     """
     for column in (recipe.messages, CONVERSATIONS):
         if column in table.column_names and recipe.format != "prompt-completion":
@@ -71,7 +72,7 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
         for column in pair
     ]
     both = set(pair) <= set(table.column_names)
-    # format=messages also accepts columns of JSON text, and those of a table without examples
+    # format=messages also accepts columns of JSON text, and columns without examples
     if all(lists) or (both and recipe.format == "messages"):
         return pair
     if any(lists) and both:
@@ -153,8 +154,8 @@ def parse_messages(value: Any, column: str, where: str) -> list[Message]:
     """Convert one chat to the messages that chat templates expect.
 
     ``from`` and ``value`` become ``role`` and ``content``. Text parts of a content are joined. JSON
-    objects in arguments of tool calls are parsed. Keys with the value None, which Arrow adds from
-    other chats, are removed.
+    objects in arguments of tool calls are parsed. Keys with the value None are removed, because
+    Arrow adds the keys of other chats with this value.
 
     Args:
         value: List of messages, or its JSON text.

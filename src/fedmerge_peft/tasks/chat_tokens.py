@@ -182,7 +182,7 @@ class ChatTokens:
         return self.prompts(last), [chat.messages[-1]["content"] for chat in chats]
 
     def roles(self, chats: Sequence[Chat], rows: Sequence[Row]) -> list[list[str]]:
-        """Return the role of the message to which each token of the examples belongs.
+        """Return, for each token of the examples, the role of the message that contains it.
 
         If the end of a message is not found, its tokens get the role of the next message.
         """
@@ -237,7 +237,10 @@ class ChatTokens:
         return turns
 
     def _spans(self, row: int, chat: Chat, text: str, loss: Loss) -> tuple[list[Span], bool]:
-        """Return the parts of a rendered chat that have a loss; and if marks and turns agree."""
+        """Return the parts of a rendered chat that have a loss.
+
+        The second result is False if the template's marks differ from the turns that are found.
+        """
         if loss == "all":
             return [(0, len(text))], True
 
@@ -261,7 +264,7 @@ class ChatTokens:
         return marked or spans, not marked or same_turns(text, marked, spans)
 
     def _marked(self, chat: Chat) -> list[Span]:
-        """Return the parts of a rendered chat that the template marks; empty without marks."""
+        """Return the parts of a rendered chat that the template marks as generated, if any."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._tokenizer.get_chat_template(None, chat.tools)
@@ -356,7 +359,10 @@ class ChatTokens:
         return list(self._apply(row, chat, messages, generation_prompt, **options))
 
     def _sanitized_row(self, row: int, chat: Chat, loss: Loss) -> Row:
-        """Tokenize a chat with special tokens in its messages; find turns as token differences."""
+        """Tokenize a chat whose messages contain special tokens, and mark the tokens with a loss.
+
+        The turns are found by comparing token ids instead of texts.
+        """
         ids = self._sanitized(row, chat, chat.messages)
         labeled = [loss == "all"] * len(ids)
         for first, last in self._turns(row, chat, loss) if loss != "all" else ():

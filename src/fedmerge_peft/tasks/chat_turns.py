@@ -1,16 +1,17 @@
 """Position of the assistant's turns in a rendered chat.
 
 A turn is the text that the model writes. It begins after the generation prompt and ends with the
-template's end of a turn. Templates can mark turns (``{% generation %}``). Otherwise, a turn is the
-difference between the renderings of the first i and the first i + 1 messages:
+template's end of a turn. Templates can mark turns (``{% generation %}``). Without marks, turn i is
+the difference between the renderings of the first i and the first i + 1 messages, if both
+renderings are prefixes of the rendered chat:
 
     begin = length of render(messages[:i], generation prompt)
     end   = length of render(messages[:i + 1])
 
-if both are prefixes of the rendered chat. Some templates render a message differently if others
-follow it: Qwen 3 removes the reasoning of earlier turns, Mistral moves the system prompt to the
-last question. For such templates, the content is located by rendering the chat with different
-content. The turn ends with the text that follows the content if the turn is the last message.
+Some templates render a message differently if other messages follow it: Qwen 3 removes the
+reasoning of earlier turns, and Mistral moves the system prompt to the last question. For such
+templates, the content of the turn is located by rendering the chat with different content. The end
+of the turn is then the text that the template writes after the content of a last message.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Span = tuple[int, int]
 _MARKER = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 _LONGEST_MARKER = 64
 _OTHER_CONTENTS = ("0 other 1", "Z words z")
-"""Contents that differ in their first and last characters: one of them differs from any text."""
+"""Two contents that differ in their first and in their last characters. Therefore at least one of
+them differs from a given text in its first character, and at least one in its last."""
 
 
 class TurnError(Exception):
@@ -68,8 +70,8 @@ def begin_of_turn(
         whole: Rendered chat, as text or tokens.
         before: Rendered messages before the turn.
         prompt: Rendered messages before the turn, with the generation prompt. The chat may lack the
-            end of this prompt: DeepSeek R1's begins the reasoning, which its template removes from
-            chats.
+            end of this prompt. For example, the generation prompt of DeepSeek R1 ends with the
+            beginning of the reasoning, and its template removes reasoning from chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)

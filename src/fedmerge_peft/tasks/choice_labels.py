@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANY_ROWS = 20
-"""Number of rows that makes it unlikely by chance that the first choice is never right."""
+"""Number of rows in which the first choice is unlikely to be never right by chance."""
 
 
 def read_right(
@@ -65,7 +65,10 @@ def read_right(
 
 
 def _labels(table: Dataset, column: str) -> list[Any]:
-    """Return labels as texts or integers; names of a ``ClassLabel`` unless all are numbers."""
+    """Return labels as texts or integers.
+
+    A ``ClassLabel`` is replaced by its name, unless all names are numbers.
+    """
     (values,) = whole_numbers([read_column(table, column, "task.label")])
     reject_nulls(values, column)
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):

@@ -1,4 +1,4 @@
-"""Base of classification of texts, images and sounds: one label per example."""
+"""Base of tasks that classify texts, images or sounds: one label per example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base of tasks on tokens whose models have a head: tokenizer, length, padding."""
+"""Base of tasks that read tokens and add a head to the model: tokenizer, length, padding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def loading_code(auto: str, problem_type: str | None = None) -> str:
 
 
 class EncoderTask(TokenTask):
-    """Task on tokens, truncated to the model's limit, with a new head for the task's labels.
+    """Task that reads at most ``max_length`` tokens, with a new head for the task's labels.
+
+    Without ``max_length`` in the recipe, the model's limit applies.
 
     Args:
         recipe: Columns, labels, length and metrics.
@@ -102,8 +104,9 @@ class EncoderTask(TokenTask):
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model, and test if the model reads token types.
 
-        Some models embed them as words (GPT-2). Types that are all 0 must therefore not change the
-        output. The test is omitted if the configuration states the number of types.
+        Some models, such as GPT-2, embed token types as words. The test therefore requires that
+        token types of 0 do not change the output. It is omitted if the configuration states the
+        number of types.
         """
         super().match_inputs(model)
         if self._types is not None or not self._returns_types:
@@ -115,7 +118,7 @@ class EncoderTask(TokenTask):
             try:
                 without = model(input_ids=ids).logits
                 with_zeros = model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
-            except Exception:  # the model does not accept them; later trials report other causes
+            except Exception:  # the model rejects token types; later trials report other causes
                 return
         if torch.allclose(without, with_zeros, rtol=1e-3, atol=1e-5):
             self._columns.append("token_type_ids")
@@ -181,5 +184,5 @@ class EncoderTask(TokenTask):
         return batch
 
     def stack_labels(self, labels: Sequence[Tensor], side: Literal["left", "right"]) -> Tensor:
-        """Stack the labels of examples, by default tensors of one shape."""
+        """Stack the labels of examples. The default requires labels of equal shape."""
         return torch.stack(list(labels))

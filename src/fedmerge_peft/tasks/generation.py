@@ -28,7 +28,7 @@ def generation_options(settings: GenerationSettings) -> dict[str, Any]:
         "do_sample": settings.do_sample,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "top_k": 0 if settings.do_sample else 50,  # without sampling, others cause a warning
+        "top_k": 0 if settings.do_sample else 50,  # without sampling, other values cause a warning
         "num_beams": 1,
         "repetition_penalty": 1.0,
         **stop,

@@ -33,7 +33,7 @@ _PROBES = ((48, 64), (64, 48), (56, 40))
 """Heights and widths of the images of ``probe``, in pixels."""
 _WHITE = 255
 _LARGEST = 50
-"""Limit of the absolute value of scaled and normalized pixels, with a wide margin."""
+"""Largest plausible absolute value of scaled and normalized pixels, with a wide margin."""
 _PIXELS, _TABLES = "pixel_values", "pixel_tables"
 
 

@@ -35,7 +35,7 @@ class PassedModel:
     """A model and its tokenizer or image processor, as a Python program passed them last.
 
     A fingerprint does not cover everything that a forward pass depends on, such as the variables
-    that a function has captured. The objects that were passed last therefore replace earlier ones
+    that a function has captured. Objects that are passed later therefore replace earlier objects
     with the same fingerprint.
     """
 
@@ -202,7 +202,7 @@ def behavior(module: nn.Module) -> list[str]:
 def attached(module: nn.Module) -> list[Callable[..., Any]]:
     """Return the functions that a program has attached to one module: hooks and a new ``forward``.
 
-    The list is empty for a module that accelerate places on devices (``_hf_hook``).
+    The list is empty if Accelerate has placed the module on a device (``_hf_hook``).
     """
     if hasattr(module, "_hf_hook"):
         return []
@@ -223,7 +223,7 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 def _description(processor: Any) -> str:
-    """Return tokens and settings of a tokenizer, settings of a processor, or a source."""
+    """Describe a tokenizer by tokens and settings, and a processor by its settings or source."""
     if hasattr(processor, "get_vocab"):
         tokens = sorted(processor.get_vocab().items())
         settings = [str(getattr(processor, name, None)) for name in _SETTINGS]

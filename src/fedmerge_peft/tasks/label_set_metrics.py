@@ -41,7 +41,7 @@ def average_precision(
 
     Args:
         predicted: Probabilities.
-        expected: 1 for the labels of an example, 0 for others.
+        expected: 1 for the labels of an example, 0 for other labels.
     """
     from sklearn.metrics import average_precision_score
 

@@ -111,7 +111,7 @@ class LabelSets(WeightedClasses):
         )
 
     def term_weights(self, labels: Tensor, class_weights: Tensor) -> Tensor:
-        """Return the class weight of labels that an example has, and 1 for its other labels."""
+        """Return the class weight of each label that an example has, and 1 for absent labels."""
         return torch.where(labels.to(class_weights.device) > 0, class_weights, 1.0)
 
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:

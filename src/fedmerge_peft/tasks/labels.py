@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANY_LABELS = 1_000
-"""Number of labels that is always accepted. More labels require as many rows."""
+"""Number of integer labels that is always accepted. A larger number requires as many rows."""
 
 
 def blank_table(
@@ -38,7 +38,8 @@ def blank_table(
     Args:
         columns: Feature types by column.
         rows: Values of the columns.
-        blanks: Feature type and value of each added column. It replaces a column of its name.
+        blanks: Feature type and value of each added column. An added column replaces the column of
+            the same name in ``columns``.
     """
     from datasets import Dataset, Features
 
@@ -68,8 +69,9 @@ def reject_nulls(values: Any, column: str, first: int = 0) -> None:
 def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
     """Infer the names of the labels, in the order of their ids.
 
-    A ``ClassLabel`` column has names. Text labels are sorted. Integer labels are named ``0`` to the
-    largest integer; a warning names labels that do not occur. Booleans are ``False`` and ``True``.
+    A ``ClassLabel`` column defines its names. Text labels are sorted. Integer labels are named
+    ``0`` to the largest integer; a warning lists integers that do not occur. Booleans are named
+    ``False`` and ``True``.
     If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
     ``LABEL_3`` and so on.
 
@@ -80,8 +82,8 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
 
     Raises:
         DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
-            are more labels than ``num_labels``; there are no rows; the number of labels exceeds
-            both 1,000 and the number of rows.
+            are more labels than ``num_labels``; there are no rows; a name is too long; there are
+            too many names, or more integer labels than both 1,000 and the number of rows.
     """
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
@@ -162,8 +164,8 @@ def unknown_label(name: str, labels: Sequence[str]) -> str:
 def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
     """Convert the label column to a ``ClassLabel`` with the names ``labels``.
 
-    Text labels and ``ClassLabel`` names are looked up by name. An integer is an id. If some names
-    are integers that differ from their ids, such as 1, 2, 3, an integer is looked up as a name.
+    Text labels and ``ClassLabel`` names are looked up by name. Integers are ids, unless some names
+    are integers that differ from their ids, such as 1, 2, 3. In this case, integers are names.
 
     Args:
         table: Rows that are not part of the federation. They may have a subset of the labels.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ListColumn:
-    """Values of a column of lists, concatenated, and their number in each row."""
+    """Concatenated values of a column of lists, and the number of values in each row."""
 
     column: str
     key: str
@@ -152,7 +152,7 @@ def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) 
 
 
 def reject_indicators(table: Dataset, column: str, key: str) -> None:
-    """Raise ``DataError`` if lists seem to have a 0 or 1 for each label instead of label ids."""
+    """Raise ``DataError`` if lists seem to contain a 0 or 1 for each label instead of label ids."""
     lists = read_lists(table, column, key)
     if not len(lists.values) or is_text(lists.values.type) or _class_names(table, column):
         return
@@ -160,8 +160,8 @@ def reject_indicators(table: Dataset, column: str, key: str) -> None:
     if length > 1 and (lists.lengths == length).all() and _ids(lists, None).max() <= 1:
         raise DataError(
             f"{key}: all lists in column {column!r} have {length} values, 0 or 1, so they seem to "
-            "say of each label whether it applies, but a list has the ids of the labels that do; "
-            "write these, or a column of 0 and 1 for each label"
+            "have one for each label; write lists of the ids of the labels that apply, or one "
+            "column of 0 and 1 for each label"
         )
 
 

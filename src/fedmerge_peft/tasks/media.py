@@ -33,7 +33,14 @@ processor = {processor}.from_pretrained({{processor}}{further})
 def loading_code(
     model: str, processor: str, further: str = "", problem_type: str | None = None
 ) -> str:
-    """Return ``Task.loading_code`` of a model that needs a processor for its inputs."""
+    """Return ``Task.loading_code`` of a model for images or sounds.
+
+    Args:
+        model: Transformers class of the model.
+        processor: Transformers class of the processor.
+        further: Further arguments of the processor's ``from_pretrained``, beginning with a comma.
+        problem_type: Name of the loss in the model's configuration; None if there is none.
+    """
     problem = "" if problem_type is None else f'\n    problem_type="{problem_type}",'
     return _LOADING.format(model=model, processor=processor, further=further, problem=problem)
 

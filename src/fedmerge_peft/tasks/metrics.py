@@ -104,7 +104,11 @@ def greater_score_is_better(name: str) -> bool:
 
 
 def facts_of(score: str) -> Mapping[str, Any]:
-    """Return the facts of the metric of a score, such as ``test_accuracy``; none if unknown."""
+    """Return the registered facts of a score's metric; empty if the metric is unknown.
+
+    Args:
+        score: Name of the score, such as ``test_accuracy``.
+    """
     name = score.partition("_")[2]
     return METRICS[name].facts if name in METRICS else {}
 
@@ -212,7 +216,7 @@ def reward_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float
 
 
 def reward_margin(chosen: Sequence[float], rejected: Sequence[float]) -> float:
-    """Compute the mean difference of the rewards of chosen and rejected completions."""
+    """Compute the mean of the chosen completion's reward minus the rejected completion's reward."""
     return float(np.mean(np.subtract(chosen, rejected)))
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class MultipleChoiceTask(EncoderTask):
     """Multiple choice with one logit for each pair of a context and a choice.
 
-    Arguments are those of ``EncoderTask``. In a batch, rows with fewer choices than the row with
-    the most are filled up. A filler is a single token, which ``forward`` recognizes by its mask;
-    its logit is the lowest number of the dtype.
+    Arguments are those of ``EncoderTask``. In a batch, fillers give all rows the same number of
+    choices. A filler is a single token, which ``forward`` recognizes by its mask. Its logit is the
+    lowest number of the dtype.
     """
 
     auto_model: ClassVar[str] = "AutoModelForMultipleChoice"

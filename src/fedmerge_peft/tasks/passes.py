@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 def split_batch(padding: Padding, examples: Examples, indices: NDArray[Any]) -> list[NDArray[Any]]:
-    """Split a batch into parts, in order; the examples of a part may share a pass of the model."""
+    """Split a batch into parts whose examples may share a pass of the model.
+
+    Args:
+        padding: ``Task.padding``.
+        examples: Output of ``Task.encode``.
+        indices: Examples of the batch, ``(n,)``.
+
+    Returns:
+        Indices of the examples of each part. Parts are in the order of their first examples.
+    """
     if padding in ("right", "left"):
         return [indices]
     lengths = examples.lengths[indices] if padding == "none" else np.arange(len(indices))

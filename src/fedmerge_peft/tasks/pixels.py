@@ -47,7 +47,8 @@ def array_image(values: NDArray[Any], white: float | None = None) -> Image:
             array has 3 or 4 channels.
 
     Raises:
-        ValueError: The shape is a different one, or a condition of ``as_rgb`` applies.
+        ValueError: The array has another shape; the value of white is unknown; a value exceeds it,
+            is negative or is NaN.
     """
     from PIL.Image import fromarray
 
@@ -88,8 +89,8 @@ class PixelCode:
     """Code that stores processed pixels as bytes, in a quarter of the memory.
 
     A processor maps each byte of a channel to one number. Up to rounding, these numbers are evenly
-    spaced between the numbers of black and white. A table by channel and byte restores them
-    exactly.
+    spaced between the numbers of black and white. A table of the numbers by channel and byte
+    restores the pixels exactly.
 
     Args:
         black: Pixel values of a black image, by channel, ``(channels,)`` float32.

@@ -19,7 +19,8 @@ class Predictions:
     count: float = 0.0
     """Number of terms in ``loss_sum``: examples, or labeled tokens."""
     outputs: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
-    """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
+    """Outputs and references by kind, such as ``classes``. A metric registers the kinds that it
+    reads as ``of``."""
 
     def add(self, compared: Mapping[str, Compared]) -> None:
         """Append the outputs and references of a batch, by kind."""

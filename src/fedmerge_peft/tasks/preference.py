@@ -122,12 +122,13 @@ class PreferenceTask(CausalLMTask):
         ]
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """Return ``input_ids`` and ``attention_mask``, ``(2n, longest)``, and ``labels``.
+        """Pad and stack both sequences of each of n examples.
 
         Returns:
-            ``labels`` is ``(n, 2, 1 + longest)`` float32: the reference's log-probability (nats; 0
-            without a reference), then token ids, which float32 represents exactly; -100 marks
-            positions without a loss.
+            ``input_ids`` and ``attention_mask``, ``(2n, longest)``, and ``labels``, ``(n, 2, 1 +
+            longest)`` float32. The first label is the reference's log-probability (nats; 0 without
+            a reference). The other labels are token ids, which float32 represents exactly; -100
+            marks positions without a loss.
         """
         columns = examples.columns
         pairs = {
@@ -162,8 +163,8 @@ class PreferenceTask(CausalLMTask):
         The reference is the model with its adapter disabled.
 
         Raises:
-            BackboneError: The outputs of the model depend on padding, which two sequences of
-                different lengths need.
+            BackboneError: The outputs of the model depend on padding. The two sequences of an
+                example need padding if their lengths differ.
         """
         if self.padding in ("none", "alone"):
             raise BackboneError(
@@ -252,13 +253,18 @@ def _token_ids(labels: Tensor) -> Tensor:
 
 
 def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset:
-    """Return a table with the columns ``prompt`` and ``completion``, the chosen or rejected one.
+    """Return a table with the columns ``prompt`` and ``completion`` of one side.
 
     Without a column of prompts, the prompt of two chats is the messages with which both begin.
 
+    Args:
+        recipe: Names of the columns.
+        table: Rows.
+        side: chosen or rejected.
+
     Raises:
-        DataError: A column does not exist or has nulls, completions of text have no prompt, or two
-            chats are invalid, begin with different messages, or have none after the shared ones.
+        DataError: A column does not exist or has nulls; completions of text have no prompt; a chat
+            is invalid; two chats begin with different messages, or one has no further messages.
     """
     columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
     for key, column in columns.items():

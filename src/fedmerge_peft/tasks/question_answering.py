@@ -43,8 +43,8 @@ class QuestionAnsweringTask(TokenTask):
     """Prediction of the first and the last token of an answer in a context.
 
     An example is a row of the table. Its context is divided into one or more overlapping windows.
-    In a batch, rows with fewer windows than the row with the most are filled up with windows that
-    have no loss. Padding has no probability, so an example's loss does not depend on its batch.
+    In a batch, fillers give all rows the same number of windows; a filler has no loss. Padding has
+    no probability, so an example's loss does not depend on its batch.
 
     Args:
         recipe: Columns, lengths and metrics.
@@ -269,11 +269,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the best answer of each context, with its place and probability in its window.
+        """Return the best answer in each context, its bounds, and its probability in its window.
 
         The answer has the largest sum of both logits among all spans of at most
-        ``task.max_answer_length`` tokens. With ``task.no_answer``, the answer is empty if the sum
-        of the logits of no answer, in the window where that is lowest, is larger.
+        ``task.max_answer_length`` tokens. With ``task.no_answer``, this sum is compared with the
+        sum of the logits of no answer, of which the lowest over the windows counts. The answer is
+        empty if the sum of no answer is larger.
         """
         rows = logits.float().cpu().view(len(indices), -1, *logits.shape[1:])
         return [

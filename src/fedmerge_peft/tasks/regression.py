@@ -52,7 +52,7 @@ class Regression(Task):
 
     @classmethod
     def targets(cls, recipe: RegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
-        """Return the targets of all rows, ``(rows,)``. A ``ClassLabel`` has them as names.
+        """Return the targets of all rows, ``(rows,)``. In a ``ClassLabel``, names are the targets.
 
         Raises ``DataError`` for missing, non-numeric, non-finite or too large values.
         """

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class SentenceEmbeddingTask(TokenTask):
     """Embedding of texts by mean pooling, with a contrastive loss on pairs or triplets.
 
-    The vectors of an anchor and its positive are compared with those of the other texts in the
-    client's batch. Texts of other clients are never negatives, even in a shared forward pass.
+    The vector of an anchor is compared with the vectors of the positives and negatives in its
+    client's batch. Texts of other clients are never candidates, even in a shared forward pass.
 
     Args:
         recipe: Columns, length, scale and metrics.
@@ -97,7 +97,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
-        The labels of a row are numbers of its texts. Equal texts of the table have equal numbers.
+        The labels of a row number its texts: equal texts in the table have equal numbers.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
@@ -179,11 +179,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute ``-log softmax_c(s · cos(a, c))[positive]`` of each example in float32.
 
-        The candidates c of an anchor a are its positive, as the target, and the other positives and
-        all negatives of the batch, each distinct text once. Texts that equal the anchor or any of
-        its positives in the batch are not candidates besides the target. This is InfoNCE (van den
-        Oord 2018). Without repeated texts, it equals sentence-transformers'
-        MultipleNegativesRankingLoss.
+        The candidates c of an anchor a are the positives and negatives of the batch, each distinct
+        text once. The target is the anchor's own positive. Apart from the target, texts that equal
+        the anchor or one of its positives in the batch are not candidates. This loss is InfoNCE
+        (van den Oord 2018). Without repeated texts, it equals MultipleNegativesRankingLoss of
+        sentence-transformers.
 
         Args:
             logits: Vectors, ``(batch · texts, width)``.
@@ -214,7 +214,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return len(labels)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return unit vectors of the anchors, and numbers and unit vectors of each row's texts."""
+        """Return each anchor's unit vector, and the numbers and unit vectors of its row's texts."""
         units = functional.normalize(logits.float(), dim=-1).view(*labels.shape, -1).cpu().numpy()
         held = zip(labels.tolist(), units, strict=True)
         return {"vectors": ([*units[:, 0]], [(numbers, vectors) for numbers, vectors in held])}

@@ -116,7 +116,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Dataset.from_dict({recipe.source: inputs, recipe.target: inputs})
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize sources, with the prefix, and targets.
+        """Tokenize the targets, and the sources with the prefix.
 
         ``Examples.cuts`` lists rows with truncated or empty texts.
 

@@ -20,6 +20,7 @@ class Segment:
     tokens: list[str]
     """Text of each token."""
     has_loss: bool = False
+    """True for tokens with a loss."""
     is_cut: bool = False
     """True for tokens that truncation removes."""
 

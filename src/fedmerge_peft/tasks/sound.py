@@ -27,7 +27,7 @@ Samples = NDArray[np.float32]
 _LOUDEST = 32.0
 """Largest accepted sample. Recordings may slightly exceed 1; unscaled integers far exceed it."""
 _STREAMED = 2**31 - 2**16
-"""Lengths in WAV headers from this one on are placeholders, because the file was streamed."""
+"""Smallest length in a WAV header that is a placeholder. Programs that stream a file write it."""
 _SHORTEST = 0.05
 """Shortest accepted sound in seconds. Models have no output for fewer samples."""
 

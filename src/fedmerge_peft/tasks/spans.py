@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Span(NamedTuple):
-    """Entity of a text: its characters from ``start`` to ``end``, without ``end``."""
+    """Entity of a text: its characters from ``start`` to ``end``, end excluded."""
 
     start: int
     end: int
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 
 class SpanTags(TagSource):
-    """Columns of texts, and of lists of spans ``{start, end, label}``.
+    """Reader of a column of texts, and a column of lists of spans ``{start, end, label}``.
 
     A word is a run of letters, digits and underscores, or one other character that is not a space.
     Borders of spans divide words. A word has the tag B-X at the beginning of a span with the label

@@ -63,7 +63,7 @@ class TagSource(ABC):
     def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
         """Convert the tags of another table to ids in ``labels``.
 
-        Raises ``DataError`` for a tag that is not one of them.
+        Raises ``DataError`` for a tag that is not in ``labels``.
         """
 
     @abstractmethod
@@ -83,12 +83,18 @@ class TagSource(ABC):
     ) -> dict[str, Any]:
         """Convert the tags of a text's words to a prediction.
 
-        A word without tokens has the tag None.
+        Args:
+            bounds: Begin and end of each word in the text, ``(words, 2)``.
+            tags: Most likely tag of each word; None for a word without tokens.
+            scores: Probability of each tag; None for a word without tokens.
         """
 
 
 class ListedTags(TagSource):
-    """Columns of lists of words, which are joined with spaces, and of lists of their tags."""
+    """Reader of a column of lists of words, and a column of lists of their tags.
+
+    The words of a row are joined with spaces.
+    """
 
     key: ClassVar[str] = "task.tags"
     probes: ClassVar[Sequence[Any]] = [["a"], ["another", "text,", "which", "is", "longer"]]

@@ -27,7 +27,8 @@ Paragraph = list[tuple[str, str | None]]
 def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     """Return the format of the recipe or, by default, the first format whose columns exist.
 
-    Columns of chats have the format ``messages``, even if they are a prompt and a completion.
+    Columns of chats have the format ``messages``, even if one has the prompts and another the
+    completions.
 
     Raises:
         DataError: Columns of the format do not exist.
@@ -67,7 +68,7 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
     """Return the part of an example that has a loss; by default, the format determines it.
 
     Raises:
-        RecipeError: Examples of the format do not have the recipe's part.
+        RecipeError: Examples of the format lack the part that the recipe names.
     """
     loss = recipe.loss
     chats = format == "messages"

@@ -92,8 +92,8 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
 
     Args:
-        logits: ``(batch, length, vocabulary)``; or, for these n positions only,
-            ``(n, vocabulary)``, or the cross-entropies, ``(n,)``.
+        logits: ``(batch, length, vocabulary)``; or, at the n positions with a target alone, the
+            logits ``(n, vocabulary)`` or the cross-entropies ``(n,)``.
         targets: ``(batch, length)``.
 
     Returns:
@@ -112,7 +112,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def likely_tokens(logits: Tensor, targets: Tensor) -> Mapping[str, Compared]:
     """Return the most likely token and the target at each position whose target is not -100.
 
-    Arguments are those of ``token_losses``, but without cross-entropies.
+    Arguments are those of ``token_losses``, but logits cannot be cross-entropies.
     """
     inside = targets != IGNORED
     predicted = _inside(logits, inside).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Metrics of texts as fractions from 0 to 1: BLEU and chrF by sacrebleu, SQuAD's, retrieval."""
+"""Metrics of texts, from 0 to 1: BLEU and chrF, exact match and F1 of SQuAD, and retrieval."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = tuple[Sequence[int], Sequence[Any]]
+"""Numbers and unit vectors of a row's texts: anchor, positive and, if there is one, negative."""
 
 
 def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
@@ -92,8 +93,7 @@ def _ranks(anchors: Sequence[Any], rows: Sequence[Row]) -> NDArray[np.int64]:
 
     Args:
         anchors: Unit vectors.
-        rows: Numbers and unit vectors of each row's texts: anchor, positive and, if there are any,
-            negatives.
+        rows: Numbers and unit vectors of each row's texts.
     """
     pool: dict[int, Any] = {}
     positives: dict[int, set[int]] = {}

@@ -31,8 +31,8 @@ class TextTokens:
     def reject_special(self, texts: Sequence[str]) -> None:
         """Raise ``DataError`` for the first text with refused special tokens.
 
-        If ``reading`` is None, all special tokens are refused. If it is ``text``, those that the
-        tokenizer does not read as characters are refused.
+        If ``reading`` is None, all special tokens are refused. If it is ``text``, special tokens
+        are refused only if the tokenizer cannot read them as characters.
         """
         if self._reading == "tokens":
             return

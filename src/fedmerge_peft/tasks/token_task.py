@@ -17,14 +17,15 @@ class TokenTask(Task):
     """Task with a tokenizer, which ``prepare_tokens`` loads."""
 
     splits_special: ClassVar[bool] = True
-    """True if special tokens that are written in a text, such as ``</s>``, are characters."""
+    """True if special tokens that are written in a text, such as ``</s>``, are read as characters.
+    """
     recipe: Any
     pad_token_id: int
 
     def prepare_tokens(self, recipe: Any, backbone: BackboneRecipe, model_folder: str) -> Any:
-        """Set the recipe and the tokenizer; return the configuration of the model.
+        """Set the recipe and load the tokenizer; return the configuration of the model.
 
-        Raises ``BackboneError`` if one of them cannot be loaded.
+        Raises ``BackboneError`` if the tokenizer or the configuration cannot be loaded.
         """
         self.recipe = recipe
         self.metrics = recipe.metrics

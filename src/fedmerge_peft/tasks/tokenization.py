@@ -38,7 +38,9 @@ _NO_LIMIT = 1_000_000
 
 
 def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, Any]:
-    """Load the tokenizer and the configuration of the model, or return those passed with it.
+    """Return the tokenizer and the configuration of the model.
+
+    They are loaded, or copied from a model that a Python program passes.
 
     Args:
         backbone: Location of the tokenizer (default: the model's), revision of the model, and
@@ -133,7 +135,10 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
 
 
 def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | None) -> Any:
-    """Return the tokenizer of a transformers pipeline, which truncates to ``max_length`` tokens."""
+    """Return a tokenizer for a transformers pipeline. It truncates to ``max_length`` tokens.
+
+    Without ``max_length``, the model's limit applies.
+    """
     tokenizer, config = load_tokenizer(backbone, folder)
     limit = resolve_max_length(max_length, token_limit(tokenizer, config))
     if limit is not None:
@@ -351,7 +356,7 @@ def pad_parts(
 ) -> dict[str, Tensor]:
     """Split examples into their sequences; pad and stack the sequences.
 
-    Examples with fewer sequences than the one with the most are filled up with single tokens.
+    Fillers of a single token give all examples the same number of sequences.
 
     Args:
         columns: ``input_ids`` and, if needed, ``token_type_ids`` of each example: its sequences,
@@ -361,7 +366,8 @@ def pad_parts(
         pad_token_type_id: Type of padding.
 
     Returns:
-        The one or two columns and ``attention_mask``, ``(examples · sequences, longest)``.
+        ``input_ids``, ``attention_mask`` and, if needed, ``token_type_ids``, all ``(examples ·
+        sequences, longest)``.
     """
     most = max(map(len, lengths))
     counts = torch.cat([functional.pad(own, (0, most - len(own)), value=1) for own in lengths])

@@ -1,4 +1,4 @@
-"""Checks of tokenizer, configuration and model against each other."""
+"""Checks that tokenizer, configuration and model match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MANY_UNKNOWN = 0.2
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls")
 """Special tokens that are added to texts, or replace parts of them."""
 _MOST_RESERVED = 8
-"""Largest number of rows that a table of positions has beyond ``max_position_embeddings``."""
+"""Largest number of rows by which a table of positions may exceed ``max_position_embeddings``."""
 
 
 def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) -> int | None:
@@ -90,7 +90,7 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
 def warn_of_unknown(rows: Sequence[list[int]], tokenizer: Any) -> None:
     """Log a warning if at least a fifth of the tokens of texts are the unknown token.
 
-    Tokenizers without a token for unknown text alone, such as byte-level ones, are not checked.
+    Tokenizers without a separate unknown token, such as byte-level tokenizers, are not checked.
     """
     unknown = tokenizer.unk_token_id
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -153,8 +153,8 @@ def _position_tables(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 def _text_config(config: Any) -> Any:
     try:
         return config.get_text_config()
-    # Several text configurations, such as those of an encoder and a decoder, or a configuration
-    # that is not one of transformers.
+    # The model has several text configurations, such as one for an encoder and one for a decoder,
+    # or its configuration is not a class of transformers.
     except (AttributeError, ValueError):
         return config
 
@@ -173,9 +173,9 @@ def _vocabulary_size(model: Any) -> int | None:
 
 
 def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
-    """Return the tokens with ids from ``size`` on that texts may have, and their ids, ascending.
+    """Return the tokens whose ids are ``size`` or larger, with their ids, in ascending order.
 
-    Additional special tokens are left out, such as the image token of a model for texts.
+    Special tokens without a role in texts (``_NAMED``) are left out, such as an image token.
     """
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in _NAMED}
     spare = {

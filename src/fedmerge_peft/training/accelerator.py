@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HINT = "use training.device=cpu, or auto to select an available device"
 _TIMEOUT = timedelta(days=7)
 """Longest wait of a rank for another rank. It is long because training may take days. The exit of a
-rank is detected without it."""
+rank is detected independently of this limit."""
 
 
 def choose_device(requested: str) -> torch.device:
@@ -81,7 +81,7 @@ def choose_precision(requested: str, device: torch.device) -> str:
     """Return ``no``, ``bf16`` or ``fp16`` for a recipe's ``training.mixed_precision``.
 
     Raises:
-        DeviceError: fp16 is requested without a CUDA GPU, which would silently train in float32.
+        DeviceError: fp16 is requested without a CUDA GPU. Training would silently use float32.
     """
     if requested == "fp16" and device.type != "cuda":
         raise DeviceError(
@@ -100,8 +100,8 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
 
     The call also initializes the process group, if there are several ranks.
 
-    Accelerate keeps global state and rejects a second precision. The state of another device or
-    precision is therefore reset first, so that a notebook can use several.
+    Accelerate keeps global state, and rejects a change of the precision. If the device or the
+    precision has changed, this function resets the state, so that a notebook can use several.
 
     Raises:
         DeviceError: The device, the precision or the optimizer is not available.

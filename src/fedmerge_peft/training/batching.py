@@ -23,18 +23,19 @@ from fedmerge_peft.util.seeds import seeded
 log = logging.getLogger(__name__)
 
 _FEWEST, _MOST = 3, 16
-"""Fewest and most adapters that ``auto`` puts into one pass. Two save too little (3 % on a CPU)."""
+"""Smallest and largest number of adapters that ``auto`` puts into one pass. Two adapters would save
+too little time (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
-"""Most examples in a pass with ``auto``, by type of device. On a CPU, larger passes cost more in
-padding than they save."""
+"""Largest number of examples in a pass with ``auto``, by type of device. On a CPU, larger passes
+cost more in padding than they save."""
 
 
 def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     """Check that strategy and batches suit the task's loss; warn of clients with too few examples.
 
     Raises:
-        RecipeError: ``training.batch_size`` is too small, or a strategy mixes the outputs of
-            several adapters, which the task does not support.
+        RecipeError: ``training.batch_size`` is too small; or a strategy mixes the outputs of
+            several adapters, but the task does not support mixtures.
         DataError: All clients have fewer examples than the smallest batch of the task.
     """
     mixing = [
@@ -54,8 +55,8 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     small = [client.name for client in clients if 0 < client.size < least]
     if small and len(small) == sum(client.size > 0 for client in clients):
         raise DataError(
-            f"each client has fewer than {least} training examples, and this task compares those "
-            "of one client; use fewer clients, or more data"
+            f"each client has fewer than {least} training examples, but this task compares the "
+            "examples of a client; use fewer clients, or more data"
         )
     if small:
         log.warning(
@@ -69,10 +70,11 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
 
 
 def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices) -> int:
-    """Return the number of adapters to train in one pass: the recipe's, or 1 if that is not exact.
+    """Return the number of adapters to train in one pass.
 
-    The modules are checked first. A trial on two examples then compares the gradients of one shared
-    pass with those of separate passes. If either fails, the reason is logged.
+    It is the recipe's number, or 1 if a shared pass would change the gradients. The modules are
+    checked first. A trial on two examples then compares the gradients of one shared pass with the
+    gradients of separate passes. If a check fails, the reason is logged.
 
     Args:
         runtime: Model, task and examples.
@@ -98,7 +100,8 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
 def requested_clients(training: TrainingRecipe, device: str, *, quantized: bool = False) -> int:
     """Return the number of adapters in one pass that a recipe requests for a type of device.
 
-    With ``auto``, it is 1 on quantized weights: who quantizes lacks memory for activations, too.
+    With ``auto``, it is 1 for quantized weights, because runs that need quantization usually lack
+    memory for activations, too.
     """
     if training.clients_per_batch != "auto":
         return training.clients_per_batch
@@ -116,8 +119,10 @@ def is_quantized(backbone: Backbone) -> bool:
 def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
     """Compare the gradients of two adapters from one shared pass and from separate passes.
 
-    The trial uses the shortest and the longest example. Return the reason why the gradients
-    disagree, or None.
+    The trial uses the shortest and the longest example.
+
+    Returns:
+        The reason why the gradients disagree, or None.
     """
     backbone = runtime.backbone
     sizes = runtime.examples.lengths[rows]

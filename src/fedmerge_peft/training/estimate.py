@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 FLOAT32 = 4
 """Bytes of one parameter of an adapter."""
 _LONGEST = 1024
-"""Tokens of an example without ``task.max_length``, unless the model's limit is smaller."""
+"""Assumed tokens of an example without ``task.max_length``, unless the model's limit is smaller."""
 _BLOCK, _DOUBLE_BLOCK = 64, 256
-"""Weights that share a scale in 4-bit quantization, and scales that share a scale (QLoRA, arXiv
-2305.14314)."""
+"""Number of weights that share a scale in 4-bit quantization, and number of these scales that share
+a second scale in double quantization (QLoRA, arXiv 2305.14314)."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def load_config(backbone: BackboneRecipe) -> Any:
 
 
 def expected_device(recipe: Recipe) -> str:
-    """Return the type of the recipe's device, or of the one that auto selects on this machine.
+    """Return the type of the recipe's device. ``auto`` is resolved for this machine.
 
-    For quantized weights, auto gives cuda: such a run is usually meant for another machine's GPU.
+    For quantized weights, ``auto`` is cuda, because such a run is usually meant for a GPU of
+    another machine.
     """
     if recipe.training.device == "auto":
         for_gpu = recipe.backbone.quantization is not None or torch.cuda.is_available()
@@ -220,7 +221,8 @@ def _rows(training: TrainingRecipe, clients: int) -> float:
     """Return the number of vectors ``(P,)``: the slot, K rows, gradients, optimizer states.
 
     A single client trains in the slot. Each of several clients has a row, a gradient, and a copy of
-    the gradient while gradients are added. A moment of 8 bits counts as a quarter of a vector.
+    the gradient while gradients are added. In 8 bits, each of AdamW's two moments counts as a
+    quarter of a vector.
     """
     if training.optimizer == "sgd":
         states = float(training.momentum > 0)
@@ -250,8 +252,9 @@ def _weight_bytes(
 def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
     """Return the bytes of a quantized weight with its scales.
 
-    With 8 bits, each row has a scale of 32 bits. With 4 bits, each block of 64 weights has one.
-    Double quantization stores these scales in 8 bits, with a scale of 32 bits for 256 of them.
+    With 8 bits, each row has a scale of 32 bits. With 4 bits, each block of 64 weights has a scale
+    of 32 bits. Double quantization stores the scales of blocks in 8 bits, and adds a scale of 32
+    bits for each 256 of them.
     """
     numbers = weight.numel()
     if backbone.quantization == "8bit":
@@ -302,7 +305,8 @@ def _pass(
 def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
     """Return the head that may compute losses in chunks; None for other models and tasks.
 
-    The trial of ``training/labeled_head.py`` compares values, which tensors without data lack.
+    Unlike the trial in ``training/labeled_head.py``, this function compares no values, because the
+    tensors have no data.
     """
     layer = frozen_output_layer(model)
     if layer is None or task.token_targets(inputs["input_ids"]) is None:
@@ -318,7 +322,8 @@ def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
 def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
     """Return the losses of a batch; for a language model, of all tokens but the first.
 
-    ``token_losses`` selects tokens by the values of labels, which tensors without data lack.
+    ``token_losses`` cannot be used: it selects tokens by the values of the labels, but the tensors
+    have no data.
     """
     if logits.ndim == 1:
         return logits
@@ -360,7 +365,7 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _peak_of_storages(known: Iterable[Tensor]) -> Iterator[_Peak]:
-    """Measure the storages that are created inside the context, except those of known tensors."""
+    """Measure storages that are created inside the context, except storages of known tensors."""
     peak = _Peak(known)
     with peak:
         yield peak

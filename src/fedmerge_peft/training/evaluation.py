@@ -24,7 +24,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss (nats) and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
 
-    Metrics of ``task.compute_metrics`` are added.
+    The result also contains the metrics that ``task.compute_metrics`` returns.
 
     Args:
         runtime: Model, task and examples.
@@ -33,8 +33,8 @@ def evaluate(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: A metric needs generated text, which mixtures do not support, or
-            ``compute_metrics`` did not return a mapping of names to numbers.
+        RecipeError: A metric needs generated text, but ``served`` is a mixture; or
+            ``compute_metrics`` did not return a mapping of new names to numbers.
     """
     return evaluate_parts(runtime, served, [indices], batch_size)[0]
 

@@ -17,12 +17,13 @@ def run_plans(
     losses: Callable[[int, Tensor], Tensor],
     statistics: Callable[[int, Tensor], Tensor] | None = None,
 ) -> list[ClientResult | Exception]:
-    """Run several plans phase by phase; one call trains the requests of all plans.
+    """Run several plans phase by phase. One call of ``train`` handles the requests of all plans.
 
     Args:
         plans: Each client's plan and seed.
-        train: Function that trains requests, each given with its position in ``plans``. It returns,
-            in the same order, the outcome of each request or its exception.
+        train: ``train(requests)`` trains adapters. Each request comes with the position of its plan
+            in ``plans``. The function returns the outcome or the exception of each request, in the
+            same order.
         losses: ``losses(position, row)`` returns the summed losses (nats) of that client's training
             examples with an adapter, ``(n,)``.
         statistics: ``statistics(position, row)`` returns the class statistics of that client's

@@ -1,4 +1,4 @@
-"""Features: the input of the model's last layer, their alignment and their statistics by class."""
+"""Features (the input of the model's last layer): their alignment and statistics by class."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
 
 
 def last_layer(backbone: Backbone) -> nn.Module:
-    """Return the layer that computes the logits, which is part of the adapter.
+    """Return the layer of the adapter that computes the logits.
 
     Raises ``RecipeError`` if the adapter has no such layer.
     """

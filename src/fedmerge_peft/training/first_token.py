@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
-    """Return a cut of the model's last layer to the first token, if its head reads no other.
+    """Return a cut of the model's last layer to the first token, if its head reads no other token.
 
-    A trial on the shortest and the longest example decides. The gradient of the losses must vanish
+    A trial on the shortest and the longest example decides. The gradient of the losses must be zero
     at all other positions of the last layer, and the losses must agree with and without these
-    positions. An example of odd length is tried as well: Longformer pads to a multiple of its
-    window, and removes this padding from the end of the last layer's output.
+    positions. An example of odd length is tried as well, because Longformer pads to a multiple of
+    its window, and removes this padding from the end of the last layer's output.
 
     With the cut, results are equal up to rounding. Dropout masks are drawn for all positions, so
     the cut does not change them.
@@ -35,7 +35,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":
         return None
-    if getattr(layer, "gradient_checkpointing", False):  # would compute again without the cut
+    if getattr(layer, "gradient_checkpointing", False):  # recomputation lacks the cut
         return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]

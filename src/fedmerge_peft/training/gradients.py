@@ -104,9 +104,9 @@ def _accumulate_stack(
     objectives: Sequence[Objective],
     scalers: Sequence[GradScaler | None],
 ) -> Tensor:
-    """Compute the gradients of K adapters; their n-th micro-batches share one pass.
+    """Compute the gradients of K adapters. The n-th micro-batches of all adapters share one pass.
 
-    Shorter batches are filled up with examples of weight 0.
+    Shorter micro-batches are filled up with examples of weight 0.
     """
     passes = []
     counts = np.zeros(len(stack))
@@ -154,7 +154,7 @@ def _accumulate_stack(
 
 
 def _sum_scaled(losses: Tensor, scalers: Sequence[GradScaler | None]) -> Tensor:
-    """Sum losses ``(K,)``, each multiplied by the scale of its gradient scaler, if it has one."""
+    """Sum losses ``(K,)``. A loss with a gradient scaler is multiplied by its scale first."""
     return torch.stack(
         [
             loss if scaler is None else scaler.scale(loss)

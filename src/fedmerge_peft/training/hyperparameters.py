@@ -13,13 +13,14 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 MAX_LEARNING_RATE = 10.0
 """Largest learning rate that a federation chooses."""
 MAX_EPOCHS = 4
-"""Most passes per round that a federation chooses. More passes mostly overfit a client's few
-examples, and move the clients' adapters apart before they are merged."""
+"""Largest number of epochs per round that a federation chooses. More epochs mostly overfit a
+client's few examples, and move the clients' adapters apart before they are merged."""
 _STEPS_PER_RUN = 200
 """Target for a client's optimizer steps in a whole run. The shipped recipes take 96 to 200."""
 _STEPS_PER_ROUND = 10
-"""Fewest optimizer steps of a client per round. A step of AdamW changes a parameter by about the
-learning rate, and its state is new in each round, so fewer steps hardly change the adapter."""
+"""Smallest target for a client's optimizer steps in a round. A step of AdamW changes a parameter by
+about the learning rate, and each round starts with a new optimizer state. Fewer steps would hardly
+change the adapter."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Hyperparameters:
 
 
 def automatic_epochs(training: TrainingRecipe, rounds: int, sizes: Sequence[int]) -> int:
-    """Compute the passes over a client's examples per round for ``training.epochs: auto``.
+    """Compute the number of epochs per round for ``training.epochs: auto``.
 
-    A client of median size takes about 200 optimizer steps in the whole run, and at least 10 per
-    round, in 1 to 4 passes. With R rounds, and s = ⌈n / (batch_size · gradient_accumulation)⌉ steps
-    in a pass over the median number of examples n:
+    The targets for a client of median size are 200 optimizer steps in the whole run, and at least
+    10 per round. The result is limited to 1 to 4 epochs. With R rounds, and s = ⌈n / (batch_size ·
+    gradient_accumulation)⌉ steps in an epoch of the median number of examples n:
 
     epochs = min(4, ⌈max(10, 200 / R) / s⌉)
 

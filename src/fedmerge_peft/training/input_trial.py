@@ -1,4 +1,4 @@
-"""Trial of the loaded model on three examples, which compares a batch with single examples.
+"""Trial of the loaded model on three examples: one batch is compared with single examples.
 
 Models treat padding differently. Some have no attention mask, some read the last position, some
 count padding in the position numbers, and recurrent decoders process it. The trial compares passes
@@ -43,7 +43,7 @@ def tolerance(backbone: Backbone, accelerator: Accelerator) -> float:
 
 @torch.no_grad()
 def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: str) -> None:
-    """Set ``task.padding`` and ``task.prompt_padding``, and the model's inputs.
+    """Match the task's inputs to the model, and set ``task.padding`` and ``task.prompt_padding``.
 
     Call it before ``task.encode``.
 
@@ -54,7 +54,8 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         name: Name of the model, for error messages.
 
     Raises:
-        BackboneError: The model does not run on an example of the task.
+        BackboneError: The model does not match the tokenizer, does not run on an example of the
+            task, returns NaN or logits of a wrong shape, or supports no padding of the task.
     """
     task.match_inputs(backbone.model)
     examples = task.probe()
@@ -111,7 +112,7 @@ def _choose(
 ) -> None:
     """Set the first padding with which examples have the same outputs in a batch as alone.
 
-    Raises ``BackboneError`` if there is none, or if the model fails on a single example.
+    Raises ``BackboneError`` if there is no such padding, or if the model fails on a single example.
     """
     rows = np.arange(3)  # a short and a long example, and another one of the same length
     with library_errors(

@@ -1,4 +1,4 @@
-"""Offsets of the logits in the training loss, computed from the labels of one client."""
+"""Offsets that one client adds to the logits in its training loss, computed from its labels."""
 
 from __future__ import annotations
 

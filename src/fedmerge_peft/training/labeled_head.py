@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
     """Return the head of a decoder for labeled positions; None if the model needs all positions.
 
-    A trial on two short examples decides: the losses must agree with those of a plain pass. A
+    A trial on two short examples decides: the losses must agree with the losses of a plain pass. A
     second trial sets ``LabeledHead.unchanged``. It requires that the model returns the layer's
     output bit for bit, neither scaled nor capped, and that the task's losses need only
     cross-entropies.

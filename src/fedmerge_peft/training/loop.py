@@ -65,11 +65,13 @@ class _TrainState:
     anchor: Tensor | None
     """Center of the proximal term, ``(P,)``; None without a proximal term."""
     proximal: float
+    """μ; 0 without a proximal term."""
     example_weights: Tensor | None
     """Weight of each row of the whole table, ``(n,)``; None if all are 1."""
     objective: Objective
     """Training loss of the client."""
     losses: list[Tensor] = field(default_factory=list)
+    """Mean loss (nats) of each step so far."""
 
 
 def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> list[Trained]:
@@ -78,9 +80,9 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     For a classifier, ``Objective`` defines the class weights and the logits' offsets in the loss ℓ.
 
     A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
-    (``AdapterStack``); the results equal those of sequential training up to rounding. Each job has
-    its own examples, their order, a mean loss, clipping, a learning rate, and in fp16 a loss scale.
-    A job leaves the batch after its last step.
+    (``AdapterStack``); without dropout, the results equal sequential training up to rounding.
+    Each job has its own examples in its own order, mean loss, gradient clipping, learning rate and,
+    in fp16, loss scale. A job leaves the batch after its last step.
 
     Dropout masks are drawn for a whole pass, from the seeds of all of its jobs. The same jobs get
     the same masks, but a job gets different masks in a pass with other jobs.
@@ -90,6 +92,9 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
             ``stacking_obstacle`` returns None.
         training: Optimizer, schedule, batch size and other settings.
         jobs: Adapters to train, at least one.
+
+    Returns:
+        The outcome of each job, in the same order.
     """
     backbone = runtime.backbone
     if runtime.cache is not None:
@@ -130,7 +135,7 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
 
 
 def _group_key(state: _TrainState) -> tuple[int, float]:
-    """Return the sort key of optimizer groups: the most steps come first, then the lowest rate."""
+    """Return a sort key: jobs with more steps come first, then jobs with lower learning rates."""
     return -state.steps, learning_rate(state.training)
 
 
@@ -142,7 +147,7 @@ def _train_phase(
     *,
     shared: bool,
 ) -> None:
-    """Run one phase of local training for all jobs. Jobs with the most steps come first."""
+    """Run one phase of local training for all jobs, which are sorted by ``_group_key``."""
     adapters: Adapters
     if shared:
         adapters = AdapterStack(runtime.backbone, torch.stack([state.row for state in states]))
@@ -270,7 +275,12 @@ class GradientRules:
             adapters.gradient.mul_(scale)
 
     def restore(self, adapters: Adapters, before: Tensor) -> None:
-        """Undo weight decay on the columns that do not train."""
+        """Restore the columns that do not train, because weight decay has changed them.
+
+        Args:
+            adapters: The adapters after an optimizer step.
+            before: Their rows before the step, ``(K, P)``.
+        """
         if self.columns is not None:
             columns = self.columns[: len(adapters)]
             adapters.rows.copy_(torch.where(columns, adapters.rows, before))

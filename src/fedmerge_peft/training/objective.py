@@ -1,4 +1,4 @@
-"""The training loss of one client: offsets of its logits, and weights of its classes."""
+"""Training loss of one client: offsets of the logits, and weights of the classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN = Objective()
 def training_losses(
     task: Task, logits: Tensor, labels: Tensor, objectives: Sequence[Objective]
 ) -> Tensor:
-    """Compute the summed loss of each example (nats) for K clients with equal parts of a batch.
+    """Compute the summed loss (nats) of each example, if K clients have equal parts of a batch.
 
     Args:
         task: Task.

@@ -77,7 +77,7 @@ _BITSANDBYTES = {
 
 
 def check_optimizer(optimizer: str, device: torch.device) -> None:
-    """Check that bitsandbytes is installed and supports the device, if the optimizer is its own.
+    """Check that an optimizer of bitsandbytes is installed, and that the device supports it.
 
     Raises:
         DeviceError: bitsandbytes is missing, or does not support the device.
@@ -104,8 +104,8 @@ def check_optimizer(optimizer: str, device: torch.device) -> None:
 def mixes_rows(optimizer: str) -> bool:
     """Return True if a step on one adapter depends on other adapters in the same tensor.
 
-    States of 8 bits have one scale for each block of numbers, and blocks span adapters. Each
-    adapter then needs an optimizer of its own.
+    Optimizer states of 8 bits have one scale for each block of numbers, and a block may span two
+    adapters. Each adapter then needs its own optimizer.
     """
     return optimizer in _BITSANDBYTES and optimizer.endswith("8bit")
 
@@ -115,8 +115,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return a new optimizer for flat adapters, ``(K, P)``.
 
-    Optimizers are elementwise, except those for which ``mixes_rows`` is True: a step on flat rows
-    equals steps on each row's own tensors.
+    Optimizers are elementwise, so that a step on flat rows equals separate steps on the tensors of
+    each row. Optimizers for which ``mixes_rows`` is True are exceptions.
 
     Args:
         parameter: The adapters, with their gradient.
@@ -162,8 +162,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, st
 def new_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
     """Return a new gradient scaler in fp16, and None in other precisions.
 
-    Each adapter gets its own, so that no client inherits another's loss scale, and a client whose
-    gradients overflow skips its step alone.
+    Each adapter gets its own scaler. No client then inherits the loss scale of another client, and
+    only a client whose gradients overflow skips its step.
     """
     if accelerator.scaler is None:
         return None

@@ -1,9 +1,9 @@
 """Plans: a client's work with the adapters that it receives.
 
-In most methods, a client trains one adapter (``Train``). In others, it first chooses one of several
-(``Choose``), trains several in turn (``InTurn``), or trains a mixture (``Mixture``). A strategy may
-define another plan. All plans run in the same three phases, so an engine can run the plans of
-several clients in parallel:
+In most methods, a client trains one adapter (``Train``). In other methods, it first chooses one of
+several adapters (``Choose``), trains several adapters in turn (``InTurn``), or trains a mixture
+(``Mixture``). A strategy may define another plan. All plans run in the same three phases, so an
+engine can run the plans of several clients in parallel:
 
 1. Compute the losses of the client's examples with ``scored_rows``, without training.
 2. Train the adapters of ``train_requests``, which depend on these losses.
@@ -67,7 +67,8 @@ class ClientResult:
     deltas: Tensor
     """δ, sent minus trained, ``(k, P)``: a row for each adapter that was trained."""
     loss: float
-    """Mean training loss (nats) of the shared adapter, or of a mixture under its posterior."""
+    """Mean training loss (nats) of the shared adapter. For a mixture, the components' losses are
+    weighted by their posterior q."""
     trained: Served
     """Adapter or mixture that the client would predict with now."""
     choice: int = 0
@@ -97,7 +98,11 @@ class Plan(ABC):
         return ()
 
     def shared_rows(self, choice: int) -> slice:
-        """Return the rows of ``sent`` that the client trained and shares with others."""
+        """Return the rows of ``sent`` that the client trained and shares with other clients.
+
+        Args:
+            choice: Index of the adapter that the client chose, if the plan offers a choice.
+        """
         return slice(None)
 
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
@@ -155,7 +160,7 @@ class Train(Plan):
     logits: Logits | None = None
     """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
     compared: Tensor | None = None
-    """Another adapter ``(P,)``, whose validation loss the client also reports; None if absent."""
+    """Another adapter ``(P,)`` whose validation loss the client also reports, or None."""
 
     @property
     def sent(self) -> Tensor:
@@ -272,15 +277,15 @@ class Choose(Plan):
 
 @dataclass(frozen=True)
 class Mixture(Plan):
-    """Mixture p(y | x) = Σ_k π_k p_k(y | x); its plan is one EM step on the training examples.
+    """Mixture p(y | x) = Σ_k π_k p_k(y | x). As a plan, it is one EM step on the training examples.
 
     FedEM's client step (Marfoq et al. 2021, arXiv 2108.10252, section 3), over examples (x, y):
 
     E:  q(k | x, y) ∝ π_k · exp(−ℓ(θ_k; x, y))
     M:  π_k ← mean of q(k | x, y);  θ_k ← local training on q(k | x, y) · ℓ(θ_k; x, y)
 
-    The reported loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y), because the loss of each
-    component is already weighted by q.
+    The reported loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y): the sum of the components'
+    training losses, which are weighted by q.
     """
 
     rows: Tensor

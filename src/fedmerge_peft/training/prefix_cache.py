@@ -37,8 +37,8 @@ class PrefixCache:
 
     The cache covers the clients' examples. Passes on them skip the layers before l. Each group of
     examples is divided into parts of similar lengths. The states of a part are computed in one
-    pass, before the first other pass on one of its examples. They therefore depend on the groups
-    alone, not on later passes, and have the same bits on the disk as in memory.
+    pass, before any other pass on an example of the part. The bits of the states therefore depend
+    only on the groups, not on later passes, and are the same on the disk and in memory.
 
     A trial batch of the shortest and the longest example first checks whether the model supports
     the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
@@ -53,7 +53,7 @@ class PrefixCache:
         examples: Encoded table.
         groups: Rows of the table in groups. Each group has one client's examples for one purpose,
             for example training.
-        gigabytes: Largest size of the stored states, on the model's device.
+        gigabytes: Largest size of the states in memory, in GB (10⁹ bytes), on the model's device.
         disk: Cache of states on the disk, which runs share; None to keep states in memory only.
     """
 
@@ -101,7 +101,7 @@ class PrefixCache:
 
         Args:
             rows: Rows of the table.
-            packing: Positions of their tokens in a packed batch; None for a padded batch.
+            packing: Mapping of the batch to packed rows; None for a padded batch.
         """
         self.prepare(rows)
         prefix = self._backbone.prefix
@@ -178,9 +178,9 @@ class PrefixCache:
         return pad_sequence(views, batch_first=True)
 
     def _sequence_lengths(self, rows: Indices) -> list[list[int]]:
-        """Return the number of positions of each sequence, a list for each of these examples.
+        """Return the number of positions of each sequence, as one list per example.
 
-        Zeros fill all lists up to the length of the longest one.
+        Zeros extend all lists to the length of the longest list.
         """
         if self._examples.sequences is None:
             return [[length] for length in self._lengths[rows].tolist()]
@@ -253,10 +253,10 @@ class PrefixCache:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Enable evaluation mode with gradients; restore the model's mode and the random
-        generators afterwards.
+        """Run the trial in evaluation mode, with gradients, inside the context.
 
-        Gradients reveal whether the states depend on trainable tensors.
+        Gradients reveal whether the states depend on trainable tensors. The model's mode and the
+        random generators are restored at the end.
         """
         training = self._backbone.model.training
         self._backbone.eval()

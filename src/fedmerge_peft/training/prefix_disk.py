@@ -24,8 +24,8 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     """Return the cache on disk for this recipe, or None.
 
     ``FEDMERGE_PREFIX_DISK`` replaces the recipe's limit. The result is None if the limit is 0 or
-    the user has no home directory. It is also None for models with code of their own and models in
-    memory, because their weights and settings do not determine their states.
+    the user has no home directory. It is also None for models with custom code and for models in
+    memory, because the weights and settings of these models do not determine the states.
 
     Raises:
         RecipeError: The variable is not a number of gigabytes.

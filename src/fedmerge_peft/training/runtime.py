@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 _SMALL = 6e7
 """Floating-point operations of a matrix product below which one CPU thread is faster than two.
 
-Measured with MiniLM's layers on two cores: a second thread that sleeps between products loses at
-4e7 and gains at 7e7. If other processes use the cores, it loses at both.
+Measured with the layers of MiniLM on two cores, if the second thread sleeps between products: two
+threads are slower at 4e7 operations, and faster at 7e7. If other processes use the cores, two
+threads are slower at both sizes.
 """
 
 
 @dataclass
 class Runtime:
-    """One frozen model and the examples of all clients; loaded once, shared by every round."""
+    """One frozen model and the examples of all clients. All rounds share them."""
 
     backbone: Backbone
     task: Task
     accelerator: Accelerator
-    """Device and autocast; its gradient scaler, if it has one, tells that the precision is fp16."""
+    """Device and autocast. The precision is fp16 if the accelerator has a gradient scaler."""
     examples: Examples
     """The encoded table."""
     cache: PrefixCache | None = None
@@ -85,7 +86,7 @@ class Runtime:
     def objective(self, logits: Logits, rows: Indices) -> Objective:
         """Return the training loss of a client with these training examples.
 
-        Arguments and errors are those of ``label_logits.client_offset``.
+        For the arguments and errors, see ``label_logits.client_offset``.
         """
         offset = client_offset(logits, self.examples, rows, len(self.task.labels))
         weights = self.task.class_weights(self.examples, rows)
@@ -162,9 +163,9 @@ class Runtime:
             for_losses: True if only ``Task.losses`` reads the result.
 
         Returns:
-            Output of ``Task.forward``. With ``head``: the logits at labeled positions,
-            ``(positions, vocabulary)``, or their cross-entropies, ``(positions,)``, if
-            ``for_losses`` is set and the logits do not fit into one chunk.
+            Output of ``Task.forward``. With ``head``, the logits at labeled positions,
+            ``(positions, vocabulary)``. If ``for_losses`` is set and the logits do not fit into one
+            chunk, the cross-entropies at these positions, ``(positions,)``.
         """
         targets = None if self.head is None else self.task.token_targets(labels)
         packing = None

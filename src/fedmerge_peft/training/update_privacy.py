@@ -30,7 +30,10 @@ class UpdatePrivacy:
 
     @property
     def mu_squared(self) -> float:
-        """μ² of one update, (2 clip / noise)²: two clipped updates are at most 2 clip apart."""
+        """μ² of one update, (2 clip / noise)²; infinite without noise.
+
+        The distance between two clipped updates is at most 2 clip.
+        """
         mu = 2 * self.clip / self.noise if self.noise else math.inf
         return mu * mu
 

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCES = ("local", "fedavg")
-"""Strategies over which gains are computed."""
+"""Strategies with which methods are compared to compute their gains."""
 TARGET = "fedavg"
 """Strategy whose final score is the target for counting rounds."""
 _TOLERANCE = 1e-9
-"""Relative rounding tolerance for reaching the target."""
+"""Rounding tolerance, relative and absolute, for reaching the target."""
 
 _WITH_STD = ("mean", "worst_tenth", *(f"gain_over_{reference}" for reference in REFERENCES))
 _MEANS = ("spread", "finetuning", "gap", "bytes_down", "bytes_up", "seconds")
@@ -44,7 +44,10 @@ def compare(
     metric: str | None = None,
     target: float | None = None,
 ) -> pandas.DataFrame:
-    """Return one row per method, over its seeds: ``Comparison.of(...).methods``."""
+    """Return one row per method, aggregated over its seeds: ``Comparison.of(...).methods``.
+
+    The arguments and errors are those of ``Comparison.of``.
+    """
     return Comparison.of(runs, metric=metric, target=target).methods
 
 
@@ -84,10 +87,10 @@ class Comparison:
     """Finished runs, grouped into settings (one task, backbone and data) and methods."""
 
     runs: pandas.DataFrame
-    """One row per run: ``path``, ``setting``, ``method``, ``strategy``, ``seed``, ``metric`` and
-    the columns of ``methods``."""
+    """One row per run: ``path``, ``setting``, ``method``, ``strategy``, ``seed``, ``metric``, and
+    the run's own values of the columns of ``methods``, from ``mean`` on."""
     curves: pandas.DataFrame
-    """One row per run and evaluation of all its clients: ``run`` (row in ``runs``), ``setting``,
+    """One row per run and evaluation of all its clients: ``run`` (index in ``runs``), ``setting``,
     ``method``, ``seed``, ``rounds`` completed before the evaluation, and ``mean`` over clients.
     Evaluations of only some of the clients are omitted."""
     methods: pandas.DataFrame
@@ -96,22 +99,23 @@ class Comparison:
 
     runs                number of runs, one per seed
     mean                final score, mean over clients
-    worst_tenth         final score, mean over the worst tenth of the clients, rounded up
+    worst_tenth         final score, mean over the worst tenth of the clients; the number of these
+                        clients is rounded up
     spread              standard deviation of the final score over clients
     gain_over_local     improvement of ``mean`` over local training, paired by seed, positive if
-                        better; nan if there is no such run, or several methods match
-    gain_over_fedavg    the same over fedavg
-    finetuning          improvement of the served score by one round of local training, in the last
-                        tenth of the rounds; nan if that was not evaluated
-    gap                 the local-global gap, ‖·‖₂, in the last tenth of the rounds
-    target              the target score for the next column: the given score, or for each run the
-                        final score of fedavg on the same seed, matched as for the gains
-    rounds_to_target    rounds completed at the first evaluation of all clients from which on the
-                        mean stayed at the target or better, median over the runs with a target; inf
-                        if the mean was worse at the end, nan without a target. Near chance, the
-                        first evaluation that merely reaches the target would be luck
-    bytes_down          bytes sent to a client in the whole run
-    bytes_up            bytes received from a client in the whole run
+                        better; nan if no local run matches, or several methods match
+    gain_over_fedavg    improvement of ``mean`` over fedavg, likewise
+    finetuning          improvement of the served score by one round of local training, mean over
+                        the last tenth of the rounds; nan if finetuned scores were not evaluated
+    gap                 the local-global gap, ‖·‖₂, mean over the last tenth of the rounds
+    target              the target score for the next column: the argument ``target``, or each
+                        run's matching final score of fedavg, paired as for the gains
+    rounds_to_target    rounds completed at the first evaluation from which on the mean over all
+                        clients stayed at the target or better; median over the runs that have a
+                        target; inf if the mean was worse at the end; nan without a target. Near
+                        chance, a single evaluation that reaches the target may be luck
+    bytes_down          bytes sent to a client in the whole run, mean over clients
+    bytes_up            bytes received from a client in the whole run, mean over clients
     seconds             wall time of the rounds
     """
     target: float | None
@@ -129,15 +133,15 @@ class Comparison:
 
         Args:
             runs: Runs, run directories, or folders with run directories at any depth. The baselines
-                of a run are runs too. Unfinished runs, and second runs of the same method and seed,
-                are skipped with a warning.
+                of a run are runs too. Unfinished runs, runs without any score, and second runs of
+                the same method and seed are skipped with a warning.
             metric: The score to compare, such as ``test_f1``. Default: the runs' main metric.
             target: The target score for counting rounds. Default: for each run, the final score of
                 fedavg on the same seed.
 
         Raises:
-            RunError: A path holds no run, no run is finished, a run lacks the metric, or the runs
-                of a setting report different metrics.
+            RunError: A path does not exist or holds no run, no run is finished, a run lacks the
+                metric, or the runs of a setting report different metrics.
         """
         import pandas
 
@@ -172,7 +176,7 @@ class Comparison:
         reached = (score * better >= goal * better) | np.isclose(
             score, goal, rtol=_TOLERANCE, atol=_TOLERANCE
         )
-        # Backwards from the served evaluation, cummin is 1 until the last miss of the target.
+        # Going back from the final evaluation, cummin is True until one misses the target.
         served = curves["rounds"] <= curves["run"].map(frame["after_round"])
         backwards = curves.assign(stays=reached)[served].sort_values("rounds", ascending=False)
         stayed = backwards[backwards.groupby("run")["stays"].cummin().astype(bool)]
@@ -183,7 +187,7 @@ class Comparison:
         return cls(frame.drop(columns=["rest", "after_round"]), curves, _over_seeds(frame), target)
 
     def plot(self) -> ComparisonPicture:
-        """Return the scores by round and the final scores of each setting, for notebooks."""
+        """Return a figure of each setting's scores by round and final scores, for notebooks."""
         return ComparisonPicture(self.methods, self.curves)
 
     def _repr_html_(self) -> str:
@@ -191,7 +195,10 @@ class Comparison:
 
 
 def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDirectory]:
-    """Return the runs that have final scores."""
+    """Return the runs that have final scores, and log the others.
+
+    Raises ``RunError`` if there are none.
+    """
     candidates = find_runs(runs)
     ended = [run for run in candidates if (run.path / "summary.json").is_file()]
     scored = [run for run in ended if _final_scores(run)]
@@ -219,7 +226,7 @@ def _log_skipped(reason: str, paths: Iterable[Path]) -> None:
 
 
 def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dict[int, float]]:
-    """Return scores and costs of one run, and its mean score by rounds completed."""
+    """Return one run's scores and costs, and its mean score by the number of completed rounds."""
     import pandas
 
     summary, records, final = run.summary, run.records, run.summary["final"]["served"]
@@ -292,11 +299,11 @@ def _sign(runs: pandas.DataFrame) -> pandas.Series:
 
 
 def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:
-    """Return for each run the mean score of the strategy's run with the same seed.
+    """Return, for each run, the mean score of the run of ``strategy`` with the same seed.
 
-    A method that differs only in its strategy is preferred; otherwise the strategy must have a
-    single method in the setting. The result is nan for runs without a match, and for the strategy's
-    own runs.
+    If ``strategy`` has several methods in the setting, the one that differs from the run's method
+    only in its strategy matches. If it has a single method, this method matches. The result is nan
+    for runs without a match, and for runs of ``strategy`` itself.
     """
     scores = runs["mean"] * math.nan
     of_strategy = runs[runs["strategy"] == strategy]

@@ -16,15 +16,17 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     """Return the gap after each round, mean over the clients that took part and were evaluated.
 
     Loss and score compare a client's model after local training in round t with the model served at
-    the start of round t + 1 (after the last round: with the final model), on its test examples, or
-    on its validation examples if it has no others. For methods that serve a private model, the
-    distance belongs to the shared adapter, and loss and score to the private model.
+    the start of round t + 1, or with the final model after the last round. They are taken on test
+    examples, or on validation examples if no client has test examples. For methods that serve a
+    private model, the distance belongs to the shared adapter, and loss and score to the private
+    model.
 
     Returns:
-        By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, between updates instead of adapters
-        for flora, fedex_lora and flexlora; ``loss``, next minus trained, nats; and the run's
-        metric, such as ``test_accuracy``, trained minus next. Loss and metric are nan for rounds
-        without evaluation (``evaluation.every``, ``evaluation.finetuned``).
+        One row per round, with the columns ``distance``, ``loss`` and the run's metric, such as
+        ``test_accuracy``. The distance is ‖θ_i(trained) − θ_i(sent next)‖₂; flora, fedex_lora and
+        flexlora measure it between updates instead of adapters. The loss is next minus trained, in
+        nats, and the metric is trained minus next. Both are nan for rounds without evaluation
+        (``evaluation.every``, ``evaluation.finetuned``).
     """
     import pandas
 
@@ -45,7 +47,7 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
 
 
 def _mean_difference(first: dict[str, Any], second: dict[str, Any], score: str) -> float:
-    """Return the mean of first minus second over the clients that have both scores."""
+    """Return the mean of ``first`` − ``second`` over clients that have both; nan without any."""
     differences = [
         first[name][score] - second[name][score]
         for name in first

@@ -25,9 +25,9 @@ def score_intervals(
         scores: Its scores, such as ``summary["final"]["served"]``.
 
     Returns:
-        Lower and upper limit by client, without clients that have no examples. None if the metric
-        is not the fraction of correct examples. Runs do not store the scores of single examples,
-        so other metrics have no interval.
+        Lower and upper limit by client; clients without examples are omitted. None if the metric is
+        not the fraction of correct examples: the intervals of other metrics need the scores of
+        single examples, which runs do not store.
     """
     from scipy.stats import binomtest
 

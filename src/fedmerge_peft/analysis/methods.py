@@ -93,6 +93,9 @@ def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
 
     Args:
         recipes: One recipe of each method, by the method's key.
+
+    Returns:
+        Names by the methods' keys.
     """
     values = {method: _values(recipe) for method, recipe in recipes.items()}
     common = [key for key in differing(list(values.values())) if not key.startswith("strategy.")]
@@ -134,7 +137,7 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _assignments(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Return ``key=value`` for the keys in ``values``, each key shortened while unambiguous."""
+    """Return ``key=value`` for the keys in ``values``. Use a key's last part if unambiguous."""
     last = [key.rpartition(".")[2] for key in keys]
     short = {
         key: end if last.count(end) == 1 and end != "name" else key

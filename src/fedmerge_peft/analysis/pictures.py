@@ -33,7 +33,7 @@ class ComparisonPicture(Picture):
 
 
 def comparison_html(methods: pandas.DataFrame) -> str:
-    """Return a table for each setting, the best method first."""
+    """Return an HTML table for each setting, the best method first."""
     parts = []
     for setting, own in methods.groupby("setting", sort=False):
         score = str(own["metric"].iloc[0]).replace("_", " ")
@@ -86,7 +86,11 @@ def _draw(all_methods: pandas.DataFrame, curves: pandas.DataFrame) -> Any:
 
 
 def _colors(strategies: dict[str, str]) -> dict[str, Any]:
-    """Return a color for each method, from the palette if it has enough colors."""
+    """Return a color for each method: from the palette or, if it has too few, from a colormap.
+
+    Args:
+        strategies: Strategy of each method by the method's name.
+    """
     from matplotlib import colormaps
 
     styles = method_styles(strategies)

@@ -34,11 +34,11 @@ _LEGEND = {
     "MB": "MB: data sent to and received from a client in the whole run.",
 }
 _OPTIONAL = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", "runs")
-"""Columns dropped from narrow tables, in this order."""
+"""Columns that are dropped if a table is too wide, in this order."""
 
 
 def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
-    """Yield a table for each setting, with as many columns as ``width`` allows, and a legend."""
+    """Yield a table of at most ``width`` characters for each setting, and then one legend."""
     columns: set[str] = set()
     for title, cells in _settings(comparison):
         cells = _fitting(cells, width)
@@ -53,7 +53,7 @@ def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return ``comparison.methods`` as CSV, in which names cannot be formulas."""
+    """Return ``comparison.methods`` as CSV. Names that begin like a formula get an apostrophe."""
     frame = comparison.methods.map(
         lambda value: spreadsheet_cell(value) if isinstance(value, str) else value
     )
@@ -61,7 +61,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the tables in Markdown, with all columns."""
+    """Return the tables and the legend in Markdown, with all columns."""
     parts = []
     columns: set[str] = set()
     for title, cells in _settings(comparison):
@@ -150,5 +150,5 @@ def _legend(columns: set[str], comparison: Comparison) -> str:
 
 
 def _short(value: float) -> str:
-    """Format with two or three significant digits, and all digits before the point."""
+    """Format with two significant digits below 1, three below 1000, and no decimals above."""
     return f"{value:.2g}" if value < 0.995 else f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -18,9 +18,10 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
     the most frequent main adapter of its clients.
 
     Returns:
-        By group (``data.partition.group``, or the column of a natural partition): ``clients``,
-        ``adapter``, ``share`` (fraction of the group's clients with this main adapter) and
-        ``others`` (the other groups with the same adapter).
+        One row per group (``data.partition.group``, or the column of a natural partition):
+        ``clients`` (number), ``adapter`` (number of the group's main adapter), ``share`` (fraction
+        of the group's clients with this main adapter) and ``others`` (names of the other groups
+        with this main adapter).
     """
     import pandas
 
@@ -42,7 +43,10 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
 
 
 def known_groups(run: RunDirectory) -> list[str]:
-    """Return each client's group; empty for fewer than two groups, or if all have one client."""
+    """Return the group of each client; an empty text for a client without one.
+
+    The list is empty if there are fewer than two groups, or if each group has only one client.
+    """
     groups = [
         "" if group != group or group is None else str(group) for group in run.clients["group"]
     ]

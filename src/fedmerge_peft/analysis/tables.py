@@ -15,7 +15,7 @@ from fedmerge_peft.util.text import printable
 
 _SHADES = " ░▒▓█"
 _MAX_SHADED = 6
-"""Limit on adapters for shaded weights. With more, weights are in percent without shades."""
+"""Limit on adapters for shaded weights. With more adapters, weights are plain percentages."""
 _MAX_ADAPTERS = 15
 """Limit on the adapters shown, one column each."""
 
@@ -102,7 +102,7 @@ def weights_table(run: RunDirectory, most: int = 40) -> Table:
 
 
 def _plain(name: object) -> Text:
-    """Return a name from the data as plain text, without markup and control characters."""
+    """Return a name from the data as plain text: markup has no effect, and controls are escaped."""
     return Text(printable(str(name)))
 
 

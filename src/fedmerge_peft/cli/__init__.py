@@ -11,7 +11,11 @@ from fedmerge_peft.cli.exit_codes import errors_as_messages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fedmerge`` and exit, with one of the codes in ``exit_codes``."""
+    """Run ``fedmerge`` and exit with one of the codes in ``exit_codes``.
+
+    Args:
+        arguments: Arguments after the program's name. Default: those of this process.
+    """
     # Idle OpenMP threads sleep instead of spinning. torch reads this variable at its first import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):

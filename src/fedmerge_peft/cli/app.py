@@ -1,8 +1,7 @@
 """The ``fedmerge`` program without its commands.
 
-A command is a function with the decorator ``@app.command()`` in a module that ``main`` imports. At
-the top, such a module imports nothing slow besides typer, so that ``fedmerge --help`` is fast; the
-function of the command imports the rest.
+A command is a function with the decorator ``@app.command()`` in a module that ``main`` imports. The
+function itself imports slow libraries, such as torch, so that ``fedmerge --help`` is fast.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ def shipped_names(incomplete: str) -> list[str]:
 
 
 def write_file(path: Path, text: str, mode: Literal["w", "x"] = "w") -> None:
-    """Write a text file; in the mode x, only a new one.
+    """Write a text file. Mode ``w`` replaces an existing file; mode ``x`` only creates a new one.
 
-    Raises ``FedMergeError`` if the file cannot be written, or exists in the mode x.
+    Raises:
+        FedMergeError: The file cannot be written, or exists although the mode is ``x``.
     """
     from fedmerge_peft.errors import FedMergeError
     from fedmerge_peft.util.text import printable, reason

@@ -69,7 +69,7 @@ def chat(
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """Yield the lines of standard input, after a prompt if it is a terminal."""
+    """Yield the stripped lines of standard input. In a terminal, prompt for each line."""
     import sys
 
     if not sys.stdin.isatty():

@@ -25,8 +25,8 @@ def data(
         int,
         typer.Option(
             min=0,
-            help="Show what this many training examples became: their tokens, and which of them "
-            "have a loss. Loads the tokenizer.",
+            help="Show the tokens of this many training examples, and mark the tokens with a "
+            "loss. Loads the tokenizer.",
         ),
     ] = 0,
 ) -> None:

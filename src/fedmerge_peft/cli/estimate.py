@@ -24,13 +24,13 @@ def estimate(
     device: Annotated[
         Literal["cpu", "cuda"] | None,
         typer.Option(
-            help="Device of automatic settings, which need not be there. Default: the recipe's."
+            help="Device to estimate for; this machine need not have it. Default: the recipe's."
         ),
     ] = None,
 ) -> None:
     """Estimate the memory of a run and the bytes on the wire, from the model's configuration.
 
-    Weights are neither read nor downloaded. The estimate covers tasks on texts.
+    Weights are neither read nor downloaded. Only tasks on texts are supported.
 
     Example: fedmerge estimate quickstart training.batch_size=32 --device cuda
     """

@@ -15,11 +15,13 @@ from fedmerge_peft.errors import FedMergeError
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Print an error of the block as one message, and exit with its code.
+    """Print a ``FedMergeError`` of the block as one message, and exit with code 2.
 
-    Exit codes: 0 success; 1 a failed check or a closed pipe; 2 an error, reported as one message;
-    130 and 143 stopped by SIGINT (Ctrl-C) or SIGTERM. With ``FEDMERGE_TRACEBACK=1`` in the
-    environment, errors keep their traceback.
+    On several ranks, only the rank that failed prints the message. With ``FEDMERGE_TRACEBACK=1`` in
+    the environment, the error is raised instead. Ctrl-C exits with code 130, and a closed pipe with
+    code 1. Other exceptions are raised.
+
+    Commands set two further codes themselves: 1 after a failed check, and 143 after SIGTERM.
     """
     try:
         try:
@@ -36,7 +38,7 @@ def errors_as_messages() -> Iterator[None]:
             text = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(printable_lines(text), file=sys.stderr, flush=True)
         else:
-            # The launcher ends all ranks when one exits: leave the other time to print its error.
+            # The launcher ends all ranks when one exits. Give the failed rank time to print.
             time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:

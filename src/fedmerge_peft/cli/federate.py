@@ -1,4 +1,4 @@
-"""Commands of ``fedmerge federate``: run a recipe across sites, over TLS."""
+"""Commands of ``fedmerge federate``: run a recipe over TLS across sites."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final
 
 @federate.callback()
 def across_sites() -> None:
-    """Run a recipe across sites that keep their data, over TLS.
+    """Run a recipe over TLS across sites. Each site keeps its data.
 
     Requires the extra federate: pip install -e '.[federate]' in a checkout. Sites install it with
     the wheel in their kit.
@@ -115,9 +115,10 @@ def server(
         typer.Argument(metavar="DIR", help="The server's kit, or the folder written by prepare."),
     ],
 ) -> None:
-    """Run the server of a federation until it is stopped; the run directory is DIR/run.
+    """Run the server of a federation until it is stopped.
 
-    After a restart, the server continues from the last completed round.
+    The run directory is the folder run in the server's kit. After a restart, the server continues
+    from the last completed round.
 
     Example: fedmerge federate server federation
     """
@@ -210,7 +211,7 @@ def run(
     ] = 300,
     quiet: Quiet = False,
 ) -> None:
-    """Run a federation to its end. After an interruption, the same command continues it.
+    """Run a federation to its end. If it is interrupted, the same command continues it.
 
     Example: fedmerge federate run federation --wait 60
     """
@@ -356,7 +357,7 @@ def _refuse_code(path: Path, limits: SiteLimits) -> None:
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:
-    """Return a function that prints the text of an event; it prints nothing if ``quiet``."""
+    """Return a function that prints the text of an event, or one that does nothing if ``quiet``."""
     from fedmerge_peft.util.text import printable
 
     def report(text: str) -> None:
@@ -367,13 +368,13 @@ def _reporter(quiet: bool) -> Callable[[str], None]:
 
 
 def _print_outcome(outcome: dict[str, Any], run: str, resume: str) -> None:
-    """Print the final result. Raises ``FederateError`` for a failed run."""
+    """Print the result and the run directory. Raise ``FederateError`` for a failed run."""
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.util.text import printable
 
     done = f"{outcome['rounds']} of {outcome['total']} rounds are done"
     if outcome["rounds"] is None:
-        done = "all rounds that had ended are done"
+        done = "all completed rounds are kept"
     if outcome["state"] == "failed":
         raise FederateError(f"{outcome['error']}\n{done}; to continue: {resume}")
     print(printable(f"{outcome['state']}: {done}. Run directory: {run}"))

@@ -16,7 +16,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
-    """Return the clients of each site. A site without clients in ``clients`` gets one of its name.
+    """Return the clients of each site. A site that ``clients`` omits has one client of its name.
 
     Args:
         sites: Names of the sites, separated by commas.
@@ -42,6 +42,6 @@ def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
 
 
 def project_name(name: str) -> str:
-    """Return a recipe's name as a project name, limited to characters that certificates allow."""
+    """Turn a recipe's name into a project name: up to 40 characters that certificates allow."""
     allowed = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
     return allowed.strip("-")[:40] or "federation"

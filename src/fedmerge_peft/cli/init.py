@@ -21,13 +21,17 @@ _ASKED = {
     "text": ("text", "Column with the texts"),
     **dict.fromkeys(("label", "number", "list"), ("label", "Column with the labels")),
 }
-"""Option and question by kind of a column."""
+"""Option and question for each kind of column."""
 _NONE = "none"
-"""Answer if the table has no column with the clients."""
+"""Answer for a table without a column that names the clients."""
 
 
 class _Questions:
-    """Answers from options, from the terminal, or from suggestions if ``ask`` is False."""
+    """Answers to the questions: options, else answers at the terminal, or suggestions.
+
+    Args:
+        ask: True to ask at the terminal, False to take the suggestions.
+    """
 
     def __init__(self, *, ask: bool) -> None:
         self._ask = ask
@@ -40,9 +44,17 @@ class _Questions:
         suggested: str | None,
         among: str = "",
     ) -> str:
-        """Return the value of an option, an answer, or the suggestion.
+        """Return the option's value, else the answer at the terminal, else the suggestion.
 
-        Raises ``RecipeError`` if there is none of them.
+        Args:
+            option: Name of the option, for errors.
+            question: Text of the question.
+            given: Value of the option, if it was given.
+            suggested: Suggested answer, if there is one.
+            among: Text that lists the possible answers.
+
+        Raises:
+            RecipeError: There is no value, answer or suggestion.
         """
         from fedmerge_peft.errors import RecipeError
 
@@ -72,9 +84,13 @@ class _Questions:
         suggested: str | None,
         choices: Sequence[str],
     ) -> str:
-        """Return one of several choices; repeat the question after any other answer.
+        """Return one of ``choices``. Repeat the question until the answer is one of them.
 
-        Raises ``RecipeError`` if an option or the suggestion is not among the choices.
+        The other arguments are those of ``text``.
+
+        Raises:
+            RecipeError: The option's value or the suggestion is not among the choices, or there is
+                neither a value nor an answer nor a suggestion.
         """
         from fedmerge_peft.data.columns import did_you_mean, join_values
         from fedmerge_peft.errors import RecipeError
@@ -223,7 +239,7 @@ def _columns(
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str | list[str]]:
-    """Return the table's columns, or lists of columns, by key of the task's section."""
+    """Return the column, or the list of columns, for each key of the task's section."""
     from fedmerge_peft.data.guesses import guess_any, guess_choices, guess_column
     from fedmerge_peft.errors import RecipeError
 
@@ -242,7 +258,7 @@ def _columns(
     for key, usual in usual_columns.items():
         taken = [*_flat(roles), *filter(None, (given["client"], given["label"]))]
         if usual.kind == "choices" and len(several := guess_choices(usual, columns, taken)) > 1:
-            roles[key] = several  # their names are unambiguous
+            roles[key] = several  # the columns' names are unambiguous, so no question is needed
             continue
         suggested = guess_column(usual, columns, rows, taken)
         if usual.kind == "choices":
@@ -259,7 +275,7 @@ def _columns(
 
 
 def _flat(roles: dict[str, str | list[str]]) -> list[str]:
-    """Return all columns in one list."""
+    """Return the columns of all keys in one list."""
     return [name for own in roles.values() for name in ([own] if isinstance(own, str) else own)]
 
 

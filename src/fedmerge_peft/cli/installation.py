@@ -1,6 +1,6 @@
 """Checks of the installation: versions, devices, hub, extras and disk space.
 
-A failed check is a result and not an exception.
+A check that fails yields a result and raises nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedmerge_peft.util.extras import install_command
 _HUB_TIMEOUT = 3.0
 """Maximum time in seconds to wait for the hub."""
 _MIN_FREE_GB = 5.0
-"""Free disk space in GB below which a run, or a model from the hub, may not fit."""
+"""Free disk space in GB. With less, a run or a model from the hub may not fit."""
 
 State = Literal["ok", "optional", "failed"]
 
@@ -117,7 +117,7 @@ def _extras() -> Iterator[Check]:
 
 
 def _hub() -> Check:
-    """Check that the hub responds and report whether a token is set, without the token itself."""
+    """Check that the hub responds. Report whether a token is set, but not the token."""
     from huggingface_hub import constants, get_session, get_token
 
     token = "token found" if get_token() else "no token"

@@ -81,7 +81,7 @@ def cp(
         ),
     ] = None,
 ) -> None:
-    """Copy a shipped recipe to edit it; existing files are never overwritten.
+    """Copy a shipped recipe into a file to edit. Existing files are never overwritten.
 
     Example: fedmerge cp quickstart my.yaml
     """
@@ -196,7 +196,7 @@ def schema(
 
 
 def _check_data(recipe: Recipe) -> str:
-    """Read the data of a recipe and check its columns; return a one-line summary."""
+    """Read a recipe's data, check the columns, and return a one-line summary."""
     from fedmerge_peft.data import federate_data
     from fedmerge_peft.tasks import check_table
 

@@ -36,7 +36,8 @@ def run(
         typer.Option(help="New or empty run directory. Default: runs/NAME."),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
+        bool,
+        typer.Option("--quiet", "-q", help="Omit the progress bars and the tables at the end."),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print a breakdown of the rounds' time at the end.")
@@ -45,8 +46,9 @@ def run(
 ) -> None:
     """Run a recipe's federation and its baselines.
 
-    The line of a round shows the scores of the adapters at its start (served), and of the same
-    adapters after local training (finetuned). The last line shows the final adapters' scores.
+    Each round's line shows the scores of the adapters at the start of the round (served), and of
+    the same adapters after local training (finetuned). The last line shows the scores of the final
+    adapters.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
@@ -95,7 +97,8 @@ def resume(
         ),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
+        bool,
+        typer.Option("--quiet", "-q", help="Omit the progress bars and the tables at the end."),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     workers: Workers = "1",

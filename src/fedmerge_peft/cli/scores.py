@@ -21,7 +21,7 @@ def scores(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Print the final scores and merging weights of a finished run, and the command to repeat it.
+    """Print the final scores and merging weights of a finished run, and a command to repeat it.
 
     Example: fedmerge scores runs/first
     """

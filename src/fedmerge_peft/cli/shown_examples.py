@@ -1,4 +1,4 @@
-"""Output of the tokens of examples, for ``fedmerge data --show``."""
+"""Print the tokens of examples for ``fedmerge data --show``."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def _tokens(segment: Segment, mark: str) -> Text:
 
 
 def _ends(items: list[Any], most: int) -> list[Any]:
-    """Return the first and last ``most`` / 2 items of a long list, and between them one list.
+    """Shorten a list of more than ``most`` items to its first and last ``most`` / 2 items.
 
-    That list contains the items that are not shown. Shorter lists are copied.
+    The items between them, which are not shown, become one item: a list. Other lists are copied.
     """
     if len(items) <= most:
         return [*items]

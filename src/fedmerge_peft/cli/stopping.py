@@ -1,4 +1,4 @@
-"""Stopping of a run between two rounds by SIGINT or SIGTERM; a second signal stops it at once."""
+"""Stop a run between two rounds on SIGINT or SIGTERM, and at once on a second signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmerge_peft.distributed import is_main
 
 
 class Stopped(KeyboardInterrupt):
-    """Stop of a run by a signal; ``code`` is the exit code, 128 + signal number (130 or 143)."""
+    """A signal stopped the run. ``code`` is the exit code, 128 + signal number (130 or 143)."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
@@ -20,10 +20,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Context in which the first SIGINT or SIGTERM is deferred until the next call of ``check``.
+    """Context that defers the first SIGINT or SIGTERM until the next call of ``check``.
 
     A second signal takes effect immediately. Both raise ``Stopped``. ``arm`` installs the signal
-    handlers; the previous handlers apply before ``arm`` and after the context.
+    handlers, and leaving the context restores the previous ones.
 
     Args:
         announced: True to print a line for the first signal.
@@ -65,5 +65,5 @@ class Stop:
             raise Stopped(number)
         self.requested = number
         if self._announced and is_main():
-            with suppress(OSError):  # not print: the signal may have interrupted one
+            with suppress(OSError):  # not print: the signal may have interrupted a print
                 os.write(2, b"\nstopping after this round; repeat to stop now\n")

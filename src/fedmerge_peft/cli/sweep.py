@@ -46,8 +46,8 @@ def sweep(
     """Run every combination of the given values, then compare the runs.
 
     Commas in brackets, braces and quotes belong to the value. The recipe's baselines run once for
-    each combination of the other values. Repeating the command continues the sweep: finished runs
-    are kept and interrupted ones are resumed.
+    each combination of the values outside the section strategy. Repeating the command continues
+    the sweep: finished runs are kept and interrupted ones are resumed.
 
     Example: fedmerge sweep quickstart strategy.adapters=3,5 seed=0,1,2
     """

@@ -29,14 +29,17 @@ class Display(Protocol):
     """Display of the progress of a sweep's runs."""
 
     def round(self, name: str, completed: int, total: int, record: str) -> None:
-        """Show the end of a round: ``completed`` of ``total``, with the text of its record."""
+        """Show the end of round ``completed`` of ``total``, with the text of its record."""
 
     def ended(self, name: str, result: str) -> None:
         """Show the result of a run that has ended or failed."""
 
 
 def result_of(run: Run, fresh: bool) -> str:
-    """Return the scores of a finished run in one line, with its seconds if it is ``fresh``."""
+    """Return the scores of a finished run in one line.
+
+    If the run is ``fresh``, which means that this sweep has just run it, the line has its seconds.
+    """
     summary = run.summary
     served = summary["final"]["served"]
     scores = (
@@ -140,7 +143,7 @@ class _Progress:
                 self.faults.append(details[0])
             case "ended":
                 result, fresh = details
-                # If another process has run it, that process also reports it, as fresh.
+                # A run that this sweep has run counts when its own process reports it, as fresh.
                 if name not in self.ended and (fresh or name not in self._running):
                     self.ended.add(name)
                     self._show.ended(name, result)
@@ -220,7 +223,7 @@ def run_and_report(
 
 
 def _exit(*_: object) -> None:
-    """End this process; handles SIGTERM before the first round."""
+    """End this process. This handles a SIGTERM that arrives before the first round ends."""
     raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -19,7 +19,7 @@ def verify(
     """Compare all files of runs or exports with their SHA-256 sums.
 
     If files are damaged, missing or unknown, each of them is listed, and the exit code is 2. The
-    sums detect accidental changes; they are not proof of a file's author.
+    sums detect accidental changes; they do not prove who wrote a file.
 
     Example: fedmerge verify runs/first
     """

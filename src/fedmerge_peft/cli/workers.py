@@ -23,7 +23,7 @@ Workers = Annotated[
     typer.Option(
         metavar="N",
         help="Processes that share the clients of a round, each on its GPU or its share of the "
-        "CPU cores. auto: one for each GPU, or for each core, but at most 4.",
+        "CPU cores. auto: one for each GPU; without a GPU, one for each core, at most 4.",
     ),
 ]
 
@@ -59,7 +59,10 @@ def number_of_workers(requested: str, device: str) -> int:
 
 
 def _automatic(device: str) -> int:
-    """Return the number of GPUs, or of CPU cores up to 4; 1 if ``device`` is a single device."""
+    """Return the number of GPUs or, without GPUs or for ``cpu``, of CPU cores up to 4.
+
+    Return 1 if ``device`` is another single device, such as ``mps``.
+    """
     import torch
 
     if device not in ("auto", "cuda", "cpu"):
@@ -87,7 +90,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
-        # The ranks print their errors themselves.
+        # Silence the launcher's loggers: the ranks print their errors themselves.
         if name.startswith(("torch.distributed", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with TemporaryDirectory(prefix="fedmerge-") as folder:
@@ -156,11 +159,11 @@ def _run_forked(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(
         int(os.environ["OMP_NUM_THREADS"])
-    )  # libraries read the variable at import
+    )  # torch may have been imported before the variable was set
     try:
         with errors_as_messages():
             app(arguments, prog_name="fedmerge")
-    except Exception:  # the launcher would print it differently
+    except Exception:  # print it as Python does, which the launcher would not
         traceback.print_exc()
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Picture of the clients' examples before a run: a heat map of labels, and sizes of splits."""
+"""Picture of the clients' examples: a heat map of labels, and bars of the splits' sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ class ClientCounts(Picture):
     """Label column; None to draw the splits only."""
 
     def draw(self) -> Any:
-        """Return the figure. Raise ``DataError`` if the column is missing, nested or has nulls."""
+        """Return a new ``matplotlib.figure.Figure``.
+
+        Raises:
+            DataError: The label column is missing, nested or has nulls.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -21,9 +21,9 @@ from fedmerge_peft.plotting.svg_clients import is_logarithmic
 from fedmerge_peft.util.text import printable
 
 SUFFIXES = (".png", ".svg", ".pdf")
-"""Formats of pictures."""
+"""File suffixes of the supported formats."""
 _PAGE_SUFFIXES = (".png", ".svg")
-"""Formats of each figure of a page."""
+"""Suffixes of the files that ``save`` writes."""
 _ROW_HEIGHT = 0.19
 """Height of a named row of a heat map, inches."""
 _MAX_HEIGHT = 8.0
@@ -37,7 +37,7 @@ _MAX_CHARACTERS = 30
 
 
 def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
-    """Write a PNG and an SVG file; create the folder and overwrite existing files.
+    """Write a drawing as a PNG and an SVG file. Create the folder, and overwrite existing files.
 
     Args:
         drawing: The figure.
@@ -53,7 +53,7 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
     from matplotlib import rc_context
 
     paths = [path.with_name(path.name + suffix) for suffix in _PAGE_SUFFIXES]
-    # SVG text stays text, and the same figure gives the same bytes.
+    # Keep SVG text as text, and give the same figure the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
         figure = draw(drawing, title)
         for file in paths:
@@ -103,7 +103,7 @@ class Picture(ABC):
 
 @dataclass(frozen=True)
 class DrawingPicture(Picture):
-    """A drawing of a report as a picture."""
+    """A figure of a report, drawn by matplotlib."""
 
     drawing: Drawing
     title: str
@@ -113,7 +113,7 @@ class DrawingPicture(Picture):
 
 
 def draw(drawing: Drawing, title: str) -> Any:
-    """Return a ``matplotlib.figure.Figure``."""
+    """Draw a figure with matplotlib, and return the ``matplotlib.figure.Figure``."""
     match drawing:
         case Lines():
             figure, axes = _blank(6.4, _LINES_HEIGHT, title)
@@ -314,7 +314,14 @@ def set_names(
     positions: Sequence[float] | None = None,
     turned: bool = False,
 ) -> None:
-    """Set tick labels, at most ``_MAX_NAMES`` of them, so that they do not overlap."""
+    """Label the ticks of an axis with names, at most ``_MAX_NAMES`` so that they do not overlap.
+
+    Args:
+        axis: The x or y axis of matplotlib axes.
+        names: Names of the rows or columns.
+        positions: Position of each name on the axis. Default: 0, 1, 2, ...
+        turned: True to rotate the names by 90 degrees.
+    """
     step = -(-max(len(names), 1) // _MAX_NAMES)
     labels = [_short(name) for name in names[::step]]
     axis.set_ticks(

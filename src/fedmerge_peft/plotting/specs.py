@@ -22,8 +22,8 @@ class Line:
     style: int = 0
     """Index into the palette's colors and dashes, 0 to 5."""
     kind: Literal["main", "second", "reference"] = "main"
-    """``second`` is thin and dotted: another quantity of a method, in the method's style.
-    ``reference`` is gray, for a constant to compare with."""
+    """``second`` is thin and dotted, in the method's color, for another quantity of a method.
+    ``reference`` is gray and dashed, for a constant to compare with."""
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,14 @@ _WRAPPED = 30
 _TALL = 320
 """Height above which the axis is repeated at the top."""
 _RATIO = 20.0
-"""Ratio of the greatest to the least score of lower-is-better metrics, above which the axis is
-logarithmic."""
+"""The axis of a lower-is-better metric is logarithmic if the greatest score is more than this many
+times the least."""
 _NAME = 0.42
 """Limit on the fraction of the width that names take."""
 
 
 def dumbbell(drawing: Dumbbell) -> Markup:
-    """Draw one row per client; empty if no client has scores of the first two methods."""
+    """Draw one row per client; return nothing if no client has scores of the first two methods."""
     methods = drawing.methods
     values = [value for method in methods for value in method.values if math.isfinite(value)]
     kept = [
@@ -93,7 +93,7 @@ def dumbbell(drawing: Dumbbell) -> Markup:
 
 
 def spread(drawing: Spread) -> Markup:
-    """Draw one row per method, one dot per client, and the mean; empty without scores."""
+    """Draw one row per method, one dot per client, and the mean; return nothing without scores."""
     rows = [
         (method, [value for value in method.values if math.isfinite(value)])
         for method in drawing.methods
@@ -114,7 +114,7 @@ def spread(drawing: Spread) -> Markup:
     parts = [*_grid(across, marks, 18, bottom), text("num", WIDTH, 10, "mean", anchor="end")]
     for index, (method, finite) in enumerate(rows):
         y = 24 + height * (index + 0.5)
-        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # apart, if equal
+        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # separates equal
         parts += [
             label(left - 4, y, wrapped(method.name, left - 8)),
             *(

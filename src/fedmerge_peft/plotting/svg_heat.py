@@ -29,11 +29,13 @@ _LEVELS = 20
 _ROW_HEIGHTS = (3.2, 16.0)
 """Least and greatest height of a heat map's row."""
 _MAX_HEIGHT = 640
+"""Height limit of a heat map."""
 MAX_ROWS = int(_MAX_HEIGHT / _ROW_HEIGHTS[0])
 """Limit on the rows of a heat map. With more, adjacent rows are averaged."""
 MAX_COLUMNS = 80
 """Limit on the columns of a heat map. With more, adjacent columns are averaged."""
 _TOP = 8
+"""Margin above a heat map."""
 _MAX_CELL = 46.0
 """Greatest width of a cell."""
 _GROUPS = 0.24
@@ -99,10 +101,15 @@ def strip(drawing: Strip) -> Markup:
 def binned(
     values: NDArray[Any], names: Sequence[str], limit: int
 ) -> tuple[NDArray[Any], list[str]]:
-    """Average adjacent rows of ``(rows, columns)`` if there are more than ``limit``.
+    """Average adjacent rows of ``values`` ``(rows, columns)`` if there are more than ``limit``.
+
+    Args:
+        values: One row per name.
+        names: Names of the rows.
+        limit: Limit on the rows of the result.
 
     Returns:
-        The rows, and the name of the first row of each average.
+        At most ``limit`` rows, and for each the name of the first row that it averages.
     """
     if len(values) <= limit:
         return values, list(names)
@@ -112,7 +119,7 @@ def binned(
 
 
 def binned_groups(groups: Sequence[str], limit: int) -> list[str]:
-    """Return the group of the first row of each average that ``binned`` forms."""
+    """Return one group per row of ``binned``: the group of the first row that it averages."""
     if len(groups) <= limit:
         return list(groups)
     return [groups[start] for start in np.linspace(0, len(groups), limit + 1).astype(int)[:-1]]
@@ -178,7 +185,7 @@ def _color_scale(top: float, label: str, y: float) -> list[str]:
 
 
 def _cells(values: NDArray[Any], left: float, wide: float, tall: float) -> str:
-    """Draw cells as one path per shade, in a tenth of the bytes of one rectangle per cell."""
+    """Draw one path per shade, which takes a tenth of the bytes of one rectangle per cell."""
     shades = np.nan_to_num(
         np.clip(np.ceil(np.nan_to_num(values) * _LEVELS - 1e-9), 0, _LEVELS)
     ).astype(int)

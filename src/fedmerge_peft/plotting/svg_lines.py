@@ -24,18 +24,18 @@ from fedmerge_peft.plotting.svg_marks import (
 )
 
 _LEFT, _TOP, _BOTTOM = 44, 24, 40
-"""Margins for y tick labels, the title of the y axis, and x tick labels with the axis title."""
+"""Margins: left for y tick labels, top for the y title, bottom for x tick labels and x title."""
 _HEIGHT = 250
 _DOTS = 12
 """Target number of dots on a line; fewer than twice as many are drawn."""
 _KEY = 24
 """Width of the sample of a line beside its name."""
 _MAX_LABEL = 100
-"""Largest width of names at the ends of the lines; wider names are in a legend below."""
+"""Limit on the width of names beside the lines. With a wider name, a legend below has all names."""
 
 
 def lines(drawing: Lines) -> Markup:
-    """Draw a line chart; empty if there are no finite values."""
+    """Draw a line chart; return nothing if no value is finite."""
     x_values = [value for line in drawing.series for value in line.x]
     y_values = [
         value for line in drawing.series for value in _heights(line) if math.isfinite(value)
@@ -118,7 +118,7 @@ def _key(line: Line, x: float, y: float) -> list[str]:
 
 
 def _separated(ends: Sequence[tuple[float, Line]]) -> list[tuple[float, Line]]:
-    """Move the heights of line names apart so that they do not overlap."""
+    """Move the names at the ends of the lines apart vertically, so that they do not overlap."""
     ordered = sorted(ends, key=lambda end: end[0])
     heights = [height for height, _ in ordered]
     for index in range(1, len(heights)):

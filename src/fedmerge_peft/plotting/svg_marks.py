@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from fedmerge_peft.util.text import printable
 
 WIDTH = 400
-"""Width of all figures in CSS pixels, about the width of a phone's screen."""
+"""Width of all figures in view box units, about the width of a phone in CSS pixels."""
 _CHARACTER = 6.5
 """Mean width of a character of a label. Wide (East Asian) characters count twice."""
 _SMALL = 6.1
@@ -115,7 +115,7 @@ def scale(low: float, high: float, start: float, stop: float, *, log: bool = Fal
 
 
 def ticks(low: float, high: float, ceiling: float | None = None) -> list[float]:
-    """Return four to seven round numbers that enclose a range, without those above a ceiling."""
+    """Return four to seven round numbers that enclose a range; omit numbers above ``ceiling``."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span / 5)
@@ -148,7 +148,7 @@ def number(value: float) -> str:
     """Format a number with three significant digits.
 
     Numbers below 0.01 have two digits; from 1000 on, numbers are rounded to integers. Infinity
-    becomes the sign for it; nan and -infinity become a dash.
+    becomes ∞; nan and -infinity become a dash.
     """
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"

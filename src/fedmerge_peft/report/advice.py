@@ -1,4 +1,4 @@
-"""Findings about a run that deserve attention, each with its cause and advice."""
+"""Findings about a run that deserve attention, each with its likely cause and advice."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fedmerge_peft.tasks.metrics import greater_score_is_better
 _MIN_TEST_EXAMPLES = 30
 """Number of test examples below which one example changes a score by over three points."""
 _MIN_GAIN = 0.05
-"""Gain of finetuning above which the served adapters have not converged; relative to the score for
-metrics that are better when lower."""
+"""Gain of finetuning above which the served adapters have not converged. For metrics that are
+better when lower, it is relative to the score."""
 _MAX_LISTED = 5
 """Limit on the clients that a finding names."""
 _CHANCE = 0.9
@@ -153,8 +153,8 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
             yield Advice(
                 f"{name} has the better mean {metric}: {other['mean']:.3f} against "
                 f"{own['mean']:.3f}",
-                f"the clients gain less from {run.recipe.strategy.name} than its training in "
-                "fewer, shared adapters or in groups costs them, or the difference is chance",
+                f"{run.recipe.strategy.name} loses more by sharing adapters, or by dividing the "
+                "clients into groups, than it gains; or the difference is chance",
                 "try more rounds, or another strategy.warm_rounds or strategy.weights_lr; "
                 f"otherwise use {name}",
             )
@@ -185,7 +185,7 @@ def _below_local(
     yield Advice(
         f"{len(worse)} of {len(own_values)} clients have a worse {readable(own['metric'])} than "
         f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
-        "their data differ from those that they share adapters with, or are enough by themselves",
+        "their data differ from the data of clients that share their adapters, or suffice alone",
         f"serve these clients their {name} adapters, or finetune: strategy=ditto and "
         "strategy=fedrep keep a private part",
     )

@@ -1,4 +1,4 @@
-"""Scores of every client under the methods."""
+"""Figures of every client's scores under the methods."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _dumbbells(
     spans = _intervals(first, metric) if len(order) <= _MAX_INTERVALS else {}
     caption = (
         f"Clients in the order of their gain over {reference.name}. The bar has the color of the "
-        "better of these two."
+        f"better of {first.name} and {reference.name}."
     )
     if spans:
         caption += (

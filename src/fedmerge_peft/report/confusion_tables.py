@@ -32,7 +32,7 @@ _PAIR_COLUMNS = [
 
 @dataclass(frozen=True)
 class ConfusionTable:
-    """Counts of one client or of all: a matrix, or the most confused pairs of many labels."""
+    """Counts of one or all clients: a matrix or, for many labels, the most confused pairs."""
 
     title: str
     labels: Sequence[str]
@@ -45,9 +45,9 @@ class ConfusionTable:
 
 
 def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the template's variables: a sentence, and matrices of all and of single clients.
+    """Return the template's variables, or None if the run has no confusion matrices.
 
-    Return None if the run has no confusion matrices.
+    The variables are a sentence, the matrix of all clients together, and one matrix per client.
     """
     matrices = read_confusion(run)
     if matrices is None:
@@ -84,7 +84,7 @@ def _answer(counts: Counts, labels: Sequence[str], things: str) -> str:
 
 
 def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> ConfusionTable:
-    """Return a matrix of the labels that occur; if they are many, the most confused pairs."""
+    """Return a matrix of the labels that occur or, with too many, the most confused pairs."""
     used = used_labels(counts)
     if len(used) > _MAX_LABELS:
         sums: Counts = Counter()

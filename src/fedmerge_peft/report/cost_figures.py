@@ -51,7 +51,7 @@ def answer(setting: Setting) -> str:
 
 
 def traffic(method: Method, key: str) -> float:
-    """Return the traffic in the whole run, MB, mean over clients.
+    """Return the traffic of a client in the whole run, in MB, mean over clients.
 
     Args:
         method: The method.

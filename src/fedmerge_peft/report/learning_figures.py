@@ -29,17 +29,20 @@ class Losses:
     validation: list[tuple[int, float]]
     """Pairs of completed rounds and the mean validation loss of the models served then."""
     chance: float | None
-    """log L, the loss of guessing evenly among L labels; None if examples lack a label each."""
+    """log L, the loss of guessing evenly among L labels; None unless each example has one label."""
 
     @property
     def flat(self) -> bool:
-        """True if the training loss has hardly fallen."""
+        """True if the training loss fell by less than the fraction ``_FLAT`` of its first value."""
         first, last = (self.training[end][1] for end in (0, -1)) if self.training else (0.0, 0.0)
         return len(self.training) > 1 and first - last < _FLAT * abs(first)
 
     @property
     def turning(self) -> tuple[int, float] | None:
-        """Completed rounds and lowest validation loss; None if the loss is lowest at the end."""
+        """Rounds completed at the lowest validation loss, and this loss.
+
+        None if the loss is lowest at the end, or was not evaluated twice.
+        """
         if len(self.validation) < 2:
             return None
         best = min(self.validation, key=lambda point: point[1])
@@ -73,7 +76,7 @@ def served(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
 
 
 def learning_figures(setting: Setting) -> Iterator[Figure]:
-    """Yield losses, scores and local-global gaps by round, of all methods."""
+    """Yield figures of all methods' losses, scores and local-global gaps by round."""
     yield from _losses(setting)
     yield from _scores(setting)
     gaps = []
@@ -95,7 +98,7 @@ def learning_figures(setting: Setting) -> Iterator[Figure]:
 
 
 def answer(setting: Setting) -> str:
-    """Return sentences on the changes of the first method's losses."""
+    """Return sentences on how the first method's losses changed."""
     name, curves = setting.methods[0].name, losses(setting.methods[0].run)
     if not curves.training and not curves.validation:
         return "There are no losses yet."
@@ -218,7 +221,10 @@ def _counts_classes(score: str) -> bool:
 
 
 def _most_frequent(run: RunDirectory) -> float | None:
-    """Return the share of a client's most frequent training label, mean over clients, or None."""
+    """Return the share of a client's most frequent training label, mean over clients.
+
+    None if the run has no label counts, or examples do not have one label each.
+    """
     counts = run.label_counts
     if counts is None or not len(counts) or run.recipe.task.label_column is None:
         return None

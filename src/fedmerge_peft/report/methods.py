@@ -28,11 +28,11 @@ class Method:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """Scores of ``final_scores``."""
+        """The run's scores, as ``final_scores`` returns them."""
         return final_scores(self.run)
 
     def values(self, metric: str, clients: Sequence[str]) -> list[float]:
-        """Return the clients' scores; nan for clients without this score."""
+        """Return one score per client, such as ``test_accuracy``; nan for clients that lack it."""
         scores = self.scores
         if scores is None:
             return [math.nan] * len(clients)
@@ -75,9 +75,9 @@ class Setting:
 
     @property
     def rivals(self) -> list[Method]:
-        """Other methods that have scores; if some of them have the first one's seed, only these.
+        """Methods other than the first that have scores, local and fedavg before others.
 
-        local and fedavg come first.
+        If some of them have the seed of the first method, methods with other seeds are omitted.
         """
         seed = self.methods[0].run.recipe.seed
         scored = [method for method in self.methods[1:] if method.scores]
@@ -94,7 +94,7 @@ class Setting:
 
 
 def _order(strategy: str) -> int:
-    """Sort references before other strategies: return the index, or ``len(REFERENCES)``."""
+    """Return a key that sorts the strategies in ``REFERENCES`` before all others."""
     return REFERENCES.index(strategy) if strategy in REFERENCES else len(REFERENCES)
 
 
@@ -143,7 +143,7 @@ def _setting(
 
 
 def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
-    """Append the seed, then the folder's name, then its path, to names while runs share them."""
+    """Make names unique: append seeds, then folder names, then paths, to names that runs share."""
     for suffixes in (
         [f", seed {run.recipe.seed}" for run in runs],
         [f" ({run.path.name})" for run in runs],
@@ -158,9 +158,9 @@ def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
 
 
 def final_scores(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the final scores of all clients.
+    """Return the final scores of all clients, or None if nothing was evaluated.
 
-    Before the run ends, return the scores of the last evaluated round, or None if there are none.
+    Before the run ends, return the scores of the last evaluated round.
     """
     if (run.path / "summary.json").is_file():
         return run.summary["final"]["served"]  # type: ignore[no-any-return]

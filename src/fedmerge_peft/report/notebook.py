@@ -13,7 +13,7 @@ _MAX_CLIENTS = 200
 
 
 def run_html(run: RunDirectory) -> str:
-    """Return tables of the methods and of the clients, with a sentence on clients that gain."""
+    """Return HTML: tables of methods and clients, and a sentence on the clients that gain."""
     done, rounds = len(run.records), run.recipe.rounds
     clients = len(run.client_names) if (run.path / "clients.json").is_file() else 0
     title = f"{run.recipe.name}: {done} of {rounds} rounds, {clients} clients"

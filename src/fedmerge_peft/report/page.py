@@ -104,7 +104,14 @@ def _save(chosen: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def render(runs: Iterable[RunDirectory | Path | str]) -> str:
-    """Return the page as text. Raise ``RunError`` if there is no run, or one does not exist."""
+    """Return the page as text.
+
+    Args:
+        runs: As for ``write_report``.
+
+    Raises:
+        RunError: There is no run, or a run does not exist.
+    """
     from jinja2 import Environment, StrictUndefined
 
     opened = _open(runs)
@@ -135,7 +142,7 @@ def _part(name: str) -> str:
 
 
 def _colors() -> str:
-    """Return the rules of the style sheet that use the palette."""
+    """Return the style sheet's rules that depend on the palette."""
 
     def variables(colors: Sequence[str]) -> str:
         return " ".join(f"--c{number}: {color};" for number, color in enumerate(colors))
@@ -240,7 +247,7 @@ def _tiles(setting: Setting) -> list[tuple[str, str]]:
 
 
 def _facts(run: RunDirectory) -> dict[str, str]:
-    """Return the settings of a run."""
+    """Return the run's settings, decisions and environment, as names and values."""
     recipe, environment = run.recipe, run.environment
     commit = str(environment.get("commit", ""))[:10]
     facts = {

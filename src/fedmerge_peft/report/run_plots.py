@@ -28,7 +28,7 @@ class RunPlots:
         (self._setting,) = settings([run])
 
     def accuracy(self) -> Picture:
-        """Return the main score by round, of all methods. It need not be accuracy."""
+        """Return the main score of all methods by round. It need not be accuracy."""
         return _picture(learning_figures(self._setting), "scores")
 
     def loss(self) -> Picture:
@@ -48,7 +48,7 @@ class RunPlots:
         return _picture(figures[::-1], "gains", "clients")
 
     def traffic(self) -> Picture:
-        """Return the data sent to and received from a client in the whole run, MB."""
+        """Return the data sent to and received from a client in the whole run, in MB."""
         methods = [method for method in self._setting.methods if method.run.records]
         rows = [
             (f"{method.name}, {text}", traffic(method, key), method.style)

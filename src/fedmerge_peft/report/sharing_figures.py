@@ -17,9 +17,9 @@ from fedmerge_peft.report.methods import Method
 from fedmerge_peft.runs.directory import RunDirectory
 
 _MAX_PAIRED = 1500
-"""Limit on clients for the figure of pairwise similarities."""
+"""Limit on clients for figures of pairwise similarities."""
 _MAX_CELLS = 60
-"""Limit on rows and columns of the figure of pairwise similarities."""
+"""Limit on rows and columns of figures of pairwise similarities."""
 _MAX_ROUNDS = 6
 """Limit on rounds in the figure of π over the rounds."""
 
@@ -88,7 +88,7 @@ def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def similarity(rows: NDArray[Any]) -> NDArray[Any]:
-    """Return 1 − ½ ‖p_i − p_j‖₁ for all pairs of rows.
+    """Return the similarity 1 − ½ ‖p_i − p_j‖₁ of each pair of rows.
 
     Args:
         rows: Distributions ``(m, k)``; each row sums to 1.
@@ -195,7 +195,7 @@ def _similarities(
 
 
 def _pairs(rows: NDArray[Any], names: list[str], groups: list[str]) -> Heat:
-    """Return a heat map of the similarities of ``rows``, averaged to at most 60 × 60 cells."""
+    """Return a heat map of the pairwise similarities of ``rows``, averaged to at most 60 × 60."""
     coarse, kept = binned(similarity(rows), names, _MAX_CELLS)
     coarse = binned(coarse.T, names, _MAX_CELLS)[0].T
     return Heat(
@@ -214,7 +214,7 @@ def _shares(counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def adapter_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield figures of the use of each adapter, and of the entropy of π, by round."""
+    """Yield figures of each adapter's mass and of the entropy of π, by round."""
     records = [record for record in run.records if record["adapter_mass"]]
     widths = [len(record["adapter_mass"]) for record in records]
     records = [record for record, width in zip(records, widths, strict=True) if width == widths[-1]]

@@ -44,9 +44,10 @@ class Cell:
 
 
 def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
-    """Return columns and one row per client, from the worst score of the first method on.
+    """Return the columns, and one row per client, the worst score of the first method first.
 
-    A row has the client's scores under a few methods, and its gain over the reference.
+    A row has the client's scores under a few methods, and its gain over the reference. Without a
+    metric, there are neither columns nor rows.
     """
     metric = setting.metric
     if metric is None:
@@ -97,7 +98,7 @@ def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
 
 
 def run_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
-    """Return columns and one row per method: mean and worst score, and costs."""
+    """Return the columns, and one row per method with its mean and worst score and its costs."""
     score = readable(setting.metric or "score")
     columns = [
         Column("method", "text"),
@@ -120,7 +121,7 @@ def run_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
 
 
 def worst_percentile(metric: str) -> int:
-    """Return the percentile of poor scores: 10, or 90 for metrics that are better when lower."""
+    """Return the percentile that marks poor scores: 10, or 90 if lower scores are better."""
     return 10 if greater_score_is_better(metric) else 90
 
 
@@ -129,7 +130,7 @@ def _count(value: Any) -> Cell:
 
 
 def number(value: float) -> str:
-    """Format a number with up to three decimals, fewer for larger numbers; nan as a dash."""
+    """Format a number with up to three decimals, fewer for larger numbers; nan becomes a dash."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     return (

@@ -111,7 +111,7 @@ def _read_folder(folder: Path, recipe: DataRecipe, media: str | None) -> dict[st
         others = f"; it has {join_values((path.name for path in files), 5)}" if files else ""
         raise DataError(
             f"data.path: {folder} has no table ({join_values(TABLES)}), no image and no audio"
-            f"{others}; name a folder that contains them in data.path"
+            f"{others}; set data.path to a folder that has tables, images or audio"
         )
     if unread := sorted(set(files) - set(used)):
         names = join_values((path.relative_to(folder) for path in unread), 10)

@@ -94,7 +94,7 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
 
 
 def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
-    """Return the values that the earlier runs have chosen, for use in this run.
+    """Return the learning rate and the epochs that the earlier runs have chosen, for this run.
 
     Raises:
         RecipeError: The earlier runs have chosen different values.
@@ -105,7 +105,10 @@ def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str,
     for other in others:
         if {key: entry["value"] for key, entry in other.items()} != values:
             paths = " and ".join(map(str, chosen))
-            raise RecipeError(f"baselines_from: {paths} have chosen different values")
+            raise RecipeError(
+                f"baselines_from: {paths} have chosen different learning rates or epochs. Run the "
+                "baselines again (remove baselines_from)"
+            )
     return first
 
 

@@ -208,7 +208,7 @@ def load_model(
 
 
 def _prepared(model: Any, task: ModelRequirements) -> Any:
-    """Set a model's padding token and named outputs, align its weights, and return it."""
+    """Set a model's padding token, make it return outputs by name, align its weights; return it."""
     # Decoders with a classification head look for the last token before the padding.
     if task.pad_token_id is not None:
         set_pad_token_id(model.config, task.pad_token_id)

@@ -226,7 +226,7 @@ class RunDirectory:
             document = documents.read(path)
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
         except (RunError, ValueError) as error:
-            reason = "remove it, so that the same test chooses the values again"
+            reason = "remove it, so that the run repeats its choice of learning rate and epochs"
             raise RunError(f"{path} cannot be read ({error}); {reason}") from error
         return document
 

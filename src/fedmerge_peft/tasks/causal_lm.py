@@ -273,8 +273,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of each example.
 
         Args:
-            logits: ``(batch, length, vocabulary)`` or, at the n positions of ``token_targets``,
-                ``(n, vocabulary)`` or their cross-entropies ``(n,)``.
+            logits: Logits at all positions, ``(batch, length, vocabulary)``; or only at the n
+                positions with a target (``token_targets``), ``(n, vocabulary)``; or the
+                cross-entropies at these n positions, ``(n,)``.
             labels: ``(batch, length)``, not shifted; -100 marks positions without loss.
 
         Returns:

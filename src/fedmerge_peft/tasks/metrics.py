@@ -62,8 +62,9 @@ def own_scores(
     """Compute metrics with a function that a Python program passes.
 
     Args:
-        compute: The function. Its arguments are texts if a metric of the task needs generated
-            texts, else the first outputs of ``Task.predict``, such as class ids.
+        compute: The function. Its arguments are predictions and references: texts if a metric of
+            the task needs generated texts, else the first kind that ``Task.outputs`` returns, such
+            as class ids.
         names: Names of the task's metrics, which the function must not return.
         predictions: Outputs and references.
 

@@ -96,7 +96,10 @@ def folded(word: str) -> str:
 
 
 def _is_beginning(one: str, other: str) -> bool:
-    """Return True if a word of four letters or more begins one that is at most twice as long."""
+    """Return True if one word begins with the other.
+
+    The shorter word must have at least four letters, the longer at most twice as many as it.
+    """
     short, long = sorted((one.casefold(), other.casefold()), key=len)
     return long.startswith(short) and len(short) >= 4 and len(long) <= 2 * len(short)
 

@@ -283,7 +283,7 @@ def is_quantized(layer: Any) -> bool:
 
 
 def _quantization(
-    backbone: BackboneRecipe, device: torch.device, unquantized: Sequence[str]
+    backbone: BackboneRecipe, device: torch.device, unquantized: Sequence[str] = ()
 ) -> Any:
     """Return transformers' configuration of a quantization, except that of some layers."""
     from transformers import BitsAndBytesConfig

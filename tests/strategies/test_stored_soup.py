@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equality import assert_near
-from fedmerge_peft import AdapterSoup, RecipeError
+from fedmerge_peft import AdapterSoup, Recipe, RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedMergeRecipe
@@ -193,6 +193,22 @@ def test_aggregations_that_need_whole_rows_are_refused(formulas, soup, aggregato
     context = replace(formulas(4).strategy_context(), aggregator=aggregator)
     with pytest.raises(RecipeError, match=fault):
         make_strategy(strategy_recipe("fedmerge", start="independent", soup=soup), context)
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=str)
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["robustness.aggregation=krum"], "krum compares whole updates"),
+        (["privacy.mode=central"], "noise on the sum of updates needs a float32 soup in memory"),
+    ],
+    ids=["krum", "central privacy"],
+)
+def test_a_recipe_with_such_an_aggregation_is_refused_before_data_are_loaded(soup, settings, fault):
+    settings = ["strategy.start=independent", *settings]
+    Recipe.load("smoke", settings)
+    with pytest.raises(RecipeError, match=fault):
+        Recipe.load("smoke", [*settings, *(f"strategy.soup.{key}={soup[key]}" for key in soup)])
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training import loop
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.gradients import accumulate
@@ -363,6 +365,30 @@ def test_the_scaler_of_one_adapter_is_not_that_of_the_next(fp16):
     fp16.alone(fp16.jobs())
     assert fp16.accelerator.scaler is scaler
     assert scaler.get_scale() == 2.0**16
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw_8bit"])
+def test_steps_that_are_all_skipped_change_nothing_and_are_reported(
+    make_bench, monkeypatch, caplog, optimizer
+):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    bench = make_bench(epochs=3, weight_decay=0.1, optimizer=optimizer)
+    monkeypatch.setattr(bench.accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    jobs = bench.jobs()
+    bench.together(jobs)
+    assert not caplog.messages
+    monkeypatch.setattr(
+        loop, "new_scaler", lambda _: torch.amp.GradScaler("cpu", init_scale=math.inf)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = bench.together(jobs)
+    for job, trained in zip(jobs, results, strict=True):
+        assert torch.equal(trained.row, job.train.row)
+        assert math.isfinite(trained.loss)
+    (message,) = caplog.messages
+    assert message.startswith("the gradients of 4 of 4 adapters overflowed in fp16 in each step")
 
 
 def test_adapters_in_one_pass_have_8_bit_states_of_their_own(make_bench):

@@ -78,7 +78,7 @@ def test_a_full_disk_is_noticed_before_rows_are_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(RunError, match=r"a soup of 4\.0 GB cannot be stored \(No space left"):
+    with pytest.raises(RunError, match=r"a soup of 4,000\.0 MB cannot be stored \(No space left"):
         RowStorage(on_disk=True, folder=tmp_path).empty(10, 10**8)
 
 

@@ -138,8 +138,8 @@ class Backbone:
                 frozen = adapted.base_layer.weight
                 if not frozen.is_floating_point():
                     raise BackboneError(
-                        f"backbone.quantization: quantized weights cannot be updated ({name}); "
-                        "remove backbone.quantization"
+                        f"backbone: the weights of {name} are quantized, and cannot be updated; "
+                        "use another strategy, or a model that is not quantized"
                     )
                 parameters = self.model.named_parameters(remove_duplicate=False)
                 tied = sum(parameter is frozen for _, parameter in parameters) > 1

@@ -50,6 +50,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         # PEFT treats every module whose path ends with the name of a head as a head: the name
         # ``out`` would include lora_dropout. Therefore, this name is the whole path.
         heads.append(f"base_model.model.{head}")
+    _check_trainable(model, lora.modules_to_save or [])
     model_type = getattr(model.config, "model_type", "") or type(model).__name__
     defaults = DEFAULTS.get(model_type, ())
     if lora.target_modules is None and lora.target_parameters is None and not defaults:
@@ -211,6 +212,17 @@ def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]
             )
         heads.append(owner)
     return heads
+
+
+def _check_trainable(model: nn.Module, requested: Sequence[str]) -> None:
+    """Raise ``BackboneError`` if weights of a requested module are integers, so quantized."""
+    for name, module in model.named_modules():
+        whole = name.endswith(tuple(requested))
+        if whole and not all(weight.is_floating_point() for weight in module.parameters()):
+            raise BackboneError(
+                f"lora.modules_to_save: {name} has quantized weights, which cannot be trained; "
+                "name it in lora.target_modules instead, or remove backbone.quantization"
+            )
 
 
 def prepare_heads(model: Any, missing: set[str], outputs: Sequence[str]) -> None:

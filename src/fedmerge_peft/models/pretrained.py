@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +167,7 @@ def load_model(
         options["attn_implementation"] = backbone.attention
     if backbone.quantization is not None:
         options |= {
-            "quantization_config": _quantization(backbone, device),
+            "quantization_config": _quantization(backbone, device, task.heads),
             "device_map": {"": device},
         }
     if task.labels:
@@ -186,9 +188,20 @@ def load_model(
         quiet_transformers(),
     ):
         held = transformers.AutoConfig.from_pretrained(folder, **source)
-        model, report = auto_model.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **options
+        if backbone.quantization and hasattr(held, "quantization_config"):
+            raise BackboneError(
+                f"backbone.quantization: {backbone.model} is quantized already, and its "
+                "config.json determines how; remove backbone.quantization"
+            )
+        load = partial(
+            auto_model.from_pretrained, folder, use_safetensors=True, output_loading_info=True
         )
+        model, report = load(**options)
+        if backbone.quantization is not None and (new := _quantized_without_weights(model, report)):
+            skipped = [*task.heads, *new]
+            model, report = load(
+                **options | {"quantization_config": _quantization(backbone, device, skipped)}
+            )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BackboneError(adapter_found(backbone.model))
     if hasattr(model.config, "quantization_config") and not getattr(model, "hf_quantizer", None):
@@ -200,9 +213,8 @@ def load_model(
     missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
     if task.labels:
         order_head(model, label_names(held), task.labels)
-    if backbone.quantization:
-        _keep_packing(model)
-    else:
+    _keep_packing(model)
+    if not backbone.quantization:
         model = model.to(device)
     return _prepared(model, task), missing
 
@@ -257,7 +269,24 @@ def _keep_packing(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
+def _quantized_without_weights(model: Any, report: Mapping[str, Any]) -> list[str]:
+    """Return the quantized layers whose weights the checkpoint lacks, such as new poolers.
+
+    Transformers initializes them after the quantization, so that they have no scales.
+    """
+    owners = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    return sorted(name for name in owners if is_quantized(model.get_submodule(name)))
+
+
+def is_quantized(layer: Any) -> bool:
+    """Return True for a layer of bitsandbytes, which exists only if it is installed."""
+    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def _quantization(
+    backbone: BackboneRecipe, device: torch.device, unquantized: Sequence[str] = ()
+) -> Any:
+    """Return transformers' configuration of a quantization, except that of some layers."""
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
@@ -269,11 +298,28 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
             "backbone.quantization needs a CUDA GPU or a CPU, "
             f"but this run uses {device.type}; remove it, or use training.device=cpu"
         )
+    # It warns in each product of a matrix in 8 bits that float32 inputs are rounded.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(**quantization_options(backbone, unquantized))
+
+
+def quantization_options(backbone: BackboneRecipe, unquantized: Sequence[str]) -> dict[str, Any]:
+    """Return transformers' ``quantization_config`` as a dictionary; empty without quantization.
+
+    Args:
+        backbone: Number of bits.
+        unquantized: Layers that are trained whole, such as a new head. Without any, transformers
+            leaves out the output layer.
+    """
+    if backbone.quantization is None:
+        return {}
+    skipped = {"llm_int8_skip_modules": list(unquantized)} if unquantized else {}
     if backbone.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=backbone.double_quantization,
-    )
+        return {"load_in_8bit": True, **skipped}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_use_double_quant": backbone.double_quantization,
+        **skipped,
+    }

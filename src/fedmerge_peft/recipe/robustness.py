@@ -9,6 +9,7 @@ from pydantic import Field
 from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Norm, Section
+from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 
 _RULES = {
     "mean": "Weighted mean; one client can move it anywhere.",
@@ -25,6 +26,9 @@ AGGREGATIONS.add(
     "fedmerge_peft.strategies.similarity_filter:similarity_filter",
     about="The cosine filter, with one vote for clients with unusually similar updates.",
 )
+
+_BY_COLUMN = ("mean", "median", "trimmed_mean")
+"""Rules that combine each column on its own."""
 
 Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 
@@ -62,3 +66,13 @@ class RobustnessRecipe(Section):
             or self.norm_bound is not None
             or self.norm_multiple is not None
         )
+
+    def refusal(self, strategy: StrategyRecipe) -> str | None:
+        """Return the reason why a strategy does not support the rule; None if it does."""
+        if strategy.in_chunks and self.aggregation not in _BY_COLUMN:
+            return (
+                f"strategy.soup: robustness.aggregation: {self.aggregation} compares whole "
+                "updates, but the soup is computed in chunks of columns; remove one of them, or "
+                f"use {', '.join(_BY_COLUMN)}"
+            )
+        return None

@@ -307,10 +307,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _private_in_all_that_is_shared(self) -> Recipe:
+    def _strategies_suit_the_other_sections(self) -> Recipe:
         for strategy in (self.strategy, *self.baselines):
-            if reason := self.privacy.refusal(strategy):
-                raise ValueError(reason)
+            reasons = self.privacy.refusal(strategy), self.robustness.refusal(strategy)
+            for reason in (*reasons, strategy.quantization_refusal(self.backbone.quantization)):
+                if reason is not None:
+                    raise ValueError(reason)
         if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
                 "privacy.mode: central requires means of updates clipped to privacy.clip, which "

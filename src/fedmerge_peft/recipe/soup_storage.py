@@ -46,6 +46,18 @@ class SoupServerRecipe(ServerRecipe):
     def floats_in_memory(self) -> float:
         return self.soup.floats_in_memory
 
+    @property
+    def in_chunks(self) -> bool:
+        return not self.soup.plain
+
+    def privacy_refusal(self, mode: str) -> str | None:
+        if self.in_chunks and mode == "central":
+            return (
+                "strategy.soup: noise on the sum of updates needs a float32 soup in memory; remove "
+                "it, or privacy.mode: central"
+            )
+        return super().privacy_refusal(mode)
+
     @model_validator(mode="after")
     def _soup_has_chunks(self) -> SoupServerRecipe:
         others = {

@@ -157,7 +157,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
                     f"strategy.{what} by the updates of other clients, which central noise does "
                     "not protect; use privacy.mode=local, or change this setting"
                 )
-        return None
+        return super().privacy_refusal(mode)
 
 
 # ---- One model for all, or one for each ----------------------------------------------------------

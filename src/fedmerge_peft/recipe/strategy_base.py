@@ -77,9 +77,23 @@ class StrategyRecipe(Section):
         """Return the effective values of the keys whose defaults depend on other keys."""
         return {}
 
+    @property
+    def in_chunks(self) -> bool:
+        """True if the server computes its adapters in chunks of columns."""
+        return False
+
     def privacy_refusal(self, mode: str) -> str | None:
         """Return the reason why these settings rule out a mode of ``dp_modes``, or None."""
         return None
+
+    def quantization_refusal(self, quantization: str | None) -> str | None:
+        """Return the reason why the strategy rules out a quantization of the backbone, or None."""
+        if quantization is None or not self.adds_to_backbone:
+            return None
+        return (
+            f"backbone.quantization: {self.name} adds its updates to the backbone's weights, but "
+            f"quantized weights ({quantization}) cannot be updated; remove one of them"
+        )
 
 
 class ServerRecipe(StrategyRecipe):

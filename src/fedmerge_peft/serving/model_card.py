@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.models.pretrained import gguf_source
+from fedmerge_peft.models.pretrained import gguf_source, quantization_options
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import carries_tokenizer, usage_code
 from fedmerge_peft.tasks import task_type
@@ -39,6 +39,9 @@ _CARD = """---
 | base model | {{ base }} |
 {%%- if gguf %%}
 | base weights | dequantized from {{ gguf }} to {{ dtype }} |
+{%%- endif %%}
+{%%- if quantization %%}
+| base weights in training | {{ quantization }}, as the code above loads them |
 {%%- endif %%}
 {%%- if padding %%}
 | padding | {{ padding }} |
@@ -110,6 +113,11 @@ _PADDING = {
     "alone": "none, since outputs depend on the other texts of a batch: give one text at a time",
 }
 """Advice for models that do not ignore padding on the right, by ``task.padding``."""
+_QUANTIZED = {
+    "8bit": "quantized to 8 bits with bitsandbytes",
+    "4bit": "quantized to 4 bits (NF4) with bitsandbytes",
+}
+"""Description of quantized weights, by ``backbone.quantization``."""
 
 
 def adapter_card(
@@ -243,6 +251,7 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any)
         base=code_span(base),
         gguf=(source := gguf_source(run.recipe.backbone)) and code_span(source),
         dtype=run.recipe.backbone.dtype,
+        quantization=_QUANTIZED.get(run.recipe.backbone.quantization or ""),
         padding=_PADDING.get(run.task["padding"]),
         method=run.recipe.strategy.name,
         clients=len(run.client_names),
@@ -304,15 +313,23 @@ def _example(run: RunDirectory, base: str, load: str, place: str, imports: str) 
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
     processor = repr(_portable(tokenizer) if public else tokenizer)
     processor += gguf if tokenizer == base else ""
+    heads = run.adapter_config.get("modules_to_save") if task_type(recipe.task).heads else None
+    quantized = quantization_options(recipe.backbone, sorted(set(heads or ())))
+    quantization = "" if not quantized else f", quantization_config={_lines(quantized)}"
     loading = task_type(recipe.task).loading_code.format(
         imports=imports,
         labels=_wrapped(labels),
         base=repr(base),
-        options=f'dtype="{recipe.backbone.dtype}"{revision}{gguf}{trust}',
+        options=f'dtype="{recipe.backbone.dtype}"{revision}{gguf}{trust}{quantization}',
         processor=(place if carries_tokenizer(run) else processor) + trust,
         load=load,
     )
     return (loading + usage_code(run)).strip()
+
+
+def _lines(options: Mapping[str, Any]) -> str:
+    """Return a dictionary in Python syntax, with one line per entry."""
+    return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in options.items()) + "}"
 
 
 def _wrapped(labels: Sequence[str]) -> str:

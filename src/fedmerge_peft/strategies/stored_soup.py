@@ -8,8 +8,8 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.strategies.differential_privacy import PrivateAggregator
 from fedmerge_peft.strategies.server_optimizer import Gradient, ServerOptimizer
 from fedmerge_peft.strategies.starts import initial_rows
 from fedmerge_peft.util.row_storage import (
@@ -22,9 +22,6 @@ from fedmerge_peft.util.row_storage import (
 )
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.stateful import Stateful
-
-_BY_COLUMN = ("mean", "median", "trimmed_mean")
-"""Aggregation rules that combine each column on its own."""
 
 
 def make_soup(
@@ -46,17 +43,12 @@ def _storage(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> RowSto
     if recipe.soup.plain:
         return IN_MEMORY
     aggregator = context.aggregator
-    if type(aggregator) is not Aggregator:
-        raise RecipeError(
-            "strategy.soup: noise on the sum of updates needs a float32 soup in memory; remove it, "
-            "or privacy.mode: central"
-        )
-    if aggregator.recipe.aggregation not in _BY_COLUMN:
-        raise RecipeError(
-            f"strategy.soup: robustness.aggregation: {aggregator.recipe.aggregation} compares "
-            "whole updates, but the soup is computed in chunks of columns; remove one of them, or "
-            f"use {', '.join(_BY_COLUMN)}"
-        )
+    if isinstance(aggregator, PrivateAggregator):
+        reason = recipe.privacy_refusal("central")
+    else:
+        reason = aggregator.recipe.refusal(recipe)
+    if reason is not None:
+        raise RecipeError(reason)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.soup.dtype]
     return RowStorage(dtype, recipe.soup.storage == "disk", context.folder)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -33,6 +35,8 @@ from fedmerge_peft.util.seeds import derive, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
 
 Adapters = AdapterSlot | AdapterStack
 
@@ -70,6 +74,8 @@ class _TrainState:
     """Weight of each row of the whole table, ``(n,)``; None if all are 1."""
     objective: Objective
     """Training loss of the client."""
+    stepped: bool = False
+    """True after a phase in which fp16 has not skipped all steps."""
     losses: list[Tensor] = field(default_factory=list)
     """Mean loss (nats) of each step so far."""
 
@@ -110,6 +116,13 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
             present.sort(key=_group_key)
             _train_phase(runtime, training.max_grad_norm, present, phase, shared=len(jobs) > 1)
     backbone.eval()
+    if overflowed := sum(state.steps > 0 and not state.stepped for state in states):
+        log.warning(
+            "the gradients of %d of %d adapters overflowed in fp16 in each step, so that they did "
+            "not change; use training.mixed_precision=bf16 or no, or more steps in a round",
+            overflowed,
+            len(states),
+        )
     return [
         Trained(
             state.row.to("cpu", copy=True),
@@ -158,6 +171,7 @@ def _train_phase(
     ]
     groups = list(_optimizer_groups(adapters, states, runtime.accelerator))
     in_fp16 = groups[0].scaler is not None  # each adapter then has its own group
+    all_groups = tuple(groups)
     rules = GradientRules(states, phase, max_grad_norm, runtime.device)
     with adapters.applied():
         for step in range(states[0].steps):
@@ -188,6 +202,9 @@ def _train_phase(
             adapters.gradient.zero_()
     for state, row in zip(states, adapters.rows, strict=False):
         state.row = row.clone()
+    for group in all_groups:
+        for state in states[group.rows]:
+            state.stepped |= group.has_stepped()
 
 
 def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerGroup) -> None:
@@ -211,14 +228,26 @@ class _OptimizerGroup:
     schedule: Any
     scaler: torch.amp.GradScaler | None
     """Gradient scaler of the group's only adapter in fp16; None in other precisions."""
+    first_scale: float
+    """Loss scale before the first step; 1 without a scaler."""
 
     def step(self) -> None:
         if self.scaler is None:
             self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.schedule.step()
+            self.schedule.step()
+            return
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with warnings.catch_warnings():  # torch warns if the first step is skipped
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
+
+    def has_stepped(self) -> bool:
+        """Return False if the scaler has skipped all steps, each of which reduces the scale."""
+        if self.scaler is None:
+            return True
+        lowest = self.first_scale * self.scaler.get_backoff_factor() ** self.steps
+        return self.scaler.get_scale() != lowest
 
 
 def _optimizer_groups(
@@ -237,7 +266,9 @@ def _optimizer_groups(
             parameter.grad = adapters.gradient[rows]
             optimizer = make_optimizer(parameter, training, skips=in_fp16)
             schedule = make_schedule(optimizer, training, steps)
-            yield _OptimizerGroup(rows, steps, optimizer, schedule, new_scaler(accelerator))
+            scaler = new_scaler(accelerator)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            yield _OptimizerGroup(rows, steps, optimizer, schedule, scaler, scale)
         start += len(members)
 
 

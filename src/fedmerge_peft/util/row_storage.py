@@ -61,7 +61,7 @@ class RowStorage:
                 mapping = mmap.mmap(file.fileno(), length)
         except OSError as error:
             raise RunError(
-                f"{folder or 'TMPDIR'}: a soup of {length / 1e9:,.1f} GB cannot be stored "
+                f"{folder or 'TMPDIR'}: a soup of {length / 1e6:,.1f} MB cannot be stored "
                 f"({error.strerror}); free disk space, or choose another --out"
             ) from error
         rows = torch.frombuffer(mapping, dtype=self.dtype).view(count, size)

@@ -7,6 +7,7 @@ run.weights
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
     from fedmerge_peft.serving.predictor import Predictor
     from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, fedmerge_step
     from fedmerge_peft.tasks import Task
+
+# PEFT imports bitsandbytes, which may then ask for a faster kernel that no run needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.2.0"
 

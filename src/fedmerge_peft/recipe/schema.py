@@ -227,9 +227,7 @@ class Recipe(Section):
         if values is None:
             values = {}
         if not isinstance(values, Mapping):
-            hint = (
-                "; Recipe.load reads files and shipped recipes" if isinstance(values, str) else ""
-            )
+            hint = "; Recipe.load reads files and shipped recipes" * isinstance(values, str)
             raise RecipeError(f"Recipe: found {found(values)}, expected a dictionary{hint}")
         if repeated := sorted(values.keys() & keys):
             raise RecipeError(*(f"Recipe: {key}: is given twice" for key in repeated))
@@ -309,10 +307,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _strategies_suit_the_other_sections(self) -> Recipe:
         for strategy in (self.strategy, *self.baselines):
-            reasons = self.privacy.refusal(strategy), self.robustness.refusal(strategy)
-            for reason in (*reasons, strategy.quantization_refusal(self.backbone.quantization)):
-                if reason is not None:
-                    raise ValueError(reason)
+            reason = self.privacy.refusal(strategy) or self.robustness.refusal(strategy)
+            reason = reason or strategy.quantization_refusal(self.backbone.quantization)
+            if reason is not None:
+                raise ValueError(reason)
         if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
                 "privacy.mode: central requires means of updates clipped to privacy.clip, which "

@@ -44,8 +44,6 @@ def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     package.propagate = False
     for name in _SHOWN:
         logging.getLogger(f"fedmerge_peft.{name}").setLevel(logging.INFO)
-    # PEFT imports bitsandbytes, which may then ask for a faster kernel that no run needs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b"
     )

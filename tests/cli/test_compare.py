@@ -86,7 +86,7 @@ def test_unfinished_runs_are_named_on_standard_error(runs, write_run, fedmerge):
     ("arguments", "words"),
     [
         (["nosuch"], "nosuch does not exist"),
-        (["a\x00b"], "null byte"),
+        (["a\x00b"], "embedded null"),
         (["empty"], "empty holds no run"),
         (["empty/file"], "empty/file holds no run"),
         (["runs", "nosuch"], "nosuch does not exist"),

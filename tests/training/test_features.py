@@ -15,7 +15,7 @@ from fedmerge_peft.training.features import class_statistics, penalties
 from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Alignment, Train
-from training.test_together import ROWS, Bench
+from training.stack_bench import ROWS, Bench
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.training.label_logits import client_offset, label_offset
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
-from training.test_together import Bench
+from training.stack_bench import Bench
 
 
 def test_offsets_follow_from_the_counts():

@@ -1,121 +1,19 @@
 """Training several adapters in one pass equals training them one after another."""
 
 import logging
-import math
 import re
-import warnings
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from equality import assert_near, tolerance
-from fedmerge_peft import Recipe
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
-from fedmerge_peft.models.backbone import load_backbone
-from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training import loop
-from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.gradients import accumulate
-from fedmerge_peft.training.loop import Job, train
-from fedmerge_peft.training.plan import Train
-from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.runtime import Runtime
-from oracle import train_plainly
+from fedmerge_peft.training.loop import Job
 from tasks.made_examples import KINDS, MADE
-
-COUNT = 16
-ROWS = np.arange(COUNT)
-TARGETS = {
-    "bert": ["query", "value"],
-    "llama": ["q_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj"],
-    "vit": ["q_proj", "fc1"],
-}
-
-
-class Bench:
-    """A tiny model without dropout, and four jobs that differ in every option of a job."""
-
-    def __init__(
-        self,
-        folder,
-        table_and_task,
-        kind="bert",
-        lora=None,
-        backbone=None,
-        cached=False,
-        dropout=False,
-        **training,
-    ):
-        training = {"learning_rate": 0.01, **training}
-        table, task = table_and_task(kind, COUNT)
-        model = folder / kind.partition("-")[0]
-        self.recipe = Recipe.model_validate(
-            {
-                "name": "bench",
-                "task": task,
-                "backbone": {"model": str(model), **(backbone or {})},
-                "lora": {"r": 2, "target_modules": TARGETS[model.name], **(lora or {})},
-                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 2, "epochs": 1, "device": "cpu", **training},
-            }
-        )
-        self.accelerator = make_accelerator(self.recipe.training)
-        self.task = make_task(self.recipe, table, str(model))
-        self.backbone = load_backbone(
-            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
-        )
-        for module in self.backbone.model.modules():
-            if isinstance(module, nn.Dropout) and not dropout:
-                module.p = 0.0
-        self.examples = self.task.encode(table)
-        self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, [ROWS], 1.0) if cached else None
-        )
-
-    def row(self, seed):
-        """An adapter with no factor at zero, ``(P,)``."""
-        row = self.backbone.fresh_row(seed)
-        return row + 0.1 * torch.randn(len(row), generator=torch.Generator().manual_seed(seed))
-
-    def jobs(self):
-        """7, 5, 3 and 5 examples; an anchor, example weights, two phases of some columns."""
-        head = torch.zeros(self.backbone.layout.size, dtype=torch.bool)
-        head[: len(head) // 3] = True
-        plans = [
-            Train(self.row(0)),
-            Train(self.row(1), proximal=0.5, anchor=self.row(9)),
-            Train(self.row(2), example_weights=torch.tensor([0.3, 0.0, 2.0])),
-            Train(self.row(3), phases=(head, ~head)),
-        ]
-        indices = [ROWS[:7], ROWS[7:12], ROWS[[12, 3, 8]], ROWS[11:]]
-        return [
-            Job(plan, rows, 100 + number)
-            for number, (plan, rows) in enumerate(zip(plans, indices, strict=True))
-        ]
-
-    @property
-    def runtime(self):
-        return Runtime(self.backbone, self.task, self.accelerator, self.examples, self.cache)
-
-    def plainly(self, jobs):
-        return [train_plainly(self.runtime, self.recipe.training, job) for job in jobs]
-
-    def alone(self, jobs):
-        return [train(self.runtime, self.recipe.training, [job])[0] for job in jobs]
-
-    def together(self, jobs):
-        return train(self.runtime, self.recipe.training, jobs)
-
-    def count(self, **changes):
-        training = self.recipe.training.model_copy(update=changes)
-        return clients_per_batch(self.runtime, training, ROWS)
+from training.stack_bench import COUNT, ROWS, SGD, Bench
 
 
 @pytest.fixture
@@ -124,7 +22,6 @@ def make_bench(tiny_models, table_and_task):
     return partial(Bench, tiny_models, table_and_task)
 
 
-SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}
 CACHED = {"lora": {"layers_to_transform": [1]}, "cached": True}
 CHECKPOINTED = {"kind": "llama", "backbone": {"gradient_checkpointing": True}}
 CASES = {
@@ -332,109 +229,6 @@ def test_adapters_without_an_exact_stack_train_one_at_a_time_and_log_the_reason(
     (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("batching")]
     assert line.startswith("clients train one at a time: ")
     assert re.search(reason, line)
-
-
-@pytest.fixture
-def fp16(make_bench):
-    """A bench whose accelerator has a gradient scaler, as in fp16, which needs a CUDA GPU."""
-    bench = make_bench(epochs=3, **SGD)
-    bench.accelerator.scaler = torch.amp.GradScaler("cpu")
-    yield bench
-    bench.accelerator.scaler = None
-
-
-@pytest.mark.equality
-def test_each_adapter_has_its_own_loss_scale(fp16):
-    """An overflow skips a step of one client alone; the others train as without it."""
-    assert fp16.count(clients_per_batch=4) == 4
-    jobs = fp16.jobs()
-    unscaled = fp16.plainly(jobs)
-    overflows = replace(jobs[2].train, example_weights=torch.tensor([0.3, math.inf, 2.0]))
-    jobs[2] = replace(jobs[2], train=overflows)
-    alone, together = fp16.alone(jobs), fp16.together(jobs)
-    for job, plain, one, shared in zip(jobs, unscaled, alone, together, strict=True):
-        assert_near(shared.row, one.row, job.train.row)
-        if job is not jobs[2]:
-            assert_near(one.row, plain.row, job.train.row)
-    assert 0 < (together[2].row - jobs[2].train.row).norm() < math.inf
-    assert math.isinf(together[2].loss)
-
-
-def test_the_scaler_of_one_adapter_is_not_that_of_the_next(fp16):
-    scaler = fp16.accelerator.scaler
-    fp16.alone(fp16.jobs())
-    assert fp16.accelerator.scaler is scaler
-    assert scaler.get_scale() == 2.0**16
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw_8bit"])
-def test_steps_that_are_all_skipped_change_nothing_and_are_reported(
-    make_bench, monkeypatch, caplog, optimizer
-):
-    if optimizer == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
-    bench = make_bench(epochs=3, weight_decay=0.1, optimizer=optimizer)
-    monkeypatch.setattr(bench.accelerator, "scaler", torch.amp.GradScaler("cpu"))
-    jobs = bench.jobs()
-    bench.together(jobs)
-    assert not caplog.messages
-    monkeypatch.setattr(
-        loop, "new_scaler", lambda _: torch.amp.GradScaler("cpu", init_scale=math.inf)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        results = bench.together(jobs)
-    for job, trained in zip(jobs, results, strict=True):
-        assert torch.equal(trained.row, job.train.row)
-        assert math.isfinite(trained.loss)
-    (message,) = caplog.messages
-    assert message.startswith("the gradients of 4 of 4 adapters overflowed in fp16 in each step")
-
-
-def test_adapters_in_one_pass_have_8_bit_states_of_their_own(make_bench):
-    """With a common state, adapters would share scales, as blocks of numbers span adapters."""
-    pytest.importorskip("bitsandbytes")
-    lora = {"r": 32, "target_modules": ["query", "key", "value"]}  # over 4096 numbers: 8 bits
-    bench = make_bench(lora=lora, optimizer="adamw_8bit", epochs=3)
-    assert bench.backbone.layout.size > 4096
-    assert bench.count(clients_per_batch=4) == 4
-    jobs = bench.jobs()
-    exact = train(
-        bench.runtime, bench.recipe.training.model_copy(update={"optimizer": "adamw"}), jobs
-    )
-    for job, alone, together, other in zip(
-        jobs, bench.alone(jobs), bench.together(jobs), exact, strict=True
-    ):
-        moved = (alone.row - job.train.row).norm()
-        assert (together.row - alone.row).norm() <= 0.01 * moved
-        assert (other.row - alone.row).norm() > 0  # 8 bits were used
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_adapters_on_4_bit_weights_share_a_pass(make_bench, double):
-    pytest.importorskip("bitsandbytes")
-    options = {"quantization": "4bit", "double_quantization": double}
-    bench = make_bench("llama", backbone=options, **SGD)
-    assert bench.count(clients_per_batch=4) == 4
-    jobs = bench.jobs()
-    plainly = bench.plainly(jobs)
-    unquantized = make_bench("llama", **SGD).alone(jobs)
-    for job, plain, alone, together, other in zip(
-        jobs, plainly, bench.alone(jobs), bench.together(jobs), unquantized, strict=True
-    ):
-        moved = (plain.row - job.train.row).norm()
-        for ours in (alone, together):
-            assert (ours.row - plain.row).norm() <= tolerance(torch.bfloat16) * moved
-        assert (other.row - plain.row).norm() > 1e-3 * moved  # the weights differ
-
-
-def test_adapters_on_8_bit_weights_train_one_at_a_time(make_bench, caplog):
-    """All examples of a batch determine the columns that LLM.int8 computes in 16 bits."""
-    pytest.importorskip("bitsandbytes")
-    bench = make_bench("llama", backbone={"quantization": "8bit"})
-    with caplog.at_level(logging.INFO):
-        assert bench.count(clients_per_batch=2) == 1
-    assert "is not a plain linear layer (Linear8bitLt, Linear8bitLt)" in caplog.text
 
 
 def centred(module, args, output):

@@ -275,10 +275,10 @@ def _quantized_without_weights(model: Any, report: Mapping[str, Any]) -> list[st
     Transformers initializes them after the quantization, so that they have no scales.
     """
     owners = {key.rpartition(".")[0] for key in report["missing_keys"]}
-    return sorted(name for name in owners if is_quantized(model.get_submodule(name)))
+    return sorted(name for name in owners if _is_quantized_layer(model.get_submodule(name)))
 
 
-def is_quantized(layer: Any) -> bool:
+def _is_quantized_layer(layer: Any) -> bool:
     """Return True for a layer of bitsandbytes, which exists only if it is installed."""
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 

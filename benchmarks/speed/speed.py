@@ -32,7 +32,7 @@ import server
 import soup
 import startup
 from pages import sections, stamp
-from timing import Row
+from timing import TABLE, Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed.md"
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -90,7 +90,7 @@ def main() -> None:
 def write(name: str, lines: list[str]) -> None:
     """Replace the lines of one row in the page as it is now on disk."""
     about = (ROWS[name].__doc__ or "").split("\n")[0]
-    table = "| row | ratio | range | medians | target |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    table = TABLE + "\n".join(lines)
     found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     found[name] = f"{about}\n\n{table}\n\n{stamp()}"
     page = _HEAD + "".join(

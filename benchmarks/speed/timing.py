@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+TABLE = "| row | ratio | range | medians | target |\n|---|---|---|---|---|\n"
+"""Head of a table of rows."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Row:
 
     what: str
     ratio: float
-    """Median over the repeats."""
+    """Median over the repeats; nan if there is none to state."""
     low: float
     high: float
     """The smallest and the largest ratio of a repeat."""
@@ -29,8 +33,10 @@ class Row:
         return cls(what, median(ratios), min(ratios), max(ratios), sides, wanted)
 
     def __str__(self) -> str:
-        spread = f"{self.low:.2f} to {self.high:.2f}"
-        return f"| {self.what} | {self.ratio:.2f} | {spread} | {self.sides} | {self.wanted} |"
+        ratio, spread = f"{self.ratio:.2f}", f"{self.low:.2f} to {self.high:.2f}"
+        if math.isnan(self.ratio):
+            ratio = spread = "–"
+        return f"| {self.what} | {ratio} | {spread} | {self.sides} | {self.wanted} |"
 
 
 def race(

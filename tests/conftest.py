@@ -18,6 +18,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip tests with the mark ``gpu`` on a machine without a GPU, before their fixtures run."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU, and this machine has none")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real data sets: FEDMERGE_DATA, or ../shared/data beside the repository.

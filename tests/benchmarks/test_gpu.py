@@ -217,7 +217,7 @@ def test_the_script_runs_the_tests_and_passes_its_arguments(tmp_path):
         text=True,
     )
     assert done.stdout.splitlines() == [
-        "-m pytest -q -W default -m gpu tests/gpu",
+        "-m pytest -q -W default -m gpu tests/training/test_gpu.py",
         f"benchmarks/speed/gpu.py --out {tmp_path}/gpu.md --tiny prefix",
     ]
     assert (tmp_path / "gpu-tests.log").read_text() == done.stdout.splitlines()[0] + "\n"

@@ -1,7 +1,6 @@
 """One client on a tiny model of four layers, of which the first two are frozen."""
 
 import numpy as np
-import torch
 from torch import nn
 
 from fedmerge_peft import Recipe
@@ -69,7 +68,12 @@ class Bench:
         self.accelerator = make_accelerator(self.recipe.training)
         self.task = make_task(self.recipe, table, str(model))
         self.backbone = load_backbone(
-            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
+            self.recipe.backbone,
+            self.recipe.lora,
+            self.task,
+            str(model),
+            self.accelerator.device,
+            0,
         )
         self.examples = self.task.encode(table)
         self.row = self.backbone.fresh_row(1)

@@ -56,7 +56,12 @@ class Bench:
         self.accelerator = make_accelerator(self.recipe.training)
         self.task = make_task(self.recipe, table, str(model))
         self.backbone = load_backbone(
-            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
+            self.recipe.backbone,
+            self.recipe.lora,
+            self.task,
+            str(model),
+            self.accelerator.device,
+            0,
         )
         for module in self.backbone.model.modules():
             if isinstance(module, nn.Dropout) and not dropout:

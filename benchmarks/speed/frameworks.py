@@ -1,4 +1,4 @@
-"""Row c: whole rounds against OpenFedLLM's loop, NVIDIA FLARE's simulator and pfl-research."""
+"""Row c: whole rounds against a plain loop, OpenFedLLM's, NVIDIA FLARE's and pfl-research's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ STEPS, CLIENTS = 10, 2
 
 
 def rows() -> Iterator[Row]:
-    """c. Rounds against OpenFedLLM's loop, NVIDIA FLARE's simulator and pfl-research."""
+    """c. Rounds against a plain loop, OpenFedLLM's loop, NVIDIA FLARE and pfl-research."""
     from rivals import compared
     from workload import made
 
-    rivals = {"c. rounds over OpenFedLLM's loop": ("openfedllm.py",)}
+    rivals = {
+        "c. rounds over a plain loop": ("plain.py",),
+        "c. rounds over OpenFedLLM's loop": ("openfedllm.py",),
+    }
     if find_spec("nvflare") is not None:
         rivals["c. rounds over NVIDIA FLARE's simulator"] = ("flare.py",)
     if find_spec("pfl") is not None:

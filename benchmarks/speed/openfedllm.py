@@ -7,6 +7,8 @@ tokenized once and the Trainer is that of transformers, from which TRL's SFTTrai
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from programs import (
@@ -22,12 +24,17 @@ from programs import (
 )
 
 
-def run_round(model, setting: Setting, shared: State) -> State:  # type: ignore[no-untyped-def]
+def run_round(
+    model: Any,
+    setting: Setting,
+    shared: State,
+    train: Callable[[Any, Setting, int], object] = train_with_trainer,
+) -> State:
     """Train all clients from the shared adapter; return the weighted mean of their adapters."""
     states = []
     for client in range(len(setting.clients)):
         set_adapter(model, shared)
-        train_with_trainer(model, setting, client)
+        train(model, setting, client)
         states.append(adapter(model))
     sizes = [size(setting, client) for client in range(len(setting.clients))]
     weights = torch.tensor(sizes) / sum(sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import shares
 import torch
 from timing import Row, faster, race
 from torch import Tensor
@@ -40,7 +41,7 @@ def rows(
     replies = [
         Reply(client, deltas[client : client + 1], 10, 1.0, 0.0) for client in range(clients)
     ]
-    soup, shares = strategy.soup.rows.clone(), torch.rand(ADAPTERS, clients)
+    soup, weighting = strategy.soup.rows.clone(), torch.rand(ADAPTERS, clients)
     copied = torch.empty_like(deltas[: clients // 10])
     states = [layout.state_dict(row) for row in soup]
     some = [layout.state_dict(deltas[client]) for client in range(looped)]
@@ -48,7 +49,7 @@ def rows(
 
     def products() -> None:
         _ = deltas @ soup.T
-        _ = shares @ deltas
+        _ = weighting @ deltas
 
     def copy() -> None:
         for part in deltas.split(len(copied)):
@@ -72,6 +73,10 @@ def rows(
         "d. the server step over the two products alone", taken, "step", "two products", "≥ 0.83"
     )
     yield faster("d. the server step over a copy of the deltas' bytes", taken, "step", "copy")
+    yield shares.row(
+        "d. operations of the server step, processor time",
+        [shares.by_operation(sides["step"])],
+    )
 
 
 def by_tensor(

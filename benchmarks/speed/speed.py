@@ -27,6 +27,7 @@ import compiled
 import decoder
 import flower
 import frameworks
+import ranks
 import scale
 import server
 import soup
@@ -53,14 +54,16 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "startup": startup.rows,
     "first_step": startup.first_step,
     "compile": compiled.rows,
+    "ranks": ranks.rows,
 }
 _HEAD = """# Speed
 
 A ratio is the time of the alternative over the time of this package. In the rows on memory and on
 the size of adapters, it is the cost of the larger case over the cost of the smaller one. Both sides
 alternate in one process, or in processes that share one core. The ratio is the median over the
-repeats, with the smallest and the largest. The model is MiniLM (22 M parameters) with 32 tokens per
-example and LoRA of rank 8 on query and value.
+repeats, with the smallest and the largest. Rows on parts or operations have no ratio: they list
+where the time of one side goes. The model is MiniLM (22 M parameters) with 32 tokens per example
+and LoRA of rank 8 on query and value.
 """
 
 

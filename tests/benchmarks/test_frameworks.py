@@ -56,6 +56,16 @@ def test_the_loop_of_openfedllm_computes_our_round(benchmark, folder, expected):
     assert_same_round(folder, found, expected)
 
 
+@pytest.mark.equality
+def test_the_plain_loop_computes_our_round(benchmark, folder, expected):
+    programs = benchmark("programs")
+    setting = programs.load(folder)
+    found = benchmark("openfedllm").run_round(
+        programs.new_model(setting), setting, setting.start, programs.train_in_loop
+    )
+    assert_same_round(folder, found, expected)
+
+
 @needs_unix
 @pytest.mark.slow
 @pytest.mark.equality
@@ -63,6 +73,7 @@ def test_the_loop_of_openfedllm_computes_our_round(benchmark, folder, expected):
     ("name", "script", "package"),
     [
         ("ours", ("ours.py",), "torch"),
+        ("plain", ("plain.py",), "torch"),
         ("flower-kept", ("flower.py", "kept"), "flwr"),
         ("flower-written", ("flower.py", "written"), "flwr"),
         ("flare", ("flare.py",), "nvflare"),

@@ -118,6 +118,7 @@ def test_a_process_reports_rounds_ends_and_failures(tmp_path):
     assert events[-1][:2] == ("fault", "")
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_jobs_have_the_results_of_one(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -97,6 +97,7 @@ def test_adapters_in_one_pass_have_8_bit_states_of_their_own(make_bench):
         assert (other.row - alone.row).norm() > 0  # 8 bits were used
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("double", [False, True])
 def test_adapters_on_4_bit_weights_share_a_pass(make_bench, double):
     pytest.importorskip("bitsandbytes")

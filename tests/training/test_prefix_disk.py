@@ -34,6 +34,7 @@ def results(bench):
     return bench.train(), bench.losses(bench.row)
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])
 def test_the_first_run_the_next_one_and_one_without_have_the_same_bits(
     make_bench, tmp_path, computed, kind
@@ -50,6 +51,7 @@ def test_the_first_run_the_next_one_and_one_without_have_the_same_bits(
         assert torch.equal(one, third)
 
 
+@pytest.mark.equality
 def test_states_do_not_depend_on_the_passes_that_need_them(make_bench):
     one, other = make_bench(), make_bench()
     one.evaluate(one.row, batch_size=1)
@@ -57,6 +59,7 @@ def test_states_do_not_depend_on_the_passes_that_need_them(make_bench):
     assert torch.equal(one.train(), other.train())
 
 
+@pytest.mark.equality
 def test_damaged_states_are_computed_again(make_bench, tmp_path, computed, caplog):
     expected = results(make_bench(disk=TensorCache(tmp_path, 1e9)))
     (path,) = tmp_path.iterdir()

@@ -50,7 +50,6 @@ def assert_same_outcome(one, other):
     assert one[1:] == other[1:]
 
 
-@pytest.mark.equality
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("prefix", [[], ["lora.layers_to_transform=[1]"]], ids=["all", "frozen"])
 def test_results_on_a_shared_engine_are_those_on_engines_of_their_own(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -41,6 +40,7 @@ from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.memory import clients_that_fit
 from fedmerge_peft.training.packing_trial import require_packing
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -249,7 +249,8 @@ class LocalEngine:
     @cached_property
     def clients_per_batch(self) -> int:
         """Number of clients in one pass of the model; reduced after the GPU runs out of memory."""
-        return clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
+        count = clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
+        return clients_that_fit(self.runtime, self.recipe, count)
 
     # ---- one chunk of clients ------------------------------------------------------------------
 
@@ -327,9 +328,9 @@ class LocalEngine:
             for turn, request in members
         ]
         if len(members) > 1:
-            begin = time.perf_counter()
             try:
-                trained = train(self.runtime, training, jobs)
+                with shared_clock([turn for turn, _ in members]):
+                    return train(self.runtime, training, jobs)
             except torch.OutOfMemoryError:
                 return None
             except Exception as error:
@@ -339,10 +340,6 @@ class LocalEngine:
                     type(error).__name__,
                     error,
                 )
-            else:
-                for turn, _ in members:
-                    turn.seconds += (time.perf_counter() - begin) / len(members)
-                return trained
         outcomes: list[Trained | Exception] = []
         for (turn, _), job in zip(members, jobs, strict=True):
             try:

@@ -14,9 +14,9 @@ class EvaluationRecipe(Section):
     """Examples per batch in evaluation."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Largest number of clients that are evaluated in one forward pass, each with its own adapter.
-    They share a pass if it has room for the examples of all of them (`batch_size`). Scores are
-    equal up to rounding. auto: 16 on a CUDA GPU, otherwise 1, because only small sets of examples
-    gain on a CPU (docs/speed.md)."""
+    Clients share a pass if `batch_size` has room for the examples of all of them. Scores are equal
+    up to rounding. auto: 16 on a CUDA GPU, otherwise 1, because on a CPU only clients with few
+    examples gain."""
     every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True

@@ -156,8 +156,9 @@ class TrainingRecipe(Section):
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: as
     many clients as have at most 8 examples per pass together, or 256 on a CUDA GPU, and at most 16;
-    one if this number is below 3 or the backbone is quantized. With unsupported settings, such as
-    DoRA, clients train one at a time; the log states the reason."""
+    one if this number is below 3 or the backbone is quantized; fewer if the estimate of memory
+    exceeds a GPU's free memory. With unsupported settings, such as DoRA, clients train one at a
+    time; the log states the reason."""
 
 
 Tracker = Literal[

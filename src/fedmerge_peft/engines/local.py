@@ -146,7 +146,9 @@ class LocalEngine:
                 runtime.packed = True
         if (gigabytes := recipe.training.prefix_cache) > 0 and backbone.prefix is not None:
             groups, disk = held_parts(data.clients), disk_cache(recipe)
-            runtime.cache = PrefixCache(backbone, task, runtime.examples, groups, gigabytes, disk)
+            name = recipe.training.prefix_dtype
+            dtype = None if name is None else getattr(torch, name)
+            runtime.cache = PrefixCache(backbone, task, examples, groups, gigabytes, disk, dtype)
         return cls(recipe, data.clients, runtime)
 
     def clear_caches(self) -> None:
@@ -185,7 +187,8 @@ class LocalEngine:
         sections = ("seed", "task", "backbone", "lora", "data")
         if any(getattr(self.recipe, section) != getattr(recipe, section) for section in sections):
             return None
-        keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk", "packing")
+        prefix = ("prefix_cache", "prefix_disk", "prefix_dtype")
+        keys = ("device", "mixed_precision", "packing", *prefix)
         if any(getattr(self.recipe.training, key) != getattr(recipe.training, key) for key in keys):
             return None
         engine = copy(self)

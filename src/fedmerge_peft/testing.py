@@ -151,14 +151,15 @@ class FormulaClients:
     def statistics(self, client: int, row: Tensor) -> Tensor:
         """Return class statistics of features with unit variance, ``(classes, d + 2)``.
 
-        All classes have the same number of examples, up to rounding. The mean of class k is the
-        k-th row of the head in the minimum c_i, plus the first d columns of the adapter.
+        The examples are spread over the classes as evenly as possible: the first n_i mod ``classes``
+        classes have one more than the others. The mean of class k is the k-th row of the head in
+        the minimum c_i, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)
         classes, width = entry.shape
         counts = torch.full((classes, 1), float(self.sizes[client] // classes))
-        counts[0] += self.sizes[client] % classes
+        counts[: self.sizes[client] % classes] += 1
         means = self.centres[client][entry.columns].view(classes, width) + row[:width]
         squares = means.square().sum(dim=1, keepdim=True) + width
         return torch.cat([counts, counts * squares, counts * means], dim=1)

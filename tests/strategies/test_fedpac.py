@@ -153,6 +153,12 @@ def test_replies_without_valid_statistics_are_refused(case):
     assert "class statistics count 20 examples" in validate_reply(wrong, plan, 1, 10)
 
 
+def test_formula_clients_spread_their_examples_over_the_classes(formulas):
+    clients = formulas(1, AdapterLayout.from_tensors([("head.weight", (5, 2), "head")]), sizes=[9])
+    counts = clients.statistics(0, clients.fresh_row(0))[:, 0]
+    assert counts.tolist() == [2, 2, 2, 2, 1]
+
+
 def test_fedpac_needs_a_classifier_and_its_clients_in_one_process(formulas, smoke):
     body = AdapterLayout.from_tensors([("a.lora_A.weight", (2, 3), "lora")])
     with pytest.raises(RecipeError, match=r"strategy.name: fedpac combines the heads"):

@@ -168,8 +168,8 @@ class FedAvgRecipe(HeadRecipe, ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
-    """FedAvg with finetuning: each client predicts with the global adapter as it trained it last,
-    in a round of FedAvg or in rounds of finetuning at the end.
+    """FedAvg with finetuning: each client predicts with the copy of the global adapter that it
+    trained last, in a round of FedAvg or in rounds of finetuning at the end.
     """
 
     fedavg_rounds: Count | None = None
@@ -331,7 +331,7 @@ class FedSALoraRecipe(ServerRecipe):
 
 
 class RoLoraRecipe(HeadRecipe, ServerRecipe):
-    """Alternation of rounds that train and average B with rounds that train and average A (Chen et
+    """Clients train and send B in odd rounds, A in even rounds, and the head in all rounds (Chen et
     al. 2025, arXiv 2502.01755).
     """
 

@@ -81,8 +81,8 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
     """Return the columns of the bias of the head's last layer, ``(classes,)`` int64.
 
     Raises:
-        RecipeError: The adapter has no head, or the head's last layer has no row for each class or
-            no bias.
+        RecipeError: The adapter has no head; the head's last layer has no bias, or its number of
+            rows differs from ``classes``.
     """
     matrix, bias = layout.classifier, layout.classifier_bias
     if matrix is None:

@@ -151,9 +151,9 @@ class FormulaClients:
     def statistics(self, client: int, row: Tensor) -> Tensor:
         """Return class statistics of features with unit variance, ``(classes, d + 2)``.
 
-        The examples are spread over the classes as evenly as possible: the first n_i mod ``classes``
-        classes have one more than the others. The mean of class k is the k-th row of the head in
-        the minimum c_i, plus the first d columns of the adapter.
+        The examples are spread over the classes as evenly as possible: the first n_i mod
+        ``classes`` classes have one more than the others. The mean of class k is the k-th row of
+        the head in the minimum c_i, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)

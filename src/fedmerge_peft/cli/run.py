@@ -249,7 +249,10 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 
     total = sum(timer.seconds.values())
     overhead = 100 * timer.overhead
-    console.print(f"time by part: {overhead:.1f} % neither training nor evaluation", soft_wrap=True)
+    console.print(
+        f"time by part; {overhead:.1f} % was spent on neither training nor evaluation",
+        soft_wrap=True,
+    )
     table = Table()
     table.add_column("part")
     table.add_column("seconds", justify="right")

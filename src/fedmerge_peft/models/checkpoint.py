@@ -38,10 +38,11 @@ def check_folder(name: str, folder: Path) -> None:
         raise BackboneError(adapter_found(name))
     if not (folder / "config.json").is_file():
         models = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; name one of the folders in it: {join_values(models, _SHOWN)}" if models else ""
+        models_there = f"one of the folders in it: {join_values(models, _SHOWN)}"
+        wanted = models_there if models else "a folder that save_pretrained of transformers wrote"
         raise BackboneError(
             f"backbone.model: {name} is not a model folder (no config.json in {folder.absolute()})"
-            f"{hint}"
+            f"; name {wanted}"
         )
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(

@@ -78,7 +78,9 @@ def own_scores(
             f"metrics: the function returned {found(result)}, expected numbers by name"
         )
     for name, value in result.items():
-        if not isinstance(name, str) or name in ("loss", *names):
+        if not isinstance(name, str):
+            raise RecipeError(f"metrics: {found(name)} names a value, expected a text as its name")
+        if name in ("loss", *names):
             raise RecipeError(f"metrics: the name {name!r} is already taken; choose another")
         if not isinstance(value, Real):
             raise RecipeError(f"metrics: {name} is {found(value)}, expected a number")

@@ -44,7 +44,7 @@ def test_the_body_is_averaged_and_centroids_are_the_means_of_the_trained_feature
     case.round(strategy)
     for client in range(3):
         torch.testing.assert_close(strategy.served(client)[body], case.mean()[body])
-    parts = [features(client, case.centres[client]) for client in range(3)]
+    parts = [features(client, case.centers[client]) for client in range(3)]
     values, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     expected = torch.stack([values[labels == label].mean(0) for label in range(CLASSES)])
     torch.testing.assert_close(strategy.centroids, expected.float())
@@ -78,7 +78,7 @@ def test_each_head_is_the_combination_with_the_least_variance_and_bias(case):
     strategy, head = case.strategy("fedpac"), head_of(case.layout)
     case.round(strategy)
     for client in range(3):
-        expected = weights[client].float() @ case.centres[:, head]
+        expected = weights[client].float() @ case.centers[:, head]
         torch.testing.assert_close(strategy.served(client)[head], expected)
 
 

@@ -36,8 +36,8 @@ class LabelPrior(WrappedStrategy):
             balanced: As in ``LabelPriors.shifts``.
 
         Raises:
-            RecipeError: There are no label counts, or the adapter has no head with a row and a bias
-                for each label.
+            RecipeError: There are no label counts, or the adapter's head is unsuitable
+                (``bias_columns``).
         """
         super().__init__(inner)
         self.trains_what_it_serves = False

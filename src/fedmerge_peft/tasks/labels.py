@@ -168,7 +168,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
     are integers that differ from their ids, such as 1, 2, 3. In this case, integers are names.
 
     Args:
-        table: Rows that are not part of the federation. They may have a subset of the labels.
+        table: Rows of a site or a newcomer, which may have a subset of the labels.
         column: Label column.
         labels: Names of all labels, in the order of their ids.
 

@@ -276,11 +276,13 @@ class Trainer:
             agreed = getattr(training, key)
             if value is not None and agreed != "auto":
                 raise RefusedError(
-                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}"
+                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}; "
+                    "run the recipe of the kits on the server"
                 )
             if value is None and agreed == "auto" and not (key == "epochs" and training.steps):
                 raise WireError(
-                    f"training.{key} is auto in the kit's recipe, but the server sent no value"
+                    f"training.{key} is auto in the kit's recipe, but the server sent no value; "
+                    "run the recipe of the kits on the server"
                 )
 
     # ---- end of the run --------------------------------------------------------------------------

@@ -264,6 +264,7 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 
 def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     """Return up to three suggestions of the next command, each with its purpose."""
+    from fedmerge_peft.plugins import STRATEGIES
     from fedmerge_peft.recipe.loading import shipped
     from fedmerge_peft.report.advice import only_warm_rounds
 
@@ -286,7 +287,9 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
             fewer = (adapters + 1) // 2
             commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
     else:
-        commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
+        sections = STRATEGIES.sections().items()
+        merging = next(name for name, section in sections if section.learned_merging)
+        commands.append((rerun(f"strategy={merging}", merging), "merged adapters instead"))
     if any(recipe == entry.name for entry in shipped()):
         commands.append((f"fedmerge cp {recipe} mine.yaml", "your own model and data"))
     else:

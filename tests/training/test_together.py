@@ -252,7 +252,7 @@ def test_adapters_without_an_exact_stack_train_one_at_a_time_and_log_the_reason(
     assert re.search(reason, line)
 
 
-def centred(module, args, output):
+def centered(module, args, output):
     return output - output.mean(0, keepdim=True)
 
 
@@ -263,7 +263,7 @@ def by_position(module, args):
 @pytest.mark.parametrize(
     ("alter", "reason"),
     [
-        (lambda layer: layer.register_forward_hook(centred), "mix the examples of a batch"),
+        (lambda layer: layer.register_forward_hook(centered), "mix the examples of a batch"),
         (
             lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0].flip(0),)),
             "apply adapters in an unsupported way",

@@ -145,7 +145,7 @@ def estimate(
         )
 
     if recipe.task.media_column is not None:
-        raise unknown("its examples are not texts")
+        raise unknown("the examples are not texts")
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.models.pretrained import gguf_source, quantization_options
@@ -18,9 +18,7 @@ from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-
-    from fedmerge_peft.serving.merged_adapter import MergedAdapter
-    from fedmerge_peft.serving.personalized import Personalized
+    from torch import Tensor
 
 _PROJECT = "https://arxiv.org/abs/2504.06768"
 
@@ -122,8 +120,32 @@ _QUANTIZED = {
 """Description of quantized weights, by ``backbone.quantization``."""
 
 
+class Described(Protocol):
+    """What a card says of an adapter."""
+
+    @property
+    def run(self) -> RunDirectory:
+        """Run from whose soup the adapter is merged."""
+
+    @property
+    def name(self) -> str:
+        """The client's name, or a description of the mixture."""
+
+    @property
+    def weights(self) -> Tensor:
+        """π, ``(d,)``; sums to 1."""
+
+    @property
+    def round(self) -> int:
+        """Number of completed rounds at which the soup was saved."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Scores on the client's own examples, by name."""
+
+
 def adapter_card(
-    adapter: MergedAdapter | Personalized,
+    adapter: Described,
     place: str,
     base_model_id: str | None = None,
     *,
@@ -135,7 +157,7 @@ def adapter_card(
     """Return the card of one adapter that is merged from a run's soup.
 
     Args:
-        adapter: The adapter, with its run, name, weights and scores.
+        adapter: The adapter.
         place: Arguments, in Python syntax, from which the example loads the adapter.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
         role: The client's relation to the run; ``{clients}`` becomes a text such as 3 clients.

@@ -7,7 +7,8 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python="${PYTHON:-$(command -v python || command -v python3)}" out="${OUT:-build}"
 mkdir -p "$out"
-timeout --kill-after 5 120 "$python" -m pytest -q -W default -m gpu tests/training/test_gpu.py 2>&1 \
+timeout --kill-after 5 120 \
+	"$python" -m pytest -q -W default -m gpu tests/training/test_gpu.py 2>&1 \
 	| tee "$out/gpu-tests.log"
 tests=$?
 "$python" benchmarks/speed/gpu.py --out "$out/gpu.md" "$@" || exit

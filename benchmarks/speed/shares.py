@@ -75,7 +75,7 @@ class Shares:
 
 def watch_engine(shares: Shares) -> None:
     """Count the parts of loading an engine, of its training and of its evaluation."""
-    from fedmerge_peft.engines import local
+    from fedmerge_peft.engines import local, scoring
     from fedmerge_peft.tasks.base import Task
     from fedmerge_peft.training import batching
     from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -90,7 +90,7 @@ def watch_engine(shares: Shares) -> None:
         if "encode" in vars(task):
             shares.watch("tokens", task, "encode")
     shares.watch("training", local, "train")
-    shares.watch("evaluation", local, "evaluate_parts")
+    shares.watch("evaluation", scoring, "evaluate_parts")
 
 
 def _with_subclasses(kind: type) -> Iterator[type]:

@@ -84,14 +84,15 @@ def test_operations_are_grouped(benchmark):
 def test_the_parts_of_loading_and_training_are_found(benchmark, monkeypatch):
     """The functions that are watched exist and are called."""
     from fedmerge_peft import Federation
-    from fedmerge_peft.engines import local
+    from fedmerge_peft.engines import local, scoring
     from fedmerge_peft.training import batching
     from fedmerge_peft.training.prefix_cache import PrefixCache
 
     shares, setting = benchmark("shares"), benchmark("setting")
     for owner, names in (
         (local, ("model_folder", "load_backbone", "try_inputs", "cut_to_first_token")),
-        (local, ("labeled_head", "make_task", "train", "evaluate_parts")),
+        (local, ("labeled_head", "make_task", "train")),
+        (scoring, ("evaluate_parts",)),
         (batching, ("_disagreement",)),
         (PrefixCache, ("_try_model", "prepare")),
     ):

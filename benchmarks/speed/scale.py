@@ -156,7 +156,7 @@ def _serve_many(name: str, clients: int) -> tuple[float, float]:
     shapes = [("layer.lora_A.weight", (100, NUMBERS // 100), "lora")]
     made = FormulaClients(1, AdapterLayout.from_tensors(shapes))
     made.sizes = [10] * clients
-    made.centres = _Centres()  # those of 10^5 clients would take 4 GB
+    made.centers = _Centers()  # those of 10^5 clients would take 4 GB
     strategy = f"strategy={{name: {name}, adapters: 8}}"
     cohort = f"clients.fraction={COHORT / clients}"
     federation = made.federation(strategy, cohort, f"rounds={SERVED}")
@@ -171,7 +171,7 @@ def _serve_many(name: str, clients: int) -> tuple[float, float]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(times[3:])
 
 
-class _Centres:
+class _Centers:
     """Minima of the clients' losses, ``(P,)`` each: that of a group, plus noise of the client."""
 
     def __getitem__(self, client: int) -> Any:

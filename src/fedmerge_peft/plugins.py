@@ -235,7 +235,9 @@ def import_modules(names: Iterable[str]) -> None:
         except ModuleNotFoundError as error:
             absent = error.name or ""
             if name != absent and not name.startswith(f"{absent}."):
-                raise PluginError(f"{name} cannot be imported: {error}; install it") from error
+                raise PluginError(
+                    f"{name} cannot be imported: {error}; install the package that has {absent!r}"
+                ) from error
             raise PluginError(
                 f"there is no module {absent!r}; install the package that has it, or add its "
                 "folder to PYTHONPATH (PYTHONPATH=. for the current folder)"

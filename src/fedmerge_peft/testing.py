@@ -111,7 +111,7 @@ class FormulaClients:
     ) -> None:
         self.layout = layout or AdapterLayout.from_tensors(SHAPES)
         self.sizes = sizes or [10] * clients
-        self.centres = torch.randn(
+        self.centers = torch.randn(
             clients, self.layout.size, generator=torch.Generator().manual_seed(7)
         )
         """Minima c of the losses, ``(m, P)``, from a standard normal distribution."""
@@ -144,22 +144,23 @@ class FormulaClients:
         row, mu = job.row.clone(), job.proximal or 0.0
         anchor = job.row if job.anchor is None else job.anchor
         for mask in job.phases:
-            best = (self.centres[client] + 2 * mu * anchor) / (1 + 2 * mu)
+            best = (self.centers[client] + 2 * mu * anchor) / (1 + 2 * mu)
             row = best if mask is None else torch.where(mask, best, row)
         return Trained(row, 1.0, 1)
 
     def statistics(self, client: int, row: Tensor) -> Tensor:
         """Return class statistics of features with unit variance, ``(classes, d + 2)``.
 
-        All classes have the same number of examples, up to rounding. The mean of class k is the
-        k-th row of the head in the minimum c_i, plus the first d columns of the adapter.
+        The examples are spread over the classes as evenly as possible: the first n_i mod
+        ``classes`` classes have one more than the others. The mean of class k is the k-th row of
+        the head in the minimum c_i, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)
         classes, width = entry.shape
         counts = torch.full((classes, 1), float(self.sizes[client] // classes))
-        counts[0] += self.sizes[client] % classes
-        means = self.centres[client][entry.columns].view(classes, width) + row[:width]
+        counts[: self.sizes[client] % classes] += 1
+        means = self.centers[client][entry.columns].view(classes, width) + row[:width]
         squares = means.square().sum(dim=1, keepdim=True) + width
         return torch.cat([counts, counts * squares, counts * means], dim=1)
 
@@ -167,7 +168,7 @@ class FormulaClients:
         """Return a client's reply to a plan."""
 
         def losses(row: Tensor) -> Tensor:
-            return 0.5 * (row - self.centres[client]).square().sum()[None]
+            return 0.5 * (row - self.centers[client]).square().sum()[None]
 
         def train(job: Train, _: int) -> Trained:
             return self.train(client, job)
@@ -189,7 +190,7 @@ class FormulaClients:
     def mean(self, clients: Sequence[int] | None = None) -> Tensor:
         """Return FedAvg's adapter Σ ρ_i c_i ``(P,)`` over clients (default: all)."""
         chosen = list(range(len(self.sizes)) if clients is None else clients)
-        return self.shares[chosen] @ self.centres[chosen] / self.shares[chosen].sum()
+        return self.shares[chosen] @ self.centers[chosen] / self.shares[chosen].sum()
 
     def engine(self) -> Engine:
         """Return an engine for these clients, without scores."""

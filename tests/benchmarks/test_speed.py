@@ -64,7 +64,7 @@ def test_the_page_is_read_back_row_by_row(benchmark):
     }
 
 
-def test_neighbouring_sizes_are_compared_and_sizes_beyond_memory_left_out(benchmark, monkeypatch):
+def test_neighboring_sizes_are_compared_and_sizes_beyond_memory_left_out(benchmark, monkeypatch):
     scale = benchmark("scale")
     monkeypatch.setattr(scale, "SIZES", ((8, 10**5), (8, 10**6), (8, 10**9)))
     monkeypatch.setattr(scale, "ADAPTERS", (1, 2))

@@ -190,7 +190,7 @@ def test_small_alpha_gathers_each_class_with_few_clients_and_large_alpha_spreads
     assert largest_part(1000.0) < 20
 
 
-def test_rounding_favours_no_client_of_a_dirichlet_partition():
+def test_rounding_favors_no_client_of_a_dirichlet_partition():
     classes = np.repeat(np.arange(200), 3)
     sizes = [
         len(holding.rows) for holding in dirichlet(classes, 20, 100.0, 1, generator(0, "train"))

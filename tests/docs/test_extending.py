@@ -15,7 +15,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_the_code_registers_parts_that_a_recipe_then_runs_with(tmp_path, capsys):
+def test_the_code_registers_parts_that_a_recipe_then_runs_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with isolated_registries():
         names = {"__name__": "extending"}
         for block in blocks("python"):

@@ -1,4 +1,4 @@
-"""``tools/docstrings.py`` finds docstrings and pages that break the rules of CONTRIBUTING.md."""
+"""``tools/docstrings.py`` finds docstrings and files that break the rules of CONTRIBUTING.md."""
 
 import importlib.util
 from pathlib import Path
@@ -68,6 +68,25 @@ def test_a_long_line_after_a_block_of_code_is_reported(style, ending):
 )
 def test_tables_code_headings_images_and_links_may_be_long(style, line):
     assert list(style.long_lines(line)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["Makefile", "CITATION.cff", "recipes/a.yaml", ".github/a/b.yml", "src/a/b.html.j2"]
+)
+def test_a_long_line_of_settings_is_reported_with_its_file(style, project, capsys, name):
+    root = project()
+    path = Path(root, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"a: b\n{LONG}\n")
+    assert style.main(root) == 1
+    assert f"{name}:2: 105 columns" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", ["", "url: ", "  # ", "- url: "])
+def test_only_a_line_that_is_one_url_may_be_long_in_settings(style, start):
+    url = f"https://example.org/{'a' * 100}"
+    assert list(style.long_settings(f"{start}{url}\n")) == []
+    assert list(style.long_settings(f"{start}see {url} and more\n")) != []
 
 
 def test_a_generated_page_may_be_long(style, project):

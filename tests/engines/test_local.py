@@ -86,7 +86,7 @@ def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
     """A client that trains alone is served its trained adapter; its scores are reused."""
     asked = []
     monkeypatch.setattr(
-        "fedmerge_peft.engines.local.evaluate_parts",
+        "fedmerge_peft.engines.scoring.evaluate_parts",
         lambda *given: asked.append(given) or evaluate_parts(*given),
     )
     recipe = smoke(f"strategy={{name: {strategy}}}", "rounds=4", "data.validation_fraction=0")

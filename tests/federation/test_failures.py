@@ -6,7 +6,7 @@ import random
 import pytest
 
 from fedmerge_peft import Callback, ClientError, TooFewClientsError, federate, load_run, resume
-from fedmerge_peft.engines import local
+from fedmerge_peft.engines import scoring
 from fedmerge_peft.util.seeds import derive
 
 SKIP = ["clients.failures=skip", "rounds=5", "evaluation.every=5"]
@@ -106,7 +106,7 @@ def test_a_run_that_lost_too_many_clients_resumes_when_they_are_back(
 def test_a_client_that_cannot_be_evaluated_is_missing_from_the_final_scores_only(
     smoke, smoke_engine, tmp_path, monkeypatch
 ):
-    evaluate, culprit = local.evaluate_parts, smoke_engine.clients[1]
+    evaluate, culprit = scoring.evaluate_parts, smoke_engine.clients[1]
     smoke_engine.clear_caches()
 
     def fail(runtime, served, parts, batch_size):
@@ -114,7 +114,7 @@ def test_a_client_that_cannot_be_evaluated_is_missing_from_the_final_scores_only
             raise ZeroDivisionError("no luck")
         return evaluate(runtime, served, parts, batch_size)
 
-    monkeypatch.setattr(local, "evaluate_parts", fail)
+    monkeypatch.setattr(scoring, "evaluate_parts", fail)
     run = federate(smoke("clients.failures=skip"), tmp_path / "run", engine=smoke_engine)
     assert run.summary["failures"] == {culprit.name: 2}
     assert culprit.name not in run.summary["final"]["served"]["clients"]

@@ -140,7 +140,7 @@ def test_a_client_that_cannot_be_evaluated_is_named_with_the_completed_rounds(en
     def fail(*_):
         raise ZeroDivisionError("no luck")
 
-    monkeypatch.setattr("fedmerge_peft.engines.local.evaluate_parts", fail)
+    monkeypatch.setattr("fedmerge_peft.engines.scoring.evaluate_parts", fail)
     with pytest.raises(
         ClientError,
         match=(

@@ -1,11 +1,13 @@
 """Reasons, derived from the model, for which adapters of several clients cannot share a pass."""
 
+import pytest
 from torch import nn
+from transformers import PretrainedConfig
 
 from fedmerge_peft.models.adapter_stack import stacking_obstacle
 
 
-def test_experts_and_layers_that_mix_examples_are_detected_by_name(make_backbone):
+def test_layers_that_mix_examples_are_detected_by_name(make_backbone):
     backbone = make_backbone("bert")
     assert stacking_obstacle(backbone) is None
     backbone.model.get_base_model().extra = nn.BatchNorm1d(4).requires_grad_(False)
@@ -15,8 +17,19 @@ def test_experts_and_layers_that_mix_examples_are_detected_by_name(make_backbone
     )
     assert stacking_obstacle(backbone) == "extra mixes the examples of a batch (BatchNorm1d)"
     del backbone.model.get_base_model().extra
-    backbone.model.config.num_local_experts = 4
-    assert (
-        stacking_obstacle(backbone)
-        == "the model routes tokens to experts (num_local_experts in its configuration)"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_adapters_of_experts_are_detected_by_their_place(make_backbone, nested):
+    backbone = make_backbone("llama", {"target_modules": ["q_proj", "up_proj"]})
+    assert stacking_obstacle(backbone) is None
+    config = backbone.model.config
+    if nested:
+        config.text_config = config = PretrainedConfig()
+    config.num_local_experts = 4
+    assert stacking_obstacle(backbone) == (
+        "model.layers.0.mlp.up_proj may see the tokens of some examples only, as experts do"
     )
+    backbone = make_backbone("llama", {"target_modules": ["q_proj", "o_proj"]})
+    backbone.model.config.num_local_experts = 4
+    assert stacking_obstacle(backbone) is None

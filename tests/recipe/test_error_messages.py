@@ -142,7 +142,7 @@ TWO_LISTS = (
         ("learnin_rate: 1e-3", "learnin_rate: unknown key; did you mean 'training.learning_rate'?"),
         (
             "evaluation: {xyzzy: 1}",
-            "evaluation.xyzzy: unknown key; use one of batch_size, every, finetuned",
+            "evaluation.xyzzy: unknown key; use one of batch_size, clients_per_batch, every",
         ),
         ("<<: {rounds: 3}", "<<: unknown key"),
     ],

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites.messages import (
     assignment_message,
@@ -67,9 +68,9 @@ def plain(value):
 
 
 def received(plan, served, dtype="float32", base=None, hyperparameters=None):
-    message = assignment_message(
-        3, "clinic ü", plan, served, base or {}, LAYOUT, dtype, hyperparameters
-    )
+    rates = hyperparameters or Hyperparameters()
+    work = served if plan is None else Assignment(plan, served, rates)
+    message = assignment_message(3, "clinic ü", work, base or {}, LAYOUT, dtype)
     return Message.from_bytes(message.to_bytes())
 
 
@@ -118,12 +119,12 @@ def test_an_adapter_that_is_trained_and_evaluated_is_sent_once():
 def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
     big = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     sizes = [
-        len(assignment_message(1, "a", Train(big), None, {}, LAYOUT, dtype).to_bytes())
+        len(assignment_message(1, "a", Assignment(Train(big)), {}, LAYOUT, dtype).to_bytes())
         for dtype in ("float32", "bfloat16")
     ]
     assert sizes[1] < 0.52 * sizes[0]
     message = Message.from_bytes(
-        assignment_message(1, "a", Train(big), None, {}, LAYOUT, "bfloat16").to_bytes()
+        assignment_message(1, "a", Assignment(Train(big)), {}, LAYOUT, "bfloat16").to_bytes()
     )
     read = read_assignment(message, LAYOUT, 10_000, "bfloat16").plan.row
     assert read.dtype == torch.float32

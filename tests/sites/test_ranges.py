@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedmerge_peft import Run
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites import fields as kinds
 from fedmerge_peft.sites.messages import (
@@ -62,7 +63,8 @@ EXTREMES = [
 
 def assignment(plan, served=None):
     base = {"layer.0": torch.ones(2, 3)}
-    return assignment_message(3, "clinic", plan, served, base, LAYOUT, "float32", RATES)
+    work = served if plan is None else Assignment(plan, served, RATES)
+    return assignment_message(3, "clinic", work, base, LAYOUT, "float32")
 
 
 MESSAGES = {

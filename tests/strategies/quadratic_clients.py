@@ -1,4 +1,8 @@
-"""Clients with quadratic losses in three known clusters."""
+"""Clients with quadratic losses in three known clusters.
+
+They train half of the way and weigh their examples, as FedEM needs; ``FormulaClients`` go all the
+way in one round, whatever they were sent.
+"""
 
 import random
 from dataclasses import dataclass
@@ -14,10 +18,10 @@ from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
 LAYOUT = AdapterLayout.from_tensors([("a.lora_A.weight", (4, 5), "lora")])
-CENTRES = 10 * torch.randn(3, SIZE, generator=torch.Generator().manual_seed(42))
+CENTERS = 10 * torch.randn(3, SIZE, generator=torch.Generator().manual_seed(42))
 TRUTH = torch.arange(9) % 3
 SIZES = torch.tensor([10, 40, 20, 30, 10, 20, 50, 30, 10])
-TARGETS = CENTRES[TRUTH] + 0.5 * torch.randn(9, SIZE, generator=torch.Generator().manual_seed(43))
+TARGETS = CENTERS[TRUTH] + 0.5 * torch.randn(9, SIZE, generator=torch.Generator().manual_seed(43))
 RECIPES = {
     "ifca": IFCARecipe(name="ifca", adapters=3),
     "fesem": FeSEMRecipe(name="fesem", adapters=3),
@@ -31,8 +35,8 @@ def noise(number):
 
 
 def near(number):
-    """Starting rows slightly towards the centres, as IFCA's guarantee requires."""
-    return 0.2 * CENTRES[number % 3] + 0.1 * noise(number)
+    """Starting rows slightly towards the centers, as IFCA's guarantee requires."""
+    return 0.2 * CENTERS[number % 3] + 0.1 * noise(number)
 
 
 def make(recipe, fresh_row=near, clients=9):

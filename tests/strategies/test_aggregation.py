@@ -65,7 +65,7 @@ def test_ffa_loras_mean_of_b_is_the_mean_of_the_updates(formulas):
             b @ a,
             sum(
                 share * pair(case.layout, c, layer)[1] @ a
-                for share, c in zip(case.shares, case.centres, strict=True)
+                for share, c in zip(case.shares, case.centers, strict=True)
             ),
         )
     size = 7 * 4 + 6 * 4 + 6
@@ -100,7 +100,7 @@ def test_rolora_averages_b_and_then_a(formulas):
             b @ a,
             sum(
                 share * pair(case.layout, c, layer)[1] @ a
-                for share, c in zip(case.shares, case.centres, strict=True)
+                for share, c in zip(case.shares, case.centers, strict=True)
             ),
         )
     torch.testing.assert_close(strategy.served(1)[-6:], mean[-6:])
@@ -172,7 +172,7 @@ def test_fedsa_lora_averages_a_alone(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     strategy, start = case.strategy("fedsa_lora"), case.fresh_row(0)
     case.round(strategy, [0, 1])
-    for client, own in enumerate([case.centres[0], case.centres[1], start]):
+    for client, own in enumerate([case.centers[0], case.centers[1], start]):
         for layer in LAYERS:
             a, b = pair(case.layout, strategy.served(client), layer)
             torch.testing.assert_close(a, pair(case.layout, case.mean([0, 1]), layer)[0])
@@ -199,15 +199,15 @@ def test_methods_that_average_a_need_one_that_trains(smoke, name, reason):
 def test_flexlora_is_exact_if_the_mean_has_the_rank(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     direction = torch.randn(case.layout.size, generator=torch.Generator().manual_seed(1))
-    case.centres = torch.stack([direction] * 3)
+    case.centers = torch.stack([direction] * 3)
     for client in range(3):  # one A for all, so that the mean has rank 4
         for layer in LAYERS:
-            pair(case.layout, case.centres[client], layer)[1].mul_(client - 0.5)
+            pair(case.layout, case.centers[client], layer)[1].mul_(client - 0.5)
     strategy = case.strategy("flexlora")
     case.round(strategy)
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(0), layer)
-        assert_near(b @ a, mean_product(case, case.centres, layer))
+        assert_near(b @ a, mean_product(case, case.centers, layer))
 
 
 def test_flexlora_is_the_best_approximation_otherwise(formulas):
@@ -216,7 +216,7 @@ def test_flexlora_is_the_best_approximation_otherwise(formulas):
     case.round(strategy)
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(0), layer)
-        exact = mean_product(case, case.centres, layer)
+        exact = mean_product(case, case.centers, layer)
         u, s, vh = torch.linalg.svd(exact)
         assert_near(b @ a, u[:, :4] * s[:4] @ vh[:4])
         assert torch.linalg.matrix_norm(exact - b @ a) == pytest.approx(
@@ -232,7 +232,7 @@ def test_flexlora_serves_each_client_the_first_directions_of_its_rank(formulas):
     ranks = [1, 4, 1, 4, 1]
     case.round(strategy)
     for layer in LAYERS:
-        u, s, vh = torch.linalg.svd(mean_product(case, case.centres, layer, ranks))
+        u, s, vh = torch.linalg.svd(mean_product(case, case.centers, layer, ranks))
         for client, rank in enumerate(ranks):
             a, b = pair(case.layout, strategy.served(client), layer)
             assert_near(b @ a, u[:, :rank] * s[:rank] @ vh[:rank])
@@ -252,8 +252,8 @@ def test_flexlora_keeps_every_direction_trainable(formulas):
     case.round(strategy, [0])
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(1), layer)
-        centre_a, centre_b = pair(case.layout, case.centres[0], layer)
-        assert_near(b @ a, centre_b[:, :1] @ centre_a[:1])
+        center_a, center_b = pair(case.layout, case.centers[0], layer)
+        assert_near(b @ a, center_b[:, :1] @ center_a[:1])
         assert (a.norm(dim=1) > 0.1).all()
 
 
@@ -315,11 +315,11 @@ def test_the_gap_is_between_updates(formulas, name, ranks):
     held, expected = [ranks[client % len(ranks)] for client in range(3)], []
     records = list(federation.rounds())
     for client, rank in enumerate(held):
-        square = (case.centres[client] - case.mean())[-6:].square().sum()
+        square = (case.centers[client] - case.mean())[-6:].square().sum()
         for layer in LAYERS:
-            mean = mean_product(case, case.centres, layer, held)
+            mean = mean_product(case, case.centers, layer, held)
             u, s, vh = torch.linalg.svd(mean)
-            a, b = pair(case.layout, case.centres[client], layer)
+            a, b = pair(case.layout, case.centers[client], layer)
             gets = mean if name == "flora" else u[:, :rank] * s[:rank] @ vh[:rank]
             square += (0.5 * (b[:, :rank] @ a[:rank] - gets)).square().sum()
         expected.append(float(square.sqrt()))
@@ -333,10 +333,10 @@ def test_fedex_loras_gap_is_between_updates(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     expected = 0.0
     for client in range(3):
-        square = (case.centres[client] - case.mean())[-6:].square().sum()
+        square = (case.centers[client] - case.mean())[-6:].square().sum()
         for layer in LAYERS:
-            a, b = pair(case.layout, case.centres[client], layer)
-            square += (0.5 * (b @ a - mean_product(case, case.centres, layer))).square().sum()
+            a, b = pair(case.layout, case.centers[client], layer)
+            square += (0.5 * (b @ a - mean_product(case, case.centers, layer))).square().sum()
         expected += float(square.sqrt()) / 3
     for record in case.federation("strategy=fedex_lora", "rounds=2").rounds():
         assert record.gap == pytest.approx(expected, rel=tolerance(torch.float32))

@@ -46,7 +46,7 @@ def test_under_a_median_of_clipped_updates_attackers_hardly_move_honest_clients(
     formulas, attack, name, count
 ):
     case = formulas(10)
-    case.centres = 5.0 + 0.1 * case.centres  # alike, so that there is an honest answer
+    case.centers = 5.0 + 0.1 * case.centers  # alike, so that there is an honest answer
     settings = ["strategy.adapters=2"] if name == "fedmerge" else []
     defended = attacked(
         case,
@@ -64,7 +64,7 @@ def test_under_a_median_of_clipped_updates_attackers_hardly_move_honest_clients(
 @pytest.mark.parametrize("attack", ["sign flip", "x100", "noise"])
 def test_without_a_defence_three_of_ten_attackers_take_over(formulas, attack):
     case = formulas(10)
-    case.centres = 5.0 + 0.1 * case.centres
+    case.centers = 5.0 + 0.1 * case.centers
     defended = attacked(
         case,
         "fedavg",

@@ -97,7 +97,7 @@ def test_each_block_takes_the_step_of_fedmerge_in_its_columns(clients, kind):
         sent = torch.empty(CLIENTS, LAYOUT.size)
         for columns, own in zip(blocks.columns, logits, strict=True):
             sent[:, columns] = torch.softmax(own, dim=1) @ rows[:, columns]
-        deltas = sent - clients.centres
+        deltas = sent - clients.centers
         play(strategy, clients, 1)
         for block, columns in enumerate(blocks.columns):
             rows[:, columns], logits[block] = fedmerge_step(
@@ -113,24 +113,24 @@ def test_each_block_takes_the_step_of_fedmerge_in_its_columns(clients, kind):
 
 def test_two_adapters_serve_four_kinds_of_clients_if_body_and_head_are_grouped_apart(clients):
     body, head = torch.arange(CLIENTS) % 2, torch.arange(CLIENTS) // 4
-    clients.centres[:, :LORA] = clients.centres[body, :LORA]
-    clients.centres[:, LORA:] = clients.centres[head, LORA:]
-    kinds = {tuple(row) for row in clients.centres.tolist()}
+    clients.centers[:, :LORA] = clients.centers[body, :LORA]
+    clients.centers[:, LORA:] = clients.centers[head, LORA:]
+    kinds = {tuple(row) for row in clients.centers.tolist()}
     assert len(kinds) == 4
 
     def distance(**settings):
         strategy = make(clients, warm_rounds=1, adapters=2, weights_lr=1e-4, **settings)
         play(strategy, clients, 30)
         served = torch.stack([strategy.adapter(client) for client in range(CLIENTS)])
-        return float((served - clients.centres).norm() / clients.centres.norm())
+        return float((served - clients.centers).norm() / clients.centers.norm())
 
     assert distance(blocks="head") < 1e-3
     assert distance(own_head=0.0) > 0.3
 
 
 def test_clients_that_come_later_join_a_group_in_each_block(clients):
-    clients.centres[:, :LORA] = clients.centres[torch.arange(CLIENTS) % 2, :LORA]
-    clients.centres[:, LORA:] = clients.centres[torch.arange(CLIENTS) // 2 % 2, LORA:]
+    clients.centers[:, :LORA] = clients.centers[torch.arange(CLIENTS) % 2, :LORA]
+    clients.centers[:, LORA:] = clients.centers[torch.arange(CLIENTS) // 2 % 2, LORA:]
     strategy = make(clients, blocks="head", warm_rounds=1, adapters=2)
     present = range(CLIENTS - 2)
     strategy.update([clients.reply(c, strategy.plan(c)) for c in present])

@@ -23,7 +23,7 @@ BY_SIZE = [("ifca", True), ("fesem", False), ("flhc", True)]
 
 
 @pytest.mark.parametrize(("name", "by_size"), BY_SIZE)
-def test_clusters_and_centres_are_recovered(name, by_size):
+def test_clusters_and_centers_are_recovered(name, by_size):
     strategy = federated(make(name), QUADRATICS, 30)
     assert_truth(strategy)
     for client in range(9):
@@ -34,7 +34,7 @@ def test_clusters_and_centres_are_recovered(name, by_size):
 
 @pytest.mark.parametrize(("name", "by_size"), BY_SIZE)
 @pytest.mark.parametrize("cohort", [2, 6])
-def test_with_partial_participation_a_centre_moves_with_its_own_clients_alone(
+def test_with_partial_participation_a_center_moves_with_its_own_clients_alone(
     name, by_size, cohort
 ):
     strategy = federated(make(name), QUADRATICS, 40, cohort)
@@ -71,7 +71,7 @@ def test_a_newcomers_first_reply_assigns_it_to_a_cluster_and_moves_no_adapter(na
     assert_truth(strategy)
     before = strategy.served(7)
     strategy.update(replies(strategy, QUADRATICS, [7]))
-    # from its second reply on, the client moves its centre
+    # from its second reply on, the client moves its center
     torch.testing.assert_close(strategy.served(7), 0.5 * before + 0.5 * TARGETS[7])
 
 
@@ -126,7 +126,7 @@ def test_ifcas_gap_is_of_the_adapter_that_was_chosen(formulas):
     """
     case = formulas(3)
     a = 0.1 * torch.ones(case.layout.size)
-    case.centres = torch.stack(
+    case.centers = torch.stack(
         [case.fresh_row(0) + a, case.fresh_row(0) - a, case.fresh_row(1) + a]
     )
     record = next(case.federation("strategy={name: ifca, adapters: 2}").rounds())

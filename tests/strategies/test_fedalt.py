@@ -16,10 +16,10 @@ def test_fedalts_rest_of_the_world_is_the_mean_of_the_other_clients_own_halves(f
         case.round(strategy)
         for client in range(3):
             served = strategy.served(client)
-            others = [case.centres[other][own] for other in range(3) if other != client]
+            others = [case.centers[other][own] for other in range(3) if other != client]
             torch.testing.assert_close(served[rest], (others[0] + others[1]) / 2)
-            torch.testing.assert_close(served[own], case.centres[client][own])
-            torch.testing.assert_close(served[head], case.centres[client][head])
+            torch.testing.assert_close(served[own], case.centers[client][own])
+            torch.testing.assert_close(served[head], case.centers[client][head])
     assert strategy.traffic(0) == (48, 48)
 
 
@@ -45,21 +45,21 @@ def test_fedalt_counts_pausing_clients_with_their_last_adapter_and_newcomers_not
     case.round(strategy, [0])
     torch.testing.assert_close(strategy.served(0)[rest], start[rest])  # no others yet
     for client in (1, 2, 3):
-        torch.testing.assert_close(strategy.served(client)[rest], case.centres[0][own])
+        torch.testing.assert_close(strategy.served(client)[rest], case.centers[0][own])
         assert torch.equal(strategy.served(client)[own], start[own])
     case.round(strategy, [1])
-    torch.testing.assert_close(strategy.served(0)[rest], case.centres[1][own])
-    torch.testing.assert_close(strategy.served(1)[rest], case.centres[0][own])
-    torch.testing.assert_close(strategy.served(2)[rest], case.centres[:2].mean(0)[own])
+    torch.testing.assert_close(strategy.served(0)[rest], case.centers[1][own])
+    torch.testing.assert_close(strategy.served(1)[rest], case.centers[0][own])
+    torch.testing.assert_close(strategy.served(2)[rest], case.centers[:2].mean(0)[own])
 
 
 def test_fedalts_gap_is_the_change_of_the_rest_of_the_world(formulas):
     """The own halves do not change between two rounds, so from the second on there is no gap."""
     case = formulas(3)
     rest, own = halves(case.layout)
-    start, total = case.fresh_row(0), case.centres.sum(0)
+    start, total = case.fresh_row(0), case.centers.sum(0)
     first, second = case.federation("strategy=fedalt", "rounds=2").rounds()
-    moved = [float(((total - c)[own] / 2 - start[rest]).norm()) for c in case.centres]
+    moved = [float(((total - c)[own] / 2 - start[rest]).norm()) for c in case.centers]
     assert first.gap == pytest.approx(sum(moved) / 3, rel=1e-4)
     assert second.gap == pytest.approx(0, abs=1e-5)
 
@@ -69,14 +69,14 @@ def test_the_server_optimizer_steps_from_the_last_rest_of_the_world_to_the_mean(
     case = formulas(3)
     strategy = case.strategy("fedalt", server_lr=0.5, server_momentum=0.5)
     rest, own = halves(case.layout)
-    start, mean = case.fresh_row(0)[rest], case.centres[1:].mean(0)[own]
+    start, mean = case.fresh_row(0)[rest], case.centers[1:].mean(0)[own]
     case.round(strategy)
     first = start + 0.5 * (mean - start)
     torch.testing.assert_close(strategy.served(0)[rest], first)
     case.round(strategy)
     second = first + 0.5 * ((mean - first) + 0.5 * (mean - start))
     torch.testing.assert_close(strategy.served(0)[rest], second)
-    torch.testing.assert_close(strategy.served(0)[own], case.centres[0][own])
+    torch.testing.assert_close(strategy.served(0)[own], case.centers[0][own])
 
 
 def test_a_rest_without_others_does_not_move(formulas):

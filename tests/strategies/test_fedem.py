@@ -121,7 +121,7 @@ def test_fedems_gap_is_the_mean_over_its_components(formulas):
     """Both components train to c_i = c ± a and are averaged to c: a gap of ‖a‖ each."""
     case = formulas(2)
     a = 0.1 * torch.ones(case.layout.size)
-    case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])
+    case.centers = torch.stack([case.centers[0] + a, case.centers[0] - a])
     record = next(case.federation("strategy={name: fedem, adapters: 2}").rounds())
     assert record.gap == pytest.approx(float(a.norm()), rel=1e-4)
 

@@ -13,8 +13,8 @@ GROUPS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 1])
 def grouped(formulas):
     """Eight clients in three groups, whose sizes do not matter."""
     case = formulas(8, sizes=[10, 20, 30, 40, 50, 60, 70, 80])
-    noise = torch.randn(case.centres.shape, generator=torch.Generator().manual_seed(1))
-    case.centres = case.centres[GROUPS] + 0.2 * noise
+    noise = torch.randn(case.centers.shape, generator=torch.Generator().manual_seed(1))
+    case.centers = case.centers[GROUPS] + 0.2 * noise
     return case
 
 
@@ -22,7 +22,7 @@ def member_means(case, clients=range(8)):
     """Mean of c over the group of each client, among some clients, ``(8, P)``."""
     known = torch.zeros(8, dtype=torch.bool)
     known[list(clients)] = True
-    return torch.stack([case.centres[known & (group == GROUPS)].mean(0) for group in GROUPS])
+    return torch.stack([case.centers[known & (group == GROUPS)].mean(0) for group in GROUPS])
 
 
 @pytest.mark.parametrize("adapters", [3, 5, 8])
@@ -44,8 +44,8 @@ def test_the_distance_is_the_mean_over_layers_of_one_minus_the_cosine_of_b(group
     """A and heads do not count, and neither does the size of a layer."""
     strategy = grouped.strategy("fedlease")
     start = grouped.fresh_row(0)
-    distances = strategy.distances(start - grouped.centres)
-    one, other = (grouped.layout.state_dict(row) for row in grouped.centres[:2])
+    distances = strategy.distances(start - grouped.centers)
+    one, other = (grouped.layout.state_dict(row) for row in grouped.centers[:2])
     cosines = [
         torch.cosine_similarity(one[key].flatten(), other[key].flatten(), dim=0)
         for key in ("one.lora_B.weight", "two.lora_B.weight")
@@ -95,7 +95,7 @@ def test_clients_are_clustered_once_enough_have_replied(grouped):
     assert strategy.clusters[5] == strategy.clusters[0]
     assert strategy.clusters[7] == strategy.clusters[1]
     grouped.round(strategy, [1, 7])
-    torch.testing.assert_close(strategy.served(4), grouped.centres[[1, 7]].mean(0))
+    torch.testing.assert_close(strategy.served(4), grouped.centers[[1, 7]].mean(0))
 
 
 @pytest.mark.parametrize(("clients", "adapters"), [(1, 5), (2, 5), (4, 1)])

@@ -140,8 +140,8 @@ def test_an_unused_adapter_is_reset_for_half_of_the_busiest_ones_clients():
     strategy.update(opposed)
     assert strategy.weights.argmax(1).tolist() == [0, 0, 0, 0]
     strategy.update(opposed)
-    favourite = strategy.weights.argmax(1).tolist()
-    assert favourite[0] == favourite[2] != favourite[1] == favourite[3]
+    favorite = strategy.weights.argmax(1).tolist()
+    assert favorite[0] == favorite[2] != favorite[1] == favorite[3]
     assert float(strategy.adapter(0)[0]) > float(strategy.adapter(1)[0])
 
 

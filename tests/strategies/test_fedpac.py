@@ -44,7 +44,7 @@ def test_the_body_is_averaged_and_centroids_are_the_means_of_the_trained_feature
     case.round(strategy)
     for client in range(3):
         torch.testing.assert_close(strategy.served(client)[body], case.mean()[body])
-    parts = [features(client, case.centres[client]) for client in range(3)]
+    parts = [features(client, case.centers[client]) for client in range(3)]
     values, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     expected = torch.stack([values[labels == label].mean(0) for label in range(CLASSES)])
     torch.testing.assert_close(strategy.centroids, expected.float())
@@ -78,7 +78,7 @@ def test_each_head_is_the_combination_with_the_least_variance_and_bias(case):
     strategy, head = case.strategy("fedpac"), head_of(case.layout)
     case.round(strategy)
     for client in range(3):
-        expected = weights[client].float() @ case.centres[:, head]
+        expected = weights[client].float() @ case.centers[:, head]
         torch.testing.assert_close(strategy.served(client)[head], expected)
 
 
@@ -151,6 +151,12 @@ def test_replies_without_valid_statistics_are_refused(case):
     assert validate_reply(nan, plan, 1, 10) == "its class statistics are not finite"
     wrong = replace(reply, statistics=reply.statistics * 2)
     assert "class statistics count 20 examples" in validate_reply(wrong, plan, 1, 10)
+
+
+def test_formula_clients_spread_their_examples_over_the_classes(formulas):
+    clients = formulas(1, AdapterLayout.from_tensors([("head.weight", (5, 2), "head")]), sizes=[9])
+    counts = clients.statistics(0, clients.fresh_row(0))[:, 0]
+    assert counts.tolist() == [2, 2, 2, 2, 1]
 
 
 def test_fedpac_needs_a_classifier_and_its_clients_in_one_process(formulas, smoke):

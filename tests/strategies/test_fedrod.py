@@ -32,7 +32,7 @@ def test_the_personal_head_is_added_to_the_averaged_one(formulas):
         case.round(fedavg)
     for client in range(3):
         expected = fedavg.adapter(client)
-        expected[LAST] += case.centres[client][LAST] - sent[LAST]
+        expected[LAST] += case.centers[client][LAST] - sent[LAST]
         assert_near(fedrod.served(client), expected, 0)
     assert torch.equal(fedrod.soup.rows, fedavg.soup.rows)
     assert_near(

@@ -16,8 +16,8 @@ SIZES = [10, 20, 30, 40, 50, 60]
 def case(formulas):
     """Six clients in two groups, which differ in all columns."""
     case = formulas(6, sizes=SIZES)
-    noise = torch.randn(case.centres.shape, generator=torch.Generator().manual_seed(1))
-    case.centres = 3 * case.centres[GROUPS] + 0.2 * noise
+    noise = torch.randn(case.centers.shape, generator=torch.Generator().manual_seed(1))
+    case.centers = 3 * case.centers[GROUPS] + 0.2 * noise
     return case
 
 
@@ -73,7 +73,7 @@ def test_levels_are_the_means_of_all_of_a_cluster_and_of_one_client(case):
     for client in range(6):
         served = strategy.served(client)
         members = only(GROUPS[client] == GROUPS).tolist()
-        torch.testing.assert_close(served[third], case.centres[client][third])
+        torch.testing.assert_close(served[third], case.centers[client][third])
         ranks = second & ~third
         torch.testing.assert_close(served[ranks], case.mean(members)[ranks])
 

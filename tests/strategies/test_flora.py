@@ -25,7 +25,7 @@ def test_flora_adds_the_mean_of_the_updates_to_the_backbone(formulas, ranks):
     before = [pair(case.layout, strategy.served(1), layer)[0] for layer in LAYERS]
     case.round(strategy)
     for layer, old in zip(LAYERS, before, strict=True):
-        expected = 0.5 * mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None)
+        expected = 0.5 * mean_product(case, case.centers, layer, [1, 4, 1] if ranks else None)
         assert_near(strategy.base[layer], expected)
         a, b = pair(case.layout, strategy.served(1), layer)
         assert not b.any()
@@ -35,7 +35,7 @@ def test_flora_adds_the_mean_of_the_updates_to_the_backbone(formulas, ranks):
     for layer in LAYERS:
         assert_near(
             strategy.base[layer],
-            mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None),
+            mean_product(case, case.centers, layer, [1, 4, 1] if ranks else None),
         )
 
 
@@ -64,7 +64,7 @@ def test_fedex_lora_serves_the_exact_mean_of_the_clients_models(formulas):
         torch.testing.assert_close(strategy.served(1), case.mean())
         for layer in LAYERS:
             a, b = pair(case.layout, strategy.served(1), layer)
-            expected = base[layer] + 0.5 * mean_product(case, case.centres, layer)
+            expected = base[layer] + 0.5 * mean_product(case, case.centers, layer)
             assert_near(strategy.base[layer] + 0.5 * b @ a, expected)
             assert torch.linalg.matrix_rank(strategy.base[layer]) > len(a)
 
@@ -75,7 +75,7 @@ def test_fedex_loras_backbone_needs_no_more_ranks_than_it_sends(formulas):
     strategy = case.strategy("fedex_lora")
     case.round(strategy, [1])
     assert_near(strategy.base["one"], torch.zeros(7, 6))
-    torch.testing.assert_close(strategy.served(0), case.centres[1])
+    torch.testing.assert_close(strategy.served(0), case.centers[1])
     case.round(strategy, [0, 2])
     assert torch.linalg.matrix_rank(strategy.base["one"], atol=1e-4) == 4
 

@@ -13,9 +13,9 @@ GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
 def directions(spread=0.4):
     """Unit vectors in two groups and one alone, ``(6, 30)`` float64."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(3, 30, generator=generator, dtype=torch.float64)
+    centers = torch.randn(3, 30, generator=generator, dtype=torch.float64)
     noise = torch.randn(6, 30, generator=generator, dtype=torch.float64)
-    return normalize(centres[GROUPS] + spread * noise, dim=1)
+    return normalize(centers[GROUPS] + spread * noise, dim=1)
 
 
 def test_affinities_equal_a_slow_recomputation():
@@ -73,7 +73,7 @@ def test_clear_clients_have_even_weights_for_other_groups():
 
 def test_fedmerge_starts_its_groups_with_these_weights():
     clients = FormulaClients(6)
-    clients.centres = clients.centres[[0, 0, 0, 1, 1, 1]] + 0.3 * clients.centres
+    clients.centers = clients.centers[[0, 0, 0, 1, 1, 1]] + 0.3 * clients.centers
     strategy = clients.strategy("fedmerge", warm_rounds=1, warm_weight=0.7)
     clients.round(strategy)
     groups = torch.tensor([0, 0, 0, 1, 1, 1])

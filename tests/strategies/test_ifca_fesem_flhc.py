@@ -8,7 +8,7 @@ from fedmerge_peft.strategies import Reply
 from fedmerge_peft.strategies.flhc import hierarchical_clusters
 from fedmerge_peft.training.plan import Choose
 from strategies.quadratic_clients import (
-    CENTRES,
+    CENTERS,
     QUADRATICS,
     SIZE,
     SIZES,
@@ -41,7 +41,7 @@ def test_ifca_sends_all_adapters_and_keeps_those_that_no_client_chose():
 def test_ifca_may_leave_adapters_unused_with_a_warning():
     """An adapter that starts nearest to all clients keeps them: IFCA's known weakness."""
     strategy = federated(
-        make("ifca", lambda number: CENTRES.mean(0) if number == 0 else 100 + noise(number)),
+        make("ifca", lambda number: CENTERS.mean(0) if number == 0 else 100 + noise(number)),
         QUADRATICS,
         5,
     )
@@ -55,18 +55,18 @@ def test_ifca_may_leave_adapters_unused_with_a_warning():
 # ---- FeSEM ---------------------------------------------------------------------------------------
 
 
-def test_fesem_moves_a_client_to_the_centre_that_its_adapter_comes_nearest_to():
+def test_fesem_moves_a_client_to_the_center_that_its_adapter_comes_nearest_to():
     strategy = federated(make("fesem"), QUADRATICS, 10)
     start, target = strategy.weights[0].argmax(), strategy.weights[1].argmax()
-    centre = strategy.soup.rows[target].clone()
-    trained = centre + 0.1
+    center = strategy.soup.rows[target].clone()
+    trained = center + 0.1
     strategy.update([Reply(0, (strategy.served(0) - trained)[None], 10, 0.0, 0.0)])
     assert strategy.weights[0].argmax() == target != start
     # the mean of this round's replies
     torch.testing.assert_close(strategy.soup.rows[target], trained)
 
 
-def test_fesem_keeps_a_centre_that_no_reply_is_nearest_to():
+def test_fesem_keeps_a_center_that_no_reply_is_nearest_to():
     strategy = federated(make("fesem"), QUADRATICS, 3)
     before = strategy.soup.rows
     strategy.update(replies(strategy, QUADRATICS, [0, 3]))

@@ -79,7 +79,7 @@ def test_the_own_head_is_a_second_block_of_merging_weights():
     common, own = clients.fresh_row(0), clients.fresh_row(0).repeat(CLIENTS, 1)[:, head]
     served = common.repeat(CLIENTS, 1)
     for _ in range(3):
-        deltas = served - clients.centres
+        deltas = served - clients.centers
         play(strategy, clients, 1)
         common = common - clients.shares @ deltas
         own = own - deltas[:, head]
@@ -164,7 +164,7 @@ def test_a_client_has_no_own_head_before_its_first_reply():
 
 def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they_point_to():
     clients = FormulaClients(CLIENTS)
-    clients.centres = clients.centres[torch.arange(CLIENTS) % 2]  # two kinds of clients
+    clients.centers = clients.centers[torch.arange(CLIENTS) % 2]  # two kinds of clients
     strategy, _ = make(clients=clients, warm_rounds=2)
     for _ in range(2):
         assert strategy.weights.shape == (CLIENTS, 1)
@@ -182,7 +182,7 @@ def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they
 def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, tmp_path):
     settings = {"warm_rounds": 2, "own_head": 0.5, "server_momentum": 0.5}
     clients = FormulaClients(CLIENTS)
-    clients.centres = clients.centres[torch.arange(CLIENTS) % 2]
+    clients.centers = clients.centers[torch.arange(CLIENTS) % 2]
     whole, _ = make(clients=clients, **settings)
     play(whole, clients, rounds)
     whole.soup.save(tmp_path / "soup.safetensors")

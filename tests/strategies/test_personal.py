@@ -17,11 +17,11 @@ def test_finetuned_fedavg_serves_the_clients_last_trained_adapter(formulas):
     case.round(strategy, [0, 2])
     shared = case.mean([0, 2])
     torch.testing.assert_close(strategy.plan(0).row, shared)
-    torch.testing.assert_close(strategy.served(0), case.centres[0])
+    torch.testing.assert_close(strategy.served(0), case.centers[0])
     torch.testing.assert_close(strategy.served(1), shared)  # it never took part
     case.round(strategy, [1])
-    torch.testing.assert_close(strategy.served(1), case.centres[1])
-    torch.testing.assert_close(strategy.served(0), case.centres[0])
+    torch.testing.assert_close(strategy.served(1), case.centers[1])
+    torch.testing.assert_close(strategy.served(0), case.centers[0])
     torch.testing.assert_close(strategy.weights.sum(1), torch.ones(3))
 
 
@@ -38,17 +38,17 @@ def test_finetuning_after_fedavg_starts_from_the_newest_global_adapter(formulas)
         assert strategy.plan(client).phases == (None, None)
         assert torch.equal(strategy.plan(client).row, strategy.served(client))
     replies = [
-        Reply(client, (0.75 * (shared - case.centres[client]))[None], 10, 1.0, 0.0)
+        Reply(client, (0.75 * (shared - case.centers[client]))[None], 10, 1.0, 0.0)
         for client in (0, 2)
     ]
     strategy.update(replies)
     for client in (0, 2):
-        expected = (shared + 3 * case.centres[client]) / 4
+        expected = (shared + 3 * case.centers[client]) / 4
         torch.testing.assert_close(strategy.served(client), expected)
         assert torch.equal(strategy.plan(client).row, strategy.served(client))  # and goes on there
     torch.testing.assert_close(strategy.served(1), shared)
     case.round(strategy, [2])
-    torch.testing.assert_close(strategy.served(2), case.centres[2])
+    torch.testing.assert_close(strategy.served(2), case.centers[2])
     torch.testing.assert_close(strategy.served(1), shared)
 
 
@@ -99,7 +99,7 @@ def test_dittos_private_adapter_lies_between_its_clients_minimum_and_the_global_
         case.round(strategy)
     torch.testing.assert_close(strategy.plan(0).jobs[0].row, case.mean())
     for client in range(3):
-        expected = (case.centres[client] + regularization * case.mean()) / (1 + regularization)
+        expected = (case.centers[client] + regularization * case.mean()) / (1 + regularization)
         torch.testing.assert_close(strategy.served(client), expected)
 
 
@@ -132,7 +132,7 @@ def test_dittos_gap_is_the_global_adapters(formulas):
     """w trains to c ± a and becomes c: a gap of ‖a‖, independent of the private adapters."""
     case = formulas(2)
     a = 0.1 * torch.ones(case.layout.size)
-    case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])
+    case.centers = torch.stack([case.centers[0] + a, case.centers[0] - a])
     for record in case.federation("strategy={name: ditto, regularization: 3}").rounds():
         assert record.gap == pytest.approx(float(a.norm()), rel=1e-4)
 
@@ -149,7 +149,7 @@ def test_private_heads_never_mix_and_the_body_is_the_mean(formulas, name):
     case.round(strategy, [0, 1])
     for client in range(3):
         torch.testing.assert_close(strategy.served(client)[body], case.mean([0, 1])[body])
-    for client, expected in enumerate([case.centres[0], case.centres[1], start]):
+    for client, expected in enumerate([case.centers[0], case.centers[1], start]):
         torch.testing.assert_close(strategy.served(client)[head], expected[head])
     assert strategy.traffic(0) == (len(body), len(body))
 
@@ -163,18 +163,18 @@ def test_fedpers_clients_train_head_and_body_together_from_their_own_last_head(f
     assert plan.phases == (None,)
     assert torch.equal(plan.row, strategy.served(2))
     body, head = columns(case.layout, "lora"), columns(case.layout, "head")
-    torch.testing.assert_close(plan.row[head], case.centres[2][head])
+    torch.testing.assert_close(plan.row[head], case.centers[2][head])
     strategy.update([Reply(2, torch.ones(1, case.layout.size), 30, 1.0, 0.0)])
     torch.testing.assert_close(strategy.served(0)[body], case.mean()[body] - 1)
-    torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
-    torch.testing.assert_close(strategy.served(2)[head], case.centres[2][head] - 1)
+    torch.testing.assert_close(strategy.served(0)[head], case.centers[0][head])
+    torch.testing.assert_close(strategy.served(2)[head], case.centers[2][head] - 1)
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
 def test_the_gap_of_a_private_head_is_that_of_the_body(formulas, name):
     case = formulas(2)
     body = columns(case.layout, "lora")
-    expected = float((case.centres[0] - case.mean())[body].norm())
+    expected = float((case.centers[0] - case.mean())[body].norm())
     for record in case.federation(f"strategy={name}").rounds():
         assert record.gap == pytest.approx(expected, rel=1e-4)
 
@@ -214,8 +214,8 @@ def test_feddpas_halves_are_the_mean_and_the_clients_own(formulas):
     for client in (0, 2):
         served = strategy.served(client)
         torch.testing.assert_close(served[shared], mean[shared])
-        torch.testing.assert_close(served[private], case.centres[client][private])
-        torch.testing.assert_close(served[head], case.centres[client][head])
+        torch.testing.assert_close(served[private], case.centers[client][private])
+        torch.testing.assert_close(served[head], case.centers[client][head])
 
 
 def test_a_newcomer_to_feddpa_is_served_the_global_half_and_head(formulas):
@@ -229,8 +229,8 @@ def test_a_newcomer_to_feddpa_is_served_the_global_half_and_head(formulas):
     torch.testing.assert_close(served[head], case.mean([0, 2])[head])
     assert torch.equal(served[private], case.fresh_row(0)[private])
     strategy.update(list(case.replies(strategy, [1])))
-    torch.testing.assert_close(strategy.served(1)[head], case.centres[1][head])
-    torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
+    torch.testing.assert_close(strategy.served(1)[head], case.centers[1][head])
+    torch.testing.assert_close(strategy.served(0)[head], case.centers[0][head])
 
 
 def test_feddpas_jobs_train_the_global_half_alone_and_then_the_private_one(

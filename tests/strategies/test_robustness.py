@@ -78,7 +78,7 @@ def test_a_weight_of_three_equals_three_clients(trim):
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("count", [3, 5, 8])
-def test_krum_keeps_the_updates_with_the_nearest_neighbours(count, several):
+def test_krum_keeps_the_updates_with_the_nearest_neighbors(count, several):
     deltas, hostile = random(count, 6), math.floor(0.3 * count)
     scores = []
     for i in range(count):

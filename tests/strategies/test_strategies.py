@@ -237,8 +237,8 @@ def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
     before = strategy.adapter(0)
     for _ in range(2):
         strategy.update(opposed(range(4)))
-    favourite = strategy.weights.argmax(1).tolist()
-    assert favourite[0] == favourite[2] != favourite[1] == favourite[3]
+    favorite = strategy.weights.argmax(1).tolist()
+    assert favorite[0] == favorite[2] != favorite[1] == favorite[3]
     assert strategy.adapter(0)[0] > before[0] > strategy.adapter(1)[0]
     torch.testing.assert_close(strategy.adapter(0)[1:], strategy.adapter(1)[1:])
 
@@ -277,12 +277,12 @@ def test_more_groups_than_adapters_are_refused():
 
 
 def in_groups(truth, spread, seed=0):
-    """Updates around one of three centres, of very different lengths, with a common part."""
+    """Updates around one of three centers, of very different lengths, with a common part."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(3, 50, generator=generator)
+    centers = torch.randn(3, 50, generator=generator)
     lengths = torch.rand(len(truth), 1, generator=generator) * 8 + 2
     deltas = lengths * (
-        centres[truth] - centres.mean(0) + spread * torch.randn(len(truth), 50, generator=generator)
+        centers[truth] - centers.mean(0) + spread * torch.randn(len(truth), 50, generator=generator)
     )
     return deltas - deltas.mean(0) + 5.0
 
@@ -350,9 +350,9 @@ def test_individual_differences_within_a_group_do_not_divide_it(seed):
 def test_clients_with_identical_updates_are_one_group_and_others_keep_theirs(copies):
     """The remainders of identical updates, beyond their mean, are zero or rounding errors."""
     generator = torch.Generator().manual_seed(copies)
-    truth, centres = torch.arange(12) % 2, torch.randn(3, 200, generator=generator)
-    honest = centres[truth] + 0.5 * torch.randn(12, 200, generator=generator)
-    deltas = torch.cat([honest, centres[2].expand(copies, 200)])
+    truth, centers = torch.arange(12) % 2, torch.randn(3, 200, generator=generator)
+    honest = centers[truth] + 0.5 * torch.randn(12, 200, generator=generator)
+    deltas = torch.cat([honest, centers[2].expand(copies, 200)])
     groups = group_by_direction(deltas, len(deltas), 0).groups
     truth = torch.cat([truth, torch.full((copies,), 2)])
     same = truth[:, None] == truth

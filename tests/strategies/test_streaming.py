@@ -42,7 +42,7 @@ def test_a_step_on_blocks_of_columns_equals_the_step_on_all_columns(
     monkeypatch, formulas, name, settings, rows
 ):
     whole = after_four_rounds(formulas, name, settings)
-    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 4 * rows * whole.soup.layout.size)
+    monkeypatch.setattr(row_buffer, "BLOCK_BYTES", 4 * rows * whole.soup.layout.size)
     parts = after_four_rounds(formulas, name, settings)
     assert_near(parts.soup.rows, whole.soup.rows)
     assert_near(parts.weights, whole.weights)
@@ -51,7 +51,7 @@ def test_a_step_on_blocks_of_columns_equals_the_step_on_all_columns(
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 def test_the_order_of_replies_changes_no_bit(monkeypatch, formulas, name, settings):
     federation = formulas(len(SIZES), sizes=SIZES)
-    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 12 * federation.layout.size)
+    monkeypatch.setattr(row_buffer, "BLOCK_BYTES", 12 * federation.layout.size)
     one, other = (federation.strategy(name, **settings) for _ in range(2))
     for _ in range(3):
         replies = list(federation.replies(one))
@@ -77,7 +77,7 @@ from fedmerge_peft.util import row_buffer
 from fedmerge_peft.recipe.strategies import FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 
-row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
+row_buffer.BLOCK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
 layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
 def fresh_row(number):

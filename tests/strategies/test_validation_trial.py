@@ -20,7 +20,7 @@ END = WARM + FIRST
 def grouped_clients():
     """Return clients in two groups of three, with small differences inside."""
     clients = FormulaClients(CLIENTS)
-    clients.centres = clients.centres[[0, 0, 0, 1, 1, 1]] + 0.1 * clients.centres
+    clients.centers = clients.centers[[0, 0, 0, 1, 1, 1]] + 0.1 * clients.centers
     return clients
 
 
@@ -169,7 +169,7 @@ def test_each_client_gets_an_adapter_if_merging_harms():
     weights = torch.full((CLIENTS, CLIENTS), 0.1 / (CLIENTS - 1)).fill_diagonal_(0.9)
     assert_near(strategy.weights, weights)
     shares = weights / weights.sum(dim=0)  # q of clients with equal sizes; columns sum to 1
-    assert_near(strategy.soup.rows, sent - shares.T @ (sent - clients.centres))
+    assert_near(strategy.soup.rows, sent - shares.T @ (sent - clients.centers))
     assert strategy.own_head is None
     assert not strategy.validates()
 
@@ -268,7 +268,7 @@ def test_clients_share_one_adapter_if_groups_gain_nothing():
         "one adapter for all clients: validation loss 1 by group, 0.99 with one adapter"
     ]
     assert torch.equal(strategy.weights, torch.ones(CLIENTS, 1))
-    updates = sent - clients.centres
+    updates = sent - clients.centers
     assert_near(strategy.soup.rows[0], sent.mean(dim=0) - updates.mean(dim=0))
     play(strategy, clients, 3, merged=0.5)
     assert len(strategy.soup) == 1

@@ -211,9 +211,12 @@ def test_a_length_beyond_the_models_limit_is_refused(folders, task_of):
         task_of("bart", PAIRS, folder=folders["bart"], name=NAME, max_target_length=65)
 
 
-def test_a_tokenizer_without_languages_is_refused(task_of):
-    with pytest.raises(DataError, match="the tokenizer of tiny:t5 has no language 'de_DE'"):
+def test_a_language_that_the_tokenizer_lacks_is_refused(task_of, monkeypatch):
+    with pytest.raises(DataError, match=r"task\.target_language: .* tiny:t5 has no language codes"):
         task_of("t5", PAIRS, name=NAME, target_language="de_DE")
+    monkeypatch.setattr(hf.PreTrainedTokenizerBase, "src_lang", "en_XX", raising=False)
+    with pytest.raises(DataError, match=r"task\.source_language: .* has no language 'de_DE'"):
+        task_of("t5", PAIRS, name=NAME, source_language="de_DE")
 
 
 def test_a_model_without_a_start_token_is_refused(tiny_models, tmp_path):

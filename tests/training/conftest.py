@@ -35,7 +35,7 @@ def table_and_task():
             columns = {"anchor": texts, "positive": [*reversed(texts)]}
             return Dataset.from_dict(columns), {"name": "sentence-embedding", "metrics": ["mrr"]}
         labels = [n % 3 for n in range(count)]
-        if kind == "vit":
+        if kind in ("vit", "resnet"):
             features = Features({"image": Image(), "label": Value("int64")})
             columns = {"image": pictures(count), "label": labels}
             data = Dataset.from_dict(columns, features=features)

@@ -38,6 +38,7 @@ class Bench:
         cached=True,
         gigabytes=1.0,
         disk=None,
+        dtype=None,
         **training,
     ):
         table, task = table_and_task(kind, COUNT)
@@ -74,7 +75,7 @@ class Bench:
         self.examples = self.task.encode(table)
         self.row = self.backbone.fresh_row(1)
         self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, [ROWS], gigabytes, disk)
+            PrefixCache(self.backbone, self.task, self.examples, [ROWS], gigabytes, disk, dtype)
             if cached
             else None
         )

@@ -23,6 +23,8 @@ TARGETS = {
     "llama": ["q_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
     "vit": ["q_proj", "fc1"],
+    "resnet": ["convolution"],
+    "mixtral": ["q_proj", "o_proj"],
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from equality import tolerance
 from fedmerge_peft import Recipe
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models.frozen_prefix import Prefix
@@ -48,6 +49,39 @@ def test_the_first_run_the_next_one_and_one_without_have_the_same_bits(
     for one, other, third in zip(plain, first, found, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
+
+
+@pytest.mark.equality
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_in_half_precision_need_half_of_the_space(make_bench, tmp_path, computed, dtype):
+    options = {"optimizer": "sgd", "learning_rate": 0.1}
+    plain = make_bench(**options)
+    expected = results(plain)
+    rounded = make_bench(disk=TensorCache(tmp_path, 1e9), dtype=dtype, **options)
+    first = results(rounded)
+    assert rounded.used
+    assert 2 * rounded.cache.nbytes == plain.cache.nbytes
+    passes = sum(computed)
+    again = results(make_bench(disk=TensorCache(tmp_path, 1e9), dtype=dtype, **options))
+    assert sum(computed) == passes
+    starts = plain.row, torch.zeros_like(expected[1])
+    for one, other, exact, start in zip(first, again, expected, starts, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == torch.float32
+        assert 0 < (one - exact).norm() <= tolerance(dtype) * (exact - start).norm()
+    make_bench(disk=TensorCache(tmp_path, 1e9), **options).train()
+    assert sum(computed) == passes + 12  # exact states are others
+
+
+def test_states_beyond_the_range_of_float16_are_refused(make_bench):
+    bench = make_bench(dtype=torch.float16)
+    last = bench.backbone.model.get_submodule("base_model.model.bert.encoder.layer.1.output")
+    with torch.no_grad():
+        last.LayerNorm.bias[0] = 1e5
+    with pytest.raises(
+        RecipeError, match=r"prefix_dtype: states of 1e\+05 exceed float16; use bfloat16"
+    ):
+        bench.train()
 
 
 def test_states_do_not_depend_on_the_passes_that_need_them(make_bench):

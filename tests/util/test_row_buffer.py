@@ -15,7 +15,7 @@ def drawn(count, size=10):
 
 @pytest.mark.parametrize("most", [0, 2**20], ids=["in a file", "in memory"])
 def test_rows_are_unchanged_and_outlive_the_buffer(monkeypatch, most):
-    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 120)  # three rows
+    monkeypatch.setattr(row_buffer, "BLOCK_BYTES", 120)  # three rows
     rows, keeper = drawn(10), RowBuffer(most)
     kept = [keeper.append(row) for row in rows]
     del keeper

@@ -128,7 +128,7 @@ def add_base_update(
     if unmatched:
         raise ValueError(
             f"the update of the backbone's layer {sorted(unmatched)[0]} cannot be added to an "
-            "adapter that does not adapt this layer"
+            "adapter that does not adapt this layer; remove the update, or adapt the layer"
         )
     return extended, {**config, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCES = ("local", "fedavg")
-"""Strategies with which methods are compared to compute their gains."""
+"""Strategies over which the gains of methods are computed. Columns of the tables carry these names,
+so a plugin's strategy cannot become a reference."""
 TARGET = "fedavg"
 """Strategy whose final score is the target for counting rounds."""
 _TOLERANCE = 1e-9

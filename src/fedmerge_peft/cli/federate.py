@@ -180,7 +180,8 @@ def site(
     settings.apply_to(recipe)
     if reason := recipe_refusal(recipe, recipe, settings.allow):
         raise FederateError(
-            f"the recipe in the kit exceeds the limits in {kit / SITE_FILE}: {reason}"
+            f"the recipe in the kit exceeds the limits in {kit / SITE_FILE}: {reason}; "
+            "change the limit to allow it"
         )
 
     from fedmerge_peft.sites.flare.site_kit import secure_site_kit

@@ -201,7 +201,7 @@ def _answers(
     own = [column for column in columns if column.name != given["client"]]
     guess = guesses.guess_task(own, len(rows), given["label"])
     task = questions.choice("--task", "Task", given["task"], guess, [*sections])
-    roles = _columns(questions, sections[task], columns, len(rows), given)
+    roles = _columns(questions, task, columns, len(rows), given)
     split = guesses.guess_split(rows)
     taken = [*_flat(roles), *filter(None, [split])]
     default = guesses.guess_client(columns, len(rows), taken) or _NONE
@@ -234,7 +234,7 @@ def _answers(
 
 def _columns(
     questions: _Questions,
-    section: type[TaskRecipe],
+    task: str,
     columns: Sequence[ColumnProfile],
     rows: int,
     given: dict[str, str | None],
@@ -242,7 +242,9 @@ def _columns(
     """Return the column, or the list of columns, for each key of the task's section."""
     from fedmerge_peft.data.guesses import guess_any, guess_choices, guess_column
     from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.plugins import TASKS
 
+    section: type[TaskRecipe] = TASKS.sections()[task]
     names = [column.name for column in columns]
     roles: dict[str, str | list[str]] = {}
     usual_columns = section.usual_columns
@@ -252,8 +254,8 @@ def _columns(
     for option in ("text", "label", "image"):
         if given[option] is not None and option not in read:
             raise RecipeError(
-                f"init: --{option}: {section.__name__.removesuffix('Recipe')} asks for no such "
-                "column; remove the option, or choose another --task"
+                f"init: --{option}: the task {task} reads no such column; "
+                "remove the option, or choose another --task"
             )
     for key, usual in usual_columns.items():
         taken = [*_flat(roles), *filter(None, (given["client"], given["label"]))]

@@ -249,7 +249,10 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 
     total = sum(timer.seconds.values())
     overhead = 100 * timer.overhead
-    console.print(f"time by part: {overhead:.1f} % neither training nor evaluation", soft_wrap=True)
+    console.print(
+        f"time by part; {overhead:.1f} % was spent on neither training nor evaluation",
+        soft_wrap=True,
+    )
     table = Table()
     table.add_column("part")
     table.add_column("seconds", justify="right")
@@ -261,6 +264,7 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 
 def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     """Return up to three suggestions of the next command, each with its purpose."""
+    from fedmerge_peft.plugins import STRATEGIES
     from fedmerge_peft.recipe.loading import shipped
     from fedmerge_peft.report.advice import only_warm_rounds
 
@@ -283,7 +287,9 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
             fewer = (adapters + 1) // 2
             commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
     else:
-        commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
+        sections = STRATEGIES.sections().items()
+        merging = next(name for name, section in sections if section.learned_merging)
+        commands.append((rerun(f"strategy={merging}", merging), "merged adapters instead"))
     if any(recipe == entry.name for entry in shipped()):
         commands.append((f"fedmerge cp {recipe} mine.yaml", "your own model and data"))
     else:

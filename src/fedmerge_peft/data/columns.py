@@ -96,7 +96,7 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
     """Read a column as a ``pyarrow.ChunkedArray`` with one entry per row.
 
     Args:
-        dataset: Data set. Selections of rows are respected.
+        dataset: Data set; if rows were selected from it, only these are read.
         name: Column.
         key: Recipe key that names the column, for error messages.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -21,9 +20,9 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices, held_parts, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
-from fedmerge_peft.engines.score_cache import ScoreCache
+from fedmerge_peft.engines.scoring import Scorer
 from fedmerge_peft.engines.training_cache import TrainingCache
-from fedmerge_peft.engines.turn import ClientTurn, client_error
+from fedmerge_peft.engines.turn import ClientTurn, client_error, shared_clock
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
@@ -34,13 +33,14 @@ from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import check_task, clients_per_batch
-from fedmerge_peft.training.evaluation import evaluate_parts, example_losses
+from fedmerge_peft.training.evaluation import example_losses
 from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.memory import clients_that_fit
 from fedmerge_peft.training.packing_trial import require_packing
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -74,7 +74,7 @@ class LocalEngine:
         self.recipe = recipe
         self.clients = clients
         self.runtime = runtime
-        self.score_cache = ScoreCache()
+        self.scorer = Scorer(runtime, recipe.evaluation, _rows_held(clients))
         self.training_cache = TrainingCache()
 
     @cached_property
@@ -95,7 +95,7 @@ class LocalEngine:
     def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
         """Add the metrics that a function computes to every evaluation."""
         self.task.compute_metrics = compute_metrics
-        self.score_cache = ScoreCache()
+        self.scorer.clear()
 
     @classmethod
     def from_recipe(
@@ -146,12 +146,15 @@ class LocalEngine:
                 runtime.packed = True
         if (gigabytes := recipe.training.prefix_cache) > 0 and backbone.prefix is not None:
             groups, disk = held_parts(data.clients), disk_cache(recipe)
-            runtime.cache = PrefixCache(backbone, task, runtime.examples, groups, gigabytes, disk)
+            name = recipe.training.prefix_dtype
+            dtype = None if name is None else getattr(torch, name)
+            runtime.cache = PrefixCache(backbone, task, examples, groups, gigabytes, disk, dtype)
         return cls(recipe, data.clients, runtime)
 
     def clear_caches(self) -> None:
         """Discard cached scores and trained adapters, for example after ``load_shared``."""
-        self.score_cache, self.training_cache = ScoreCache(), TrainingCache()
+        self.scorer.clear()
+        self.training_cache = TrainingCache()
 
     @property
     def task(self) -> Task:
@@ -184,13 +187,13 @@ class LocalEngine:
         sections = ("seed", "task", "backbone", "lora", "data")
         if any(getattr(self.recipe, section) != getattr(recipe, section) for section in sections):
             return None
-        keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk", "packing")
+        prefix = ("prefix_cache", "prefix_disk", "prefix_dtype")
+        keys = ("device", "mixed_precision", "packing", *prefix)
         if any(getattr(self.recipe.training, key) != getattr(recipe.training, key) for key in keys):
             return None
         engine = copy(self)
         engine.recipe = recipe
-        if recipe.evaluation != self.recipe.evaluation:
-            engine.score_cache = ScoreCache()
+        engine.scorer = self.scorer.with_recipe(recipe.evaluation)
         if recipe.training != self.recipe.training:
             engine.training_cache = TrainingCache()
         for cached in ("clients_per_batch", "automatic_epochs"):  # the batch size may differ
@@ -238,25 +241,27 @@ class LocalEngine:
             served: Client indices and their served models.
             completed: Number of completed rounds, for error messages.
         """
-        for index, adapter in served:
-            client = self.clients[index]
-            try:
-                yield index, self._scores(client, adapter)
-            except Exception as error:
-                yield index, client_error(client, completed, error, "evaluation after the round: ")
+        turns = ((index, self.clients[index], model) for index, model in served)
+        for index, scores in self.scorer.scores(turns):
+            if isinstance(scores, Exception):
+                client = self.clients[index]
+                yield index, client_error(client, completed, scores, "evaluation after the round: ")
+            else:
+                yield index, scores
 
     @cached_property
     def clients_per_batch(self) -> int:
         """Number of clients in one pass of the model; reduced after the GPU runs out of memory."""
-        return clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
+        count = clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
+        return clients_that_fit(self.runtime, self.recipe, count)
 
     # ---- one chunk of clients ------------------------------------------------------------------
 
     def _run(self, turns: Sequence[ClientTurn]) -> Iterator[tuple[Plan, Reply | ClientError]]:
         """Run the plans of clients that may share passes of the model; yield plans and replies."""
-        for turn in turns:
-            if (served := turn.assignment.served) is not None:
-                turn.before = turn.attempt(partial(self._scores, turn.client, served))
+        served = [(turn, model) for turn in turns if (model := turn.assignment.served) is not None]
+        for turn, scores in self._scores(served):
+            turn.before = scores
         ready = [turn for turn in turns if turn.error is None]
         plans = [
             (turn.assignment.plan, derive(self.recipe.seed, "train", turn.round, turn.client.name))
@@ -281,11 +286,12 @@ class LocalEngine:
             results = run_plans(plans, partial(self._train, ready), losses, statistics)
         for turn, result in zip(ready, results, strict=True):
             turn.finish(result)
-            if turn.result is not None and turn.assignment.validated:
-                turn.validation = turn.attempt(partial(self._validate, turn))
-            finetuned = turn.before is not None and self.recipe.evaluation.finetuned
-            if turn.result is not None and finetuned:
-                turn.after = turn.attempt(partial(self._scores, turn.client, turn.result.trained))
+        trained = [(turn, turn.result.trained) for turn in ready if turn.result is not None]
+        self._validate(trained)
+        if self.recipe.evaluation.finetuned:
+            scored = [(turn, model) for turn, model in trained if turn.before is not None]
+            for turn, scores in self._scores(scored):
+                turn.after = scores
         for turn in turns:
             yield turn.assignment.plan, turn.reply()
 
@@ -325,9 +331,9 @@ class LocalEngine:
             for turn, request in members
         ]
         if len(members) > 1:
-            begin = time.perf_counter()
             try:
-                trained = train(self.runtime, training, jobs)
+                with shared_clock([turn for turn, _ in members]):
+                    return train(self.runtime, training, jobs)
             except torch.OutOfMemoryError:
                 return None
             except Exception as error:
@@ -337,10 +343,6 @@ class LocalEngine:
                     type(error).__name__,
                     error,
                 )
-            else:
-                for turn, _ in members:
-                    turn.seconds += (time.perf_counter() - begin) / len(members)
-                return trained
         outcomes: list[Trained | Exception] = []
         for (turn, _), job in zip(members, jobs, strict=True):
             try:
@@ -362,37 +364,35 @@ class LocalEngine:
         turn.seconds += known.seconds
         return known.trained
 
-    def _validate(self, turn: ClientTurn) -> tuple[float, ...] | None:
-        """Return the losses of ``Reply.validation``; None without examples or a ``Train`` plan."""
-        rows = turn.client.validation
-        if turn.result is None or not len(rows):
-            return None
-        plan, trained = turn.assignment.plan, turn.result.trained
-        if not isinstance(plan, Train) or not isinstance(trained, Tensor):
-            return None
-        size = self.recipe.evaluation.batch_size
-        with timed("evaluate"):
-            return tuple(
-                float(example_losses(self.runtime, row, rows, size).double().mean())
-                for row in (plan.row, trained, plan.compared)
-                if row is not None
-            )
+    def _validate(self, trained: Sequence[tuple[ClientTurn, Served]]) -> None:
+        """Compute the losses of ``Reply.validation`` for plans that train one adapter."""
+        asked = [
+            (turn, [row for row in (plan.row, model, plan.compared) if row is not None])
+            for turn, model in trained
+            if turn.assignment.validated and len(turn.client.validation)
+            if isinstance(plan := turn.assignment.plan, Train) and isinstance(model, Tensor)
+        ]
+        with shared_clock([turn for turn, _ in asked]):
+            losses = self.scorer.losses([(rows, turn.client.validation) for turn, rows in asked])
+        for (turn, _), own in zip(asked, losses, strict=True):
+            if isinstance(own, Exception):
+                turn.fail(own)
+            else:
+                turn.validation = tuple(own)
 
-    def _scores(self, client: Client, served: Served) -> dict[str, float]:
-        with timed("evaluate"):
-            if not self.backbone.as_pretrained:  # the scores depend on the changed weights too
-                return self._evaluate(client, served)
-            return self.score_cache.get_or_compute(
-                client.name, served, partial(self._evaluate, client, served)
+    def _scores(
+        self, served: Sequence[tuple[ClientTurn, Served]]
+    ) -> Iterator[tuple[ClientTurn, dict[str, float]]]:
+        """Yield turns and the scores of their models; a turn whose scores fail ends instead."""
+        with shared_clock([turn for turn, _ in served]):
+            outcomes = list(
+                self.scorer.scores((turn, turn.client, model) for turn, model in served)
             )
-
-    def _evaluate(self, client: Client, served: Served) -> dict[str, float]:
-        size = self.recipe.evaluation.batch_size
-        parts = {"validation": client.validation, "test": client.test}
-        held = {part: rows for part, rows in parts.items() if len(rows)}
-        scores = evaluate_parts(self.runtime, served, list(held.values()), size)
-        by_part = zip(held, scores, strict=True)
-        return {f"{part}_{name}": score for part, own in by_part for name, score in own.items()}
+        for turn, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                turn.fail(outcome)
+            else:
+                yield turn, outcome
 
 
 def _rows_held(clients: Sequence[Client]) -> Indices:

@@ -6,7 +6,7 @@ training. Most strategies start a run with the same adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.util.digest import digest
@@ -26,20 +26,22 @@ class ScoreCache:
         self._scores: dict[str, dict[bytes, dict[str, float]]] = {}
         """Scores by client and digest; the most recently used ones come last."""
 
-    def get_or_compute(
-        self, client: str, served: Served, compute: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
-        """Return the client's scores; use cached ones if the served model is bit-identical.
+    def find(self, client: str, key: bytes) -> dict[str, float] | None:
+        """Return a copy of the client's scores with this ``score_key``; None if there are none."""
+        known = self._scores.get(client, {})
+        if key not in known:
+            return None
+        known[key] = known.pop(key)
+        return dict(known[key])
 
-        Args:
-            client: Name of the client.
-            served: Adapter or mixture to score.
-            compute: Function that returns the scores. It is called if they are not in the cache.
-        """
-        key = digest((served.rows, served.weights) if isinstance(served, Mixture) else (served,))
+    def store(self, client: str, key: bytes, scores: Mapping[str, float]) -> None:
+        """Store the client's scores; discard the scores that were not used for longest."""
         known = self._scores.setdefault(client, {})
-        scores = known.pop(key) if key in known else compute()
-        known[key] = scores
+        known[key] = dict(scores)
         if len(known) > _SCORES_PER_CLIENT:
             del known[next(iter(known))]
-        return dict(scores)
+
+
+def score_key(served: Served) -> bytes:
+    """Return a digest of the served model, which is equal for bit-identical models only."""
+    return digest((served.rows, served.weights) if isinstance(served, Mixture) else (served,))

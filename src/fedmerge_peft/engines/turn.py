@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fedmerge_peft.data import Client
 from fedmerge_peft.engines.assignments import Assignment
@@ -14,8 +13,6 @@ from fedmerge_peft.errors import ClientError, FedMergeError
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import ClientResult
 from fedmerge_peft.util.vectors import all_finite
-
-T = TypeVar("T")
 
 _NOT_FINITE = (
     "its adapter is not finite after training; "
@@ -52,19 +49,14 @@ class ClientTurn:
         finally:
             self.seconds += time.perf_counter() - begin
 
-    def attempt(self, work: Callable[[], T]) -> T | None:
-        """Run and time a part of the work. If it fails, store the error and return None."""
-        try:
-            with self.clock():
-                return work()
-        except Exception as error:
-            self.error = client_error(self.client, self.round, error)
-            return None
+    def fail(self, error: Exception) -> None:
+        """End the turn with an error."""
+        self.error = client_error(self.client, self.round, error)
 
     def finish(self, outcome: ClientResult | Exception) -> None:
         """Store the outcome of the client's plan: a finite result, or an error."""
         if isinstance(outcome, Exception):
-            self.error = client_error(self.client, self.round, outcome)
+            self.fail(outcome)
         elif not all_finite(outcome.deltas):
             self.error = ClientError(self.client.name, self.round, _NOT_FINITE)
         else:
@@ -90,6 +82,17 @@ class ClientTurn:
             validation=self.validation,
             round=self.round,
         )
+
+
+@contextmanager
+def shared_clock(turns: Sequence[ClientTurn]) -> Iterator[None]:
+    """Context manager that adds the time of its block to the turns, in equal parts."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        for turn in turns:
+            turn.seconds += (time.perf_counter() - begin) / len(turns)
 
 
 def client_error(client: Client, round: int, error: Exception, when: str = "") -> ClientError:

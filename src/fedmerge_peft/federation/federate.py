@@ -207,7 +207,8 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
         done = RunDirectory(path).rounds_on_disk
         if done > recipe.rounds:
             raise RecipeError(
-                f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}"
+                f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}; "
+                f"set rounds to {done} or more, or start a new run"
             )
     return recipe
 

@@ -68,7 +68,7 @@ _CLIENTS = 4
 """Most clients of a test."""
 _STEPS = 30
 """Optimizer steps of a client at each rate, rounded up to whole rounds of local training. This is
-about a fifth of a run's steps, enough to separate the rates."""
+about a seventh of the steps of a run with ``epochs: auto``, enough to separate the rates."""
 _SMALLEST_LOSS = 1e-8
 """Lower bound of the denominators, nats."""
 

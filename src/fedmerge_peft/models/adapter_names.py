@@ -107,7 +107,7 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
                 raise BackboneError(
                     f"lora.{field}: {pattern!r} matches no module with an adapter, or only those "
                     f"of an earlier pattern{did_you_mean(pattern, _last_names(adapted))}; "
-                    f"the modules are {there}"
+                    f"modules with an adapter: {there}"
                 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge_peft.models.backbone import Backbone
@@ -84,13 +85,13 @@ class AdapterStack:
         from peft.tuners.lora.layer import LoraLayer
 
         if isinstance(module, LoraLayer):
-            return self._lora(module)
+            return self._convolution(module) if _is_convolution(module) else self._lora(module)
         return (
             self._layer_norm(module) if isinstance(module, nn.LayerNorm) else self._linear(module)
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """Compute W x + scaling · B_k A_k x, as PEFT does in a layer with ``_is_plain_lora``."""
+        """Compute W x + scaling · B_k A_k x, as PEFT does in a linear layer."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -107,6 +108,28 @@ class AdapterStack:
                     result
                 )
             return (result + torch.bmm(low, up).view_as(result) * scaling).to(result.dtype)
+
+        return forward
+
+    def _convolution(self, layer: Any) -> Forward:
+        """Compute W ∗ x + scaling · B_k ∗ (A_k ∗ x), with the factors of one adapter after another.
+
+        Grouped convolutions could compute all adapters at once, but need channels of all adapters
+        side by side, which costs a copy of x.
+        """
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        scaling: float = layer.scaling["default"]
+        dropout = layer.lora_dropout["default"]
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = layer.base_layer(x, *args, **kwargs)
+            parts = dropout(x.to(down.weight.dtype)).view(len(self), -1, *x.shape[1:])
+            factors = zip(self._stacked(down.weight), self._stacked(up.weight), strict=True)
+            updates = [
+                functional_call(up, {"weight": b}, functional_call(down, {"weight": a}, part))
+                for part, (a, b) in zip(parts, factors, strict=True)
+            ]
+            return (result + torch.cat(updates) * scaling).to(result.dtype)
 
         return forward
 
@@ -160,21 +183,17 @@ def stacking_obstacle(backbone: Backbone) -> str | None:
     model = backbone.model
     if backbone.config.use_dora:
         return "DoRA's magnitudes are not low-rank updates (lora.use_dora)"
-    if experts := [
-        name
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-        if getattr(model.config, name, None)
-    ]:
-        return f"the model routes tokens to experts ({experts[0]} in its configuration)"
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _is_plain_lora(module):
             kinds = f"{type(module.get_base_layer()).__name__}, {type(module).__name__}"
-            return f"{_short_name(name)} is not a plain linear layer ({kinds})"
+            return f"{_short_name(name)} is neither a linear layer nor a convolution ({kinds})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
             return f"{_short_name(name)} mixes the examples of a batch ({type(module).__name__})"
     stacked = {
         id(tensor) for module in _adapted_modules(model) for tensor in _stacked_tensors(module)
     }
+    if _has_experts(model) and (name := _adapted_expert(model)) is not None:
+        return f"{name} may see the tokens of some examples only, as experts do"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in stacked:
             return (
@@ -215,14 +234,49 @@ def _is_plain_lora(layer: Any) -> bool:
 
     W may have 4 bits, because each weight is dequantized alike for all examples. W must not have 8
     bits: in LLM.int8 (arXiv 2208.07339), all examples of a batch determine the columns that are
-    computed in 16 bits. DoRA, convolutions and embeddings are not plain LoRA either.
+    computed in 16 bits. DoRA and embeddings are not plain LoRA either.
     """
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 
     plain = type(layer) is Linear and type(layer.base_layer) in (nn.Linear, Conv1D)
     in_four_bits = type(layer).__name__ == "Linear4bit"  # exists only if bitsandbytes is installed
-    return (plain or in_four_bits) and list(layer.lora_A) == ["default"] and not layer.lora_variant
+    return (
+        (plain or in_four_bits or _is_convolution(layer))
+        and list(layer.lora_A) == ["default"]
+        and not layer.lora_variant
+    )
+
+
+def _is_convolution(layer: Any) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Return True if the configuration, or one that it contains, has experts."""
+    from transformers import PretrainedConfig
+
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    nested = [part for part in vars(model.config).values() if isinstance(part, PretrainedConfig)]
+    return any(getattr(part, name, None) for part in (model.config, *nested) for name in names)
+
+
+def _adapted_expert(model: nn.Module) -> str | None:
+    """Return the name of an adapted module in a layer, but outside attention, or None.
+
+    An expert gets the tokens that are routed to it, so its inputs have no equal parts per adapter.
+    Routers and shared experts get all tokens, but are named differently in each architecture.
+    """
+    adapted = {id(module) for module in _adapted_modules(model)}
+    attention = [
+        name for name, module in model.named_modules() if "Attention" in type(module).__name__
+    ]
+    for name, module in model.named_modules():
+        in_layer = any(part.isdecimal() for part in name.split("."))
+        in_attention = any(name.startswith(f"{outer}.") for outer in attention)
+        if id(module) in adapted and in_layer and not in_attention:
+            return _short_name(name)
+    return None
 
 
 def _short_name(name: str) -> str:

@@ -38,10 +38,11 @@ def check_folder(name: str, folder: Path) -> None:
         raise BackboneError(adapter_found(name))
     if not (folder / "config.json").is_file():
         models = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; name one of the folders in it: {join_values(models, _SHOWN)}" if models else ""
+        models_there = f"one of the folders in it: {join_values(models, _SHOWN)}"
+        wanted = models_there if models else "a folder that save_pretrained of transformers wrote"
         raise BackboneError(
             f"backbone.model: {name} is not a model folder (no config.json in {folder.absolute()})"
-            f"{hint}"
+            f"; name {wanted}"
         )
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(
@@ -73,9 +74,9 @@ def missing_tensors(
         new_heads: True if the task initializes heads and poolers that the checkpoint lacks.
 
     Raises:
-        BackboneError: A tensor that the task does not initialize is missing, or has another shape;
-            the checkpoint has tensors of an adapter, or of layers that the configuration leaves
-            out.
+        BackboneError: The checkpoint has no weights of this model; a tensor that the task does not
+            initialize is missing, or has another shape; the checkpoint has tensors of an adapter,
+            of layers beyond the last one in the configuration, or of biases that it disables.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | misfit.keys()
@@ -129,7 +130,7 @@ def in_head(model: nn.Module, key: str) -> bool:
 
 
 def _has_no_place(model: nn.Module, key: str) -> bool:
-    """Return True for a tensor of a layer beyond the last one, or for a bias that is disabled."""
+    """Return True for a tensor of a layer beyond the last one, or of a disabled bias."""
     # The checkpoint of a model without a head has no prefix.
     names = (key, f"{getattr(model, 'base_model_prefix', '')}.{key}")
     return any(not in_head(model, name) and _is_cut_off(model, name) for name in names)

@@ -147,7 +147,7 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
         if missing := sorted(report["missing_keys"]):
             raise BackboneError(
                 f"backbone.model: {path.name} lacks {len(missing)} of the tensors of "
-                f"{type(loaded).__name__}, such as {missing[0]}"
+                f"{type(loaded).__name__}, such as {missing[0]}; use a complete GGUF file"
             )
         # The loaded model is marked as quantized. A new model with the same weights is not marked.
         config = loaded.config

@@ -100,11 +100,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 
 
 def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
-    """Return the path of the output layer of a module from outside transformers, as its head.
+    """Return the path of the layer that serves as the head of a module from outside transformers.
 
-    Return None for models of transformers. Return None, too, if ``lora.modules_to_save`` is set, if
-    a module has the name of one of the task's heads, if LoRA adapts the output layer, or if this
-    layer does not have one output per label.
+    This is the output layer, if it has one output per label. Return None for models of
+    transformers and for tasks without labels. Return None, too, if ``lora.modules_to_save`` is set,
+    if a module has the name of one of the task's heads, or if LoRA adapts the output layer.
     """
     from transformers import PreTrainedModel
 

@@ -32,6 +32,5 @@ class ClientsRecipe(Section):
     timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Maximum time in seconds that a client may take for a round, including evaluation; null for no
     limit. Clients that train in this process are not interrupted: their time is checked afterwards.
-    If several clients train in one forward pass, each of them counts an equal part of its time. A
-    run is not reproducible if
-    clients take about as long as this limit."""
+    If several clients train in one forward pass, its time is divided equally among them. A run is
+    not reproducible if clients take about as long as this limit."""

@@ -12,6 +12,11 @@ class EvaluationRecipe(Section):
 
     batch_size: BatchSize = 64
     """Examples per batch in evaluation."""
+    clients_per_batch: Count | Literal["auto"] = "auto"
+    """Largest number of clients that are evaluated in one forward pass, each with its own adapter.
+    Clients share a pass if `batch_size` has room for the examples of all of them. Scores are equal
+    up to rounding. auto: 16 on a CUDA GPU, otherwise 1, because on a CPU only clients with few
+    examples gain."""
     every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True

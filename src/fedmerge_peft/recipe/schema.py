@@ -147,6 +147,10 @@ class TrainingRecipe(Section):
     later runs with the same model and examples; 0 to store none. Texts can be reconstructed from
     these files (privacy.md). The environment variable `FEDMERGE_PREFIX_DISK` takes precedence over
     this key. The results are the same, bit for bit."""
+    prefix_dtype: Literal["float16", "bfloat16"] | None = None
+    """Number format in which `prefix_cache` and `prefix_disk` store the inputs, so that those of a
+    model in float32 need half of the space. They are rounded to 11 (float16) or 8 bits (bfloat16),
+    which changes results slightly. null: the model's format."""
     packing: Boolean = False
     """Let short examples of a batch share a row, instead of padding each to the longest one.
     Attention stays within an example, and the results are the same up to rounding, except for
@@ -156,8 +160,9 @@ class TrainingRecipe(Section):
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: as
     many clients as have at most 8 examples per pass together, or 256 on a CUDA GPU, and at most 16;
-    one if this number is below 3 or the backbone is quantized. With unsupported settings, such as
-    DoRA, clients train one at a time; the log states the reason."""
+    one if this number is below 3 or the backbone is quantized; fewer if the estimate of memory
+    exceeds a GPU's free memory. With unsupported settings, such as DoRA, clients train one at a
+    time; the log states the reason."""
 
 
 Tracker = Literal[

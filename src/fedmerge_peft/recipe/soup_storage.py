@@ -18,8 +18,9 @@ class SoupRecipe(Section):
     step is computed in float32 and rounded up or down at random, so that small steps are not lost
     (Zamirai et al. 2020, arXiv 2010.06192). Clients receive and train float32 adapters."""
     storage: Literal["memory", "disk"] = "memory"
-    """Place of the soup. disk, for soups larger than memory: a temporary file in the run directory,
-    of which only a part is in memory at a time. Each merge then reads the whole file."""
+    """Place of the soup. memory: all of it in memory. disk: a temporary file in the run directory,
+    for soups larger than memory. Only a part of the file is in memory at a time, and each merge
+    reads the whole file."""
 
     @property
     def plain(self) -> bool:

@@ -78,9 +78,9 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     and the other adapters share the rest evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
-    from the soup has the rest. auto: the estimated share of a client's label distribution that
-    differs from its group's, which is 0 if the clients of a group have the same distribution. auto
-    requires the clients' label counts, and gives 0 with differential privacy."""
+    from the soup has the rest. auto: an estimate of the share of a client's label distribution that
+    differs from its group's; 0 if the clients of a group have the same distribution. auto requires
+    the clients' label counts, and gives 0 with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Separate merging weights for each block of an adapter's parameters. Default: no blocks.
     head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
@@ -168,8 +168,8 @@ class FedAvgRecipe(HeadRecipe, ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
-    """FedAvg with finetuning: each client predicts with the global adapter as it trained it last,
-    in a round of FedAvg or in rounds of finetuning at the end.
+    """FedAvg with finetuning: each client predicts with the copy of the global adapter that it
+    trained last, in a round of FedAvg or in rounds of finetuning at the end.
     """
 
     fedavg_rounds: Count | None = None
@@ -331,7 +331,7 @@ class FedSALoraRecipe(ServerRecipe):
 
 
 class RoLoraRecipe(HeadRecipe, ServerRecipe):
-    """Alternation of rounds that train and average B with rounds that train and average A (Chen et
+    """Clients train and send B in odd rounds, A in even rounds, and the head in all rounds (Chen et
     al. 2025, arXiv 2502.01755).
     """
 

@@ -56,7 +56,9 @@ def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) ->
         raise RunError(f"{path}: a report is an HTML page; use the suffix .html")
     text = render(runs)
     if not path.parent.is_dir():
-        raise RunError(f"{path} cannot be written: the folder {path.parent} does not exist")
+        raise RunError(
+            f"{path} cannot be written: the folder {path.parent} does not exist; create it first"
+        )
     write_text(path, text)
     return path
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 _MOST = 1000
 """Maximum number of labels for which a client's table includes labels that do not occur."""
-Pairs = Sequence[Sequence[int]]
-"""Triples of true class, predicted class, and number of examples."""
+Cells = Sequence[Sequence[int]]
+"""Nonzero cells of a confusion matrix: triples (true class, predicted class, examples)."""
 
 
-def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] | None:
-    """Return the labels, and the ``Pairs`` of each client in the state that a run serves.
+def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Cells]] | None:
+    """Return the labels, and each client's ``Cells`` for the state that a run serves.
 
     Return None if the run has no confusion matrices of this state: the run has not ended, its task
     has no classes, it is private or across sites, or it serves an earlier round than its last.
@@ -73,11 +73,11 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
     return pd.DataFrame(matrix(counts, shown), names, names)
 
 
-def counted(clients: Iterable[Pairs]) -> Counter[tuple[int, int]]:
+def counted(clients: Iterable[Cells]) -> Counter[tuple[int, int]]:
     """Return the number of examples of all clients by true and predicted class."""
     counts: Counter[tuple[int, int]] = Counter()
-    for pairs in clients:
-        for true, predicted, count in pairs:
+    for cells in clients:
+        for true, predicted, count in cells:
             counts[true, predicted] += count
     return counts
 

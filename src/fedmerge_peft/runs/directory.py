@@ -242,8 +242,8 @@ class RunDirectory:
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(
-                f"{self.path} has not ended: "
-                f"{len(self.records)} of {self.recipe.rounds} rounds are done"
+                f"{self.path} has not ended: {len(self.records)} of {self.recipe.rounds} rounds "
+                "are done; continue it with fedmerge resume"
             )
         return self._files.get(path, documents.read)  # type: ignore[no-any-return]
 

@@ -77,7 +77,8 @@ class RunWriter(RunDirectory):
                 strict_json.dumps(expected[name])
             ):
                 raise ResumeError(
-                    f"{path} cannot be resumed: the data have changed and no longer match {name}"
+                    f"{path} cannot be resumed: the data have changed and no longer match {name}; "
+                    "restore the data, or start a new run"
                 )
         metrics = path / "metrics.jsonl"
         checkpoint = checkpoints.read_latest(

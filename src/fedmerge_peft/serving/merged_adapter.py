@@ -143,15 +143,14 @@ class MergedAdapter:
             role, own = "a mixture from a federated fine-tuning run of {clients}", "the own parts"
             examples = {}
         return adapter_card(
-            self.run, self.name, place, base_model_id,
+            self,
+            place,
+            base_model_id,
             role=role,
-            weights=self.weights,
-            scores=self.scores,
             examples=examples,
-            round=self.round,
             rank=rank,
             own=None if self.soup.own is None else own,
-        )  # fmt: skip
+        )
 
     def model(self, device: str = "auto") -> Any:
         """Load the run's backbone with this adapter as a ``PeftModel`` in evaluation mode.

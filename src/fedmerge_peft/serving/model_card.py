@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.models.pretrained import gguf_source, quantization_options
@@ -120,49 +120,66 @@ _QUANTIZED = {
 """Description of quantized weights, by ``backbone.quantization``."""
 
 
+class Described(Protocol):
+    """What a card says of an adapter."""
+
+    @property
+    def run(self) -> RunDirectory:
+        """Run from whose soup the adapter is merged."""
+
+    @property
+    def name(self) -> str:
+        """The client's name, or a description of the mixture."""
+
+    @property
+    def weights(self) -> Tensor:
+        """π, ``(d,)``; sums to 1."""
+
+    @property
+    def round(self) -> int:
+        """Number of completed rounds at which the soup was saved."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Scores on the client's own examples, by name."""
+
+
 def adapter_card(
-    run: RunDirectory,
-    name: str,
+    adapter: Described,
     place: str,
     base_model_id: str | None = None,
     *,
     role: str,
-    weights: Tensor,
-    scores: Mapping[str, float],
     examples: Mapping[str, int],
-    round: int,
     rank: int,
     own: str | None = None,
 ) -> ModelCard:
     """Return the card of one adapter that is merged from a run's soup.
 
     Args:
-        run: The run.
-        name: The client's name, or a description of the mixture.
+        adapter: The adapter.
         place: Arguments, in Python syntax, from which the example loads the adapter.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
         role: The client's relation to the run; ``{clients}`` becomes a text such as 3 clients.
-        weights: π, ``(d,)``.
-        scores: Scores on the client's own examples, such as ``test_accuracy``.
         examples: Number of examples by kind: ``training``, ``validation``, ``test``.
-        round: Number of completed rounds after which the soup was saved.
         rank: The LoRA rank of the adapter.
         own: The part that is added to the merged adapter, if any.
     """
+    run = adapter.run
     base, hub_base = base_model(run, base_model_id)
-    title = f"{run.recipe.name}: {name}"
+    title = f"{run.recipe.name}: {adapter.name}"
     count = len(run.client_names)
-    shares = enumerate(weights.tolist())
+    shares = enumerate(adapter.weights.tolist())
     return _card(
-        _CLIENT, _data(run, hub_base, title, scores), run, base,
-        name=plain(name),
+        _CLIENT, _data(run, hub_base, title, adapter.scores), run, base,
+        name=plain(adapter.name),
         title=plain(title),
         role=role.format(clients=f"{count} client{'s' * (count > 1)}"),
         weights=", ".join(f"adapter {number}: {share:.3f}" for number, share in shares),
-        adapters=len(weights),
-        scores=_scores(scores),
+        adapters=len(adapter.weights),
+        scores=_scores(adapter.scores),
         examples=examples,
-        round=round,
+        round=adapter.round,
         rank=rank,
         plus_own="" if own is None else f", plus {own}",
         example=_example(run, base, _CLIENT_LOAD.format(place=place), place, ""),

@@ -64,7 +64,7 @@ def read_newcomer(
         indices["train"], 0, 0 if "test" in indices else test_fraction, max_train, rng
     )
     if not len(train):
-        raise DataError(f"{name}: there are no training examples")
+        raise DataError(f"{name}: there are no training examples; add rows")
     return table, Client(name, train, np.empty(0, np.int64), indices.get("test", test))
 
 

@@ -105,14 +105,12 @@ class Personalized:
             write_adapter(partial, self.adapter, self.config, weights=document)
             write_generation(partial)
             card = adapter_card(
-                self.run, self.name, repr(str(folder)),
+                self,
+                repr(str(folder)),
                 role="a newcomer to a federated fine-tuning run of {clients}",
-                weights=self.weights,
-                scores=self.scores,
                 examples={"training": self.examples["train"], "test": self.examples["test"]},
-                round=self.round,
                 rank=self.config["r"],
                 own="the newcomer's label prior" if bool(self.prior.any()) else None,
-            )  # fmt: skip
+            )
             write_text(partial / "README.md", str(card))
         return folder

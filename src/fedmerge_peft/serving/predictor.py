@@ -71,7 +71,8 @@ class Predictor:
         if not run.recipe.strategy.single_adapter:
             raise RunError(
                 f"{run.path}: {run.recipe.strategy.name} mixes the predictions of its adapters, "
-                "so a client has no single adapter to predict with"
+                "so a client has no single adapter to predict with; use the scores of the run, or "
+                "another strategy"
             )
         soup, weights = run.state(best=best)
         rows = soup.merge(weights, torch.eye(len(weights)))

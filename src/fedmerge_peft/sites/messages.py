@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites.fields import (
     AssignmentFields,
@@ -93,43 +94,40 @@ class TensorTable:
 def assignment_message(
     round: int,
     client: str,
-    plan: Plan | None,
-    served: Served | None,
+    work: Assignment | Served,
     base: Mapping[str, Tensor],
     layout: str,
     dtype: WireDtype,
-    hyperparameters: Hyperparameters | None = None,
-    validated: bool = False,
 ) -> Message:
-    """Create a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
+    """Create the message ``train`` for an assignment, or ``evaluate`` for a served model.
 
     Args:
-        round: The round, from 1; without a plan, the number of completed rounds.
+        round: The round, from 1; for an evaluation, the number of completed rounds.
         client: Name of the client.
-        plan: The training plan, if any.
-        served: The adapter or mixture to evaluate before training; None to evaluate nothing.
+        work: The assignment, or the adapter or mixture to evaluate.
         base: Additions of the strategy to the backbone, ΔW ``(out, in)`` by module name.
         layout: The ``layout_digest``.
         dtype: Number format of the adapters.
-        hyperparameters: Values for the keys of ``training`` that are auto. Default: none.
-        validated: True to request the validation losses before and after training.
 
     Raises:
         FederateError: Sites cannot run the plan.
     """
     table = TensorTable(dtype)
+    training = work if isinstance(work, Assignment) else None
+    served = work.served if isinstance(work, Assignment) else work
+    hyperparameters = Hyperparameters() if training is None else training.hyperparameters
     fields = {
         "round": round,
         "client": client,
         "layout": layout,
         "dtype": dtype,
-        "plan": None if plan is None else _plan(plan, table),
+        "plan": None if training is None else _plan(training.plan, table),
         "served": None if served is None else _served(served, table),
-        "hyperparameters": (hyperparameters or Hyperparameters()).to_dict(),
+        "hyperparameters": hyperparameters.to_dict(),
         "base": {module: table.add_float32(update) for module, update in base.items()},
-        "validated": validated,
+        "validated": training is not None and training.validated,
     }
-    return Message("evaluate" if plan is None else "train", fields, table.tensors)
+    return Message("evaluate" if training is None else "train", fields, table.tensors)
 
 
 def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:

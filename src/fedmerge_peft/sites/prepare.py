@@ -224,10 +224,14 @@ allow:
 
 
 def find_kit(path: Path, part: str) -> Path:
-    """Return the kit at ``path``, or the kit ``part`` below it if ``prepare`` wrote ``path``.
+    """Return ``path / part`` if it is a kit, else ``path``. A kit is a folder with ``startup/``.
+
+    Args:
+        path: A kit, or the folder that ``prepare`` wrote and that holds the kits.
+        part: Name of the kit in that folder; empty if ``path`` must be the kit itself.
 
     Raises:
-        FederateError: There is no kit.
+        FederateError: Neither folder is a kit.
     """
     kit = path / part if (path / part / "startup").is_dir() else path
     if not (kit / "startup").is_dir():

@@ -104,7 +104,8 @@ def read_site_data(
     if by_name.keys() != set(clients):
         raise FederateError(
             f"{SITE_FILE}: data.client_column: column {column} contains {join_values(by_name)}, "
-            f"but the federation has {join_values(clients)} at this site"
+            f"but the federation has {join_values(clients)} at this site; correct the column, or "
+            "create kits with the clients of each site (federate prepare)"
         )
     return FederatedData(site_data.table, [by_name[name] for name in clients])
 
@@ -115,7 +116,8 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
         if client.size < checks.min_examples:
             raise RefusedError(
                 f"client {client.name} has {client.size} training examples, "
-                f"and checks.min_examples in {SITE_FILE} is {checks.min_examples}"
+                f"and checks.min_examples in {SITE_FILE} is {checks.min_examples}; "
+                "add examples, or lower the limit"
             )
         if (
             checks.max_repeated < 1
@@ -123,7 +125,8 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
         ):
             raise RefusedError(
                 f"client {client.name}: {repeated:.0%} of its rows repeat another row, and "
-                f"checks.max_repeated in {SITE_FILE} is {checks.max_repeated:g}"
+                f"checks.max_repeated in {SITE_FILE} is {checks.max_repeated:g}; "
+                "remove the repeated rows, or raise the limit"
             )
 
 
@@ -182,7 +185,7 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
     if len(labels) > num_labels:
         raise FederateError(
             f"task.num_labels is {num_labels}, and the sites have {len(labels)} labels: "
-            f"{join_values(labels)}"
+            f"{join_values(labels)}; raise it, or remove it to infer the labels"
         )
     return [*labels, *(f"LABEL_{label}" for label in range(len(labels), num_labels))]
 

@@ -28,8 +28,8 @@ class FedAvgFinetuned(OneHotStrategy):
         θ_i ← ``passes`` passes of local training on ℓ_i(θ_i)
 
     A client starts from θ_i = θ. R rounds of finetuning are therefore R · ``passes`` ·
-    ``training.epochs`` epochs from the newest global adapter. A client receives θ once, and returns
-    nothing. A client that takes part in no round of finetuning is served θ.
+    ``training.epochs`` epochs from the newest global adapter. In these rounds, a client receives θ
+    once and returns nothing. A client that takes part in none of them is served θ.
 
     The rows of the soup are θ, then θ_1 to θ_m.
     """

@@ -67,7 +67,8 @@ class FedLEASE(ServerClustering):
         """Columns of B (of A on embeddings) in each layer."""
         if not self.layers:
             raise RecipeError(
-                "strategy.name: fedlease compares the clients' B, but this adapter has none"
+                "strategy.name: fedlease compares the clients' B, but this adapter has none; "
+                "adapt layers with LoRA (lora.target_modules)"
             )
         self.experts = 1
         """Number of experts. The experts are the first rows of the soup."""

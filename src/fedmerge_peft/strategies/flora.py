@@ -15,10 +15,10 @@ from fedmerge_peft.strategies.heterogeneous_ranks import HeterogeneousRanks
 
 
 class FLora(HeterogeneousRanks):
-    """Training of fresh factors in each round, with B_i = 0 and A_i random at its start.
+    """Each client trains fresh factors in each round, starting from B_i = 0 and a random A_i.
 
-    The stacked factors of all clients form one adapter of rank Σ_i r_i. The server adds its update
-    to ΔW:
+    The stacked factors of all clients form one adapter of rank Σ_i r_i. The server adds the
+    update of this adapter to ΔW:
 
         ΔW ← ΔW + s Σ_i ρ_i B_i A_i = ΔW + s [ρ_1 B_1 … ρ_m B_m] [A_1; …; A_m]
 

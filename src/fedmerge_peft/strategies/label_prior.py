@@ -36,8 +36,8 @@ class LabelPrior(WrappedStrategy):
             balanced: As in ``LabelPriors.shifts``.
 
         Raises:
-            RecipeError: There are no label counts, or the adapter has no head with a row and a bias
-                for each label.
+            RecipeError: There are no label counts, or the adapter's head is unsuitable
+                (``bias_columns``).
         """
         super().__init__(inner)
         self.trains_what_it_serves = False
@@ -81,8 +81,8 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
     """Return the columns of the bias of the head's last layer, ``(classes,)`` int64.
 
     Raises:
-        RecipeError: The adapter has no head, or the head's last layer has no row for each class or
-            no bias.
+        RecipeError: The adapter has no head; the head's last layer has no bias, or its number of
+            rows differs from ``classes``.
     """
     matrix, bias = layout.classifier, layout.classifier_bias
     if matrix is None:

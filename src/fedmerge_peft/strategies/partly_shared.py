@@ -166,7 +166,8 @@ class PrivateHeads(PartlyShared):
             )
         if all(heads):
             raise RecipeError(
-                f"strategy: {name} keeps the head private, but this adapter has nothing else"
+                f"strategy: {name} keeps the head private, but this adapter has nothing else; "
+                "name modules in lora.target_modules"
             )
         super().__init__(make, context, lambda entry: entry.role != "head")
 

@@ -265,7 +265,7 @@ def inner_products(vectors: Tensor, center: Tensor | None = None) -> Tensor:
         center: Vector ``(1, P)`` to subtract from each vector; None for their mean.
     """
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    width = max(1, row_buffer.CHUNK_BYTES // (8 * len(vectors)))
+    width = max(1, row_buffer.BLOCK_BYTES // (8 * len(vectors)))
     for start in range(0, vectors.shape[1], width):
         part = vectors[:, start : start + width].double()
         part -= part.mean(dim=0) if center is None else center[:, start : start + width].double()

@@ -317,9 +317,10 @@ class Task(ABC):
 
     @classmethod
     def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Encode the labels of rows from outside the federation by their indices in ``labels``.
+        """Replace the labels of a site's rows by their indices in ``labels``.
 
-        Raises ``DataError`` for a label that is not in ``labels``.
+        ``labels`` has the names of all labels of the federation. Raises ``DataError`` for any other
+        label.
         """
         column = recipe.label_column
         return table if column is None else relabel(table, column, labels)

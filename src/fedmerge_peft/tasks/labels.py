@@ -94,13 +94,13 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
             "task.num_labels, or remove it to infer the labels"
         )
     if not len(values):
-        raise DataError(f"column {column!r}: the data have no rows to infer labels from")
+        raise DataError(f"column {column!r}: the data have no rows to infer labels from; add rows")
     if is_text(values.type):
         names = sorted(values.unique().to_pylist())
         if num_labels is not None and len(names) > num_labels:
             raise DataError(
                 f"column {column!r} has {len(names)} labels, but task.num_labels is {num_labels}: "
-                f"{join_values(names)}"
+                f"{join_values(names)}; raise task.num_labels, or remove it to infer the labels"
             )
     else:
         ids = _integer_labels(values, column)
@@ -168,7 +168,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
     are integers that differ from their ids, such as 1, 2, 3. In this case, integers are names.
 
     Args:
-        table: Rows that are not part of the federation. They may have a subset of the labels.
+        table: Rows of a site or a newcomer, which may have a subset of the labels.
         column: Label column.
         labels: Names of all labels, in the order of their ids.
 

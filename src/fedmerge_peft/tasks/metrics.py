@@ -1,4 +1,4 @@
-"""Metrics as offline ``evaluate.Metric`` objects, computed by scikit-learn and rouge_score.
+"""Scores of predictions by the registered metrics, and metrics of classes, texts and rewards.
 
 A client may have too few examples for a metric to be defined. By convention, a metric without
 examples is ``nan``. The F1 of a class that is never predicted is 0. The Matthews correlation is 0
@@ -50,8 +50,8 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
             continue
         known = predictions.outputs
         outputs = next((known[kind] for kind in METRICS[name].facts["of"] if kind in known), None)
-        # metric(name).compute writes the ids to an Arrow table first. That takes about 3 ms, much
-        # longer than the computation, for every client, split and round.
+        # metric(name).compute is not used here: it writes the predictions to an Arrow table first.
+        # That takes about 3 ms for each client, split and round, much longer than the computation.
         scores[name] = _compute(name, *outputs) if outputs and outputs[1] else math.nan
     return scores
 
@@ -78,7 +78,9 @@ def own_scores(
             f"metrics: the function returned {found(result)}, expected numbers by name"
         )
     for name, value in result.items():
-        if not isinstance(name, str) or name in ("loss", *names):
+        if not isinstance(name, str):
+            raise RecipeError(f"metrics: {found(name)} names a value, expected a text as its name")
+        if name in ("loss", *names):
             raise RecipeError(f"metrics: the name {name!r} is already taken; choose another")
         if not isinstance(value, Real):
             raise RecipeError(f"metrics: {name} is {found(value)}, expected a number")
@@ -144,10 +146,14 @@ def score_fault(
 
 @cache
 def metric(name: str) -> Any:
-    """Create the ``evaluate.Metric`` of this name, once per process.
+    """Create an offline ``evaluate.Metric`` that calls a registered metric, once per process.
 
     ``metric("accuracy").compute(predictions=[0, 1], references=[0, 0])`` returns
-    ``{"accuracy": 0.5}``. The import of ``evaluate`` takes seconds.
+    ``{"accuracy": 0.5}``. The object is for programs that expect metrics of ``evaluate``; ``score``
+    calls the registered functions. The import of ``evaluate`` takes seconds.
+
+    Args:
+        name: Name of a metric that compares class ids or texts.
 
     Raises:
         KeyError: The metric is unknown.

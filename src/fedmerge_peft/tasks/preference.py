@@ -291,7 +291,8 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
             raise DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
                 "the chosen and the rejected chat must begin with "
-                "the same messages and end with different ones; give the prompt in a column"
+                "the same messages and end with different ones; correct the row, or give the "
+                "prompt in a column (task.prompt)"
             )
         chat = chats[_SIDES.index(side)]
         rows["prompt"].append(chat[:shared])

@@ -82,12 +82,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             recipe.max_source_length, limit, DEFAULT_LENGTH, "task.max_source_length"
         )
         resolve_max_length(recipe.max_target_length, limit, key="task.max_target_length")
-        for key, code in (
-            ("src_lang", recipe.source_language),
-            ("tgt_lang", recipe.target_language),
-        ):
-            if code is not None:
-                self._set_language(key, code)
+        for attribute, key in (("src_lang", "source_language"), ("tgt_lang", "target_language")):
+            if (code := getattr(recipe, key)) is not None:
+                self._set_language(attribute, code, f"task.{key}")
         options = {}
         if recipe.target_language is not None:
             self._language = self.processor.convert_tokens_to_ids(recipe.target_language)
@@ -96,13 +93,19 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             self.processor, self.pad_token_id, recipe, keeps_prompt=False, options=options
         )
 
-    def _set_language(self, key: str, code: str) -> None:
-        if not hasattr(self.processor, key) or code not in self.processor.get_vocab():
+    def _set_language(self, attribute: str, code: str, key: str) -> None:
+        """Set a language of the tokenizer. ``key`` is the recipe's key, for error messages."""
+        if not hasattr(self.processor, attribute):
             raise DataError(
-                f"task: the tokenizer of {self._model} has no language {code!r}; use one of its "
-                "codes, or remove it from the recipe"
+                f"{key}: the tokenizer of {self._model} has no language codes; remove the key, or "
+                "use a model with them (mBART, NLLB)"
             )
-        setattr(self.processor, key, code)
+        if code not in self.processor.get_vocab():
+            raise DataError(
+                f"{key}: the tokenizer of {self._model} has no language {code!r}; use one of its "
+                "codes, or remove the key"
+            )
+        setattr(self.processor, attribute, code)
 
     @classmethod
     def check_table(cls, recipe: Seq2SeqLMRecipe, table: Dataset) -> None:

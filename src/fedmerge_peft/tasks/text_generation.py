@@ -92,8 +92,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
 
     Args:
-        logits: ``(batch, length, vocabulary)``; or, at the n positions with a target alone, the
-            logits ``(n, vocabulary)`` or the cross-entropies ``(n,)``.
+        logits: Logits of all positions, ``(batch, length, vocabulary)``. Alternatively, for the n
+            positions with a target only: their logits ``(n, vocabulary)`` or their cross-entropies
+            ``(n,)``.
         targets: ``(batch, length)``.
 
     Returns:

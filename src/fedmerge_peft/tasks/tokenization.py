@@ -166,7 +166,10 @@ def resolve_max_length(
     """
     if max_length is not None:
         if limit is not None and max_length > limit:
-            raise DataError(f"{key}: {max_length} tokens exceed the model's limit of {limit}")
+            raise DataError(
+                f"{key}: {max_length} tokens exceed the model's limit of {limit}; lower {key}, or "
+                "use a model with a higher limit"
+            )
         return max_length
     return min((length for length in (limit, default) if length is not None), default=None)
 

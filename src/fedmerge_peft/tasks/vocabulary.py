@@ -118,8 +118,8 @@ def position_limit(config: Any) -> int | None:
     """Return the number of tokens that have positions; None if there is no limit.
 
     RoBERTa and its relatives number positions from the padding id plus 1, so fewer tokens than
-    ``max_position_embeddings`` fit. The position tables of a model without weights, created from
-    the configuration, have the actual size.
+    ``max_position_embeddings`` fit. The limit is therefore read from the position tables of a model
+    that is created from the configuration, without weights.
     """
     positions = getattr(_text_config(config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:

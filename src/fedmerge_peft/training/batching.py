@@ -1,4 +1,4 @@
-"""Number of adapters that train in one forward pass, determined by a trial."""
+"""Number of adapters that share a forward pass, determined by a trial."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.recipe.evaluation import EvaluationRecipe
 from fedmerge_peft.recipe.schema import Recipe, TrainingRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.gradients import accumulate
-from fedmerge_peft.training.runtime import Runtime
+from fedmerge_peft.training.runtime import Runtime, SharingTrial
 from fedmerge_peft.util.seeds import seeded
 
 log = logging.getLogger(__name__)
@@ -72,9 +73,7 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
 def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices) -> int:
     """Return the number of adapters to train in one pass.
 
-    It is the recipe's number, or 1 if a shared pass would change the gradients. The modules are
-    checked first. A trial on two examples then compares the gradients of one shared pass with the
-    gradients of separate passes. If a check fails, the reason is logged.
+    It is the recipe's number, or 1 if ``sharing_obstacle`` finds an obstacle, which is logged.
 
     Args:
         runtime: Model, task and examples.
@@ -86,13 +85,34 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
     )
     if count == 1:
         return 1
-    reason: str | None
-    if runtime.task.padding in ("none", "alone"):
-        reason = "the model sees padding, so not all examples share a pass"
-    else:
-        reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
-    if reason is not None:
+    if (reason := sharing_obstacle(runtime, rows)) is not None:
         log.info("clients train one at a time: %s", reason)
+        return 1
+    return count
+
+
+def evaluated_together(runtime: Runtime, evaluation: EvaluationRecipe, rows: Indices) -> int:
+    """Return the largest number of adapters to evaluate in one pass.
+
+    It is the recipe's number, or 1 if there is an obstacle, which is logged.
+
+    Args:
+        runtime: Model, task and examples.
+        evaluation: ``clients_per_batch``.
+        rows: Rows of the table that belong to clients.
+    """
+    count = evaluation.clients_per_batch
+    if count == "auto":
+        count = _MOST if runtime.device.type == "cuda" else 1
+    if count == 1:
+        return 1
+    task, reason = runtime.task, None
+    if task.in_batch:
+        reason = "the task compares the examples of a client"
+    elif task.generates and task.prompt_padding in ("none", "alone"):
+        reason = "the model sees padding, so not all prompts share a pass"
+    if (reason := reason or sharing_obstacle(runtime, rows)) is not None:
+        log.info("clients are evaluated one at a time: %s", reason)
         return 1
     return count
 
@@ -109,6 +129,25 @@ def requested_clients(training: TrainingRecipe, device: str, *, quantized: bool 
         return 1
     count = min(_MOST, _EXAMPLES.get(device, 8) // training.batch_size)
     return count if count >= _FEWEST else 1
+
+
+def sharing_obstacle(runtime: Runtime, rows: Indices) -> str | None:
+    """Return the reason why adapters cannot share a pass of the model, or None.
+
+    The modules are checked first. A trial on two examples then compares the gradients of one shared
+    pass with the gradients of separate passes. The runtime keeps the result.
+
+    Args:
+        runtime: Model, task and examples.
+        rows: Rows of the table that belong to clients.
+    """
+    if runtime.sharing_trial is None:
+        if runtime.task.padding in ("none", "alone"):
+            reason: str | None = "the model sees padding, so not all examples share a pass"
+        else:
+            reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
+        runtime.sharing_trial = SharingTrial(reason)
+    return runtime.sharing_trial.obstacle
 
 
 def is_quantized(backbone: Backbone) -> bool:

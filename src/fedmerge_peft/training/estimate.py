@@ -112,7 +112,12 @@ def expected_device(recipe: Recipe) -> str:
 
 
 def estimate(
-    recipe: Recipe, config: Any, *, length: int | None = None, device: str = "cpu"
+    recipe: Recipe,
+    config: Any,
+    *,
+    length: int | None = None,
+    device: str = "cpu",
+    clients: int | None = None,
 ) -> Estimate:
     """Estimate the memory of a run.
 
@@ -126,6 +131,7 @@ def estimate(
         length: Tokens of an example. Default: ``task.max_length``, or the smaller of 1024 and the
             model's limit.
         device: cpu or cuda, for the automatic settings.
+        clients: Clients in a training pass; the recipe's number by default.
 
     Raises:
         RecipeError: The task does not read texts, or the model does not run without data.
@@ -142,13 +148,14 @@ def estimate(
         )
 
     if recipe.task.media_column is not None:
-        raise unknown("its examples are not texts")
+        raise unknown("the examples are not texts")
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
     shareable = recipe.backbone.quantization != "8bit" and not recipe.lora.use_dora
     quantized = recipe.backbone.quantization is not None
-    clients = requested_clients(training, device, quantized=quantized) if shareable else 1
+    if clients is None:
+        clients = requested_clients(training, device, quantized=quantized) if shareable else 1
     with quiet_transformers(), torch.device("meta"):
         base, peft = _model(recipe, config, task)
     with FakeTensorMode(), quiet_transformers(), library_errors(unknown):

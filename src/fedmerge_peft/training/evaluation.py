@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.tasks.base import Examples
+from fedmerge_peft.models.adapter_stack import AdapterStack
+from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.tasks.metrics import own_scores, score
 from fedmerge_peft.tasks.predictions import Predictions
 from fedmerge_peft.training.objective import Objective, training_losses
@@ -70,12 +72,85 @@ def evaluate_parts(
         done += len(chunk)
         for part, (start, stop) in zip(predictions, pairwise(bounds.tolist()), strict=True):
             if start < stop:
-                outputs = _of_examples(runtime, logits, labels, start, stop)
-                _add(runtime, part, served, chunk[start:stop], outputs, labels[start:stop])
-    scores = [score(task.metrics, part) for part in predictions]
-    if task.compute_metrics is not None:
-        for own, part in zip(scores, predictions, strict=True):
-            own |= own_scores(task.compute_metrics, task.metrics, part) if part.outputs else {}
+                _add(runtime, part, chunk[start:stop], logits, labels, slice(start, stop))
+                if task.generates:
+                    part.add({"texts": _generated(runtime, served, chunk[start:stop])})
+    return [_scores(task, part) for part in predictions]
+
+
+@torch.no_grad()
+def evaluate_together(
+    runtime: Runtime, rows: Tensor, parts: Sequence[Sequence[Indices]]
+) -> list[list[dict[str, float]]]:
+    """Return the scores (``evaluate_parts``) of several adapters from one pass of the model.
+
+    All examples share the pass. The scores equal those of separate passes up to rounding.
+
+    Args:
+        runtime: Model, task and examples; ``sharing_obstacle`` returns None.
+        rows: K adapters, ``(K, P)``.
+        parts: For each adapter, rows of the table of each set. Each adapter has an example.
+    """
+    batch = _SharedPass(runtime, rows, [np.concatenate(own) for own in parts])
+    with batch.applied():
+        logits = batch.logits()
+        texts = _generated(runtime, rows, batch.rows) if runtime.task.generates else None
+    scores = []
+    for number, own in enumerate(parts):
+        start, scored = number * batch.width, []
+        for part in own:
+            predictions, place = Predictions(), slice(start, start := start + len(part))
+            if len(part):
+                _add(runtime, predictions, part, logits, batch.labels, place)
+            if texts is not None and len(part):
+                predictions.add({"texts": (texts[0][place], texts[1][place])})
+            scored.append(_scores(runtime.task, predictions))
+        scores.append(scored)
+    return scores
+
+
+class _SharedPass:
+    """One pass of several adapters, each on its own examples.
+
+    Adapters with fewer examples than others repeat them, since all adapters get equal parts of the
+    batch (``AdapterStack``).
+
+    Args:
+        runtime: Model, task and examples.
+        adapters: K adapters, ``(K, P)``.
+        indices: Each adapter's rows of the table, at least one.
+    """
+
+    def __init__(self, runtime: Runtime, adapters: Tensor, indices: Sequence[Indices]) -> None:
+        self._runtime = runtime
+        self._stack = AdapterStack(runtime.backbone, adapters.to(runtime.device))
+        self.width = max(map(len, indices))
+        """Examples of each adapter, repeated ones included."""
+        self.rows = np.concatenate([np.resize(own, self.width) for own in indices])
+        """Rows of the table in the batch."""
+        self.labels, self._inputs = runtime.to_device(runtime.collate(self.rows))
+        if runtime.cache is not None:  # its own passes need the plain model
+            with runtime.accelerator.autocast():
+                runtime.cache.prepare(self.rows)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Apply the adapters, without dropout, to the passes inside the context."""
+        self._runtime.backbone.eval()
+        with self._stack.applied():
+            yield
+
+    def logits(self) -> Tensor:
+        """Run the model and return ``Runtime.logits`` of the batch."""
+        return self._runtime.logits(
+            self._stack.model, self.rows, self._inputs, self.labels, len(self._stack)
+        )
+
+
+def _scores(task: Task, predictions: Predictions) -> dict[str, float]:
+    scores = score(task.metrics, predictions)
+    if task.compute_metrics is not None and predictions.outputs:
+        scores |= own_scores(task.compute_metrics, task.metrics, predictions)
     return scores
 
 
@@ -107,25 +182,36 @@ def _of_examples(runtime: Runtime, logits: Tensor, labels: Tensor, start: int, s
 def _add(
     runtime: Runtime,
     predictions: Predictions,
-    served: Served,
     rows: Indices,
     logits: Tensor,
     labels: Tensor,
+    place: slice,
 ) -> None:
-    """Add losses, outputs and, if the metrics need them, generated texts of some examples."""
-    task = runtime.task
-    sums, counts = task.losses(logits, labels)
+    """Add the losses and outputs of consecutive examples of a batch.
+
+    Args:
+        runtime: Model, task and examples.
+        predictions: Predictions to which the outputs are added.
+        rows: Rows of the table.
+        logits: Logits of the whole batch.
+        labels: Labels of the whole batch.
+        place: Place of the rows in the batch.
+    """
+    own = _of_examples(runtime, logits, labels, place.start, place.stop)
+    sums, counts = runtime.task.losses(own, labels[place])
     predictions.loss_sum += float(sums.double().sum())
     predictions.count += float(counts.sum())
-    predictions.add(task.outputs(logits, labels, runtime.examples, rows))
-    if task.generates:
-        if isinstance(served, Mixture):
-            raise RecipeError(
-                "task.metrics: a mixture of models cannot generate text; use perplexity or accuracy"
-            )
-        with runtime.accelerator.autocast():
-            texts = task.generate(runtime.backbone.model, runtime.examples, rows, runtime.device)
-        predictions.add({"texts": texts})
+    predictions.add(runtime.task.outputs(own, labels[place], runtime.examples, rows))
+
+
+def _generated(runtime: Runtime, served: Served, rows: Indices) -> tuple[list[str], list[str]]:
+    """Return the texts that the model generates for examples, and their references."""
+    if isinstance(served, Mixture):
+        raise RecipeError(
+            "task.metrics: a mixture of models cannot generate text; use perplexity or accuracy"
+        )
+    with runtime.accelerator.autocast():
+        return runtime.task.generate(runtime.backbone.model, runtime.examples, rows, runtime.device)
 
 
 @torch.no_grad()
@@ -158,6 +244,24 @@ def example_losses(
 
     values = torch.cat([losses(logits, labels).cpu() for _, logits, labels in batches])
     return values[torch.from_numpy(np.argsort(order))]
+
+
+@torch.no_grad()
+def losses_together(runtime: Runtime, rows: Tensor, indices: Sequence[Indices]) -> list[Tensor]:
+    """Return ``example_losses`` of several adapters from one pass of the model.
+
+    Args:
+        runtime: Model, task and examples; ``sharing_obstacle`` returns None.
+        rows: K adapters, ``(K, P)``.
+        indices: Each adapter's rows of the table, at least one.
+
+    Returns:
+        For each adapter, losses ``(n,)`` float32 on the CPU.
+    """
+    batch = _SharedPass(runtime, rows, indices)
+    with batch.applied():
+        losses = runtime.task.losses(batch.logits(), batch.labels)[0].cpu()
+    return [losses[number * batch.width :][: len(own)] for number, own in enumerate(indices)]
 
 
 @torch.no_grad()

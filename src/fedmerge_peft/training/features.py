@@ -52,7 +52,10 @@ def last_layer(backbone: Backbone) -> nn.Module:
     """
     entry = backbone.layout.classifier
     if entry is None:
-        raise RecipeError("strategy: needs a head, but this adapter has none")
+        raise RecipeError(
+            "strategy: needs a head, but this adapter has none; name one in lora.modules_to_save, "
+            "or use another strategy"
+        )
     weight = backbone.trainable[backbone.layout.entries.index(entry)]
     modules: Iterator[nn.Module] = backbone.model.modules()
     return next(

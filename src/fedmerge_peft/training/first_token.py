@@ -27,7 +27,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
 
     Args:
         runtime: Model, task and examples.
-        rows: The rows of the table that clients hold.
+        rows: Rows of the table that belong to clients; the trial takes examples from these.
 
     Returns:
         The cut, not applied; None if the model needs all positions.

@@ -24,7 +24,7 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
 
     Args:
         runtime: Model, task and examples.
-        rows: The rows of the table that clients hold.
+        rows: Rows of the table that belong to clients; the trial takes two of them.
     """
     task, model = runtime.task, runtime.backbone.model
     layer = frozen_output_layer(model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.frozen_prefix import Prefix, prefix_identity
 from fedmerge_peft.models.packing import Packing
@@ -55,6 +56,7 @@ class PrefixCache:
             for example training.
         gigabytes: Largest size of the states in memory, in GB (10⁹ bytes), on the model's device.
         disk: Cache of states on the disk, which runs share; None to keep states in memory only.
+        dtype: Format in which states are stored; None for the model's.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class PrefixCache:
         groups: Sequence[Indices],
         gigabytes: float,
         disk: TensorCache | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._backbone = backbone
         self._task = task
@@ -72,6 +75,7 @@ class PrefixCache:
         self._groups = groups
         self._max_gigabytes = gigabytes
         self._disk = disk
+        self._stored_dtype = dtype
         self._tried = False
         self.used = False
         """True once the trial has found that the model supports the cache."""
@@ -142,12 +146,13 @@ class PrefixCache:
             return self._compute(prefix, inputs, rows)
         key = self._key(inputs)
         shape = (int(self._lengths[rows].sum()), self._width)
-        states = self._disk.get(key, shape, self._dtype)
+        stored = self._stored_dtype or self._dtype
+        states = self._disk.get(key, shape, stored)
         if states is None:
             computed = self._compute(prefix, inputs, rows)
             self._disk.put(key, computed)
             # A mapped file is shared with other processes, and can be evicted from memory.
-            states = self._disk.get(key, shape, self._dtype)
+            states = self._disk.get(key, shape, stored)
             if states is None:
                 return computed
         return states.to(self._backbone.device)
@@ -157,12 +162,23 @@ class PrefixCache:
         with torch.no_grad():
             states = prefix.states(lambda: self._task.forward(self._backbone.model, on_device))
         lengths = chain(*self._sequence_lengths(rows))
-        return torch.cat([own[:length] for own, length in zip(states, lengths, strict=True)])
+        computed = torch.cat([own[:length] for own, length in zip(states, lengths, strict=True)])
+        if self._stored_dtype is None:
+            return computed
+        rounded = computed.to(self._stored_dtype)
+        if not bool(rounded.isfinite().all()) and bool(computed.isfinite().all()):
+            largest = float(computed.abs().max())
+            raise RecipeError(
+                f"training.prefix_dtype: states of {largest:.3g} exceed float16; use bfloat16, "
+                "or remove the key"
+            )
+        return rounded
 
     def _key(self, inputs: Batch) -> str:
         """Return a digest of everything that determines the bits of the states."""
         content = [part for name in sorted(inputs) for part in (name, inputs[name])]
-        return digest([self._identity, *computation(self._backbone.device), *content]).hex()
+        form = [] if self._stored_dtype is None else [f"stored in {self._stored_dtype}"]
+        return digest([self._identity, *computation(self._backbone.device), *form, *content]).hex()
 
     def _read(self, rows: Indices) -> Tensor:
         """Return the states of a batch, ``(sequences, length, width)``; zeros for padding."""
@@ -175,7 +191,7 @@ class PrefixCache:
             strict=True,
         ):
             views += torch.split(self._states[part][start : start + total], lengths)
-        return pad_sequence(views, batch_first=True)
+        return pad_sequence(views, batch_first=True).to(self._dtype)
 
     def _sequence_lengths(self, rows: Indices) -> list[list[int]]:
         """Return the number of positions of each sequence, as one list per example.
@@ -222,7 +238,8 @@ class PrefixCache:
             inside = self._positions(inputs, states, held, rows)
             if inside is None:
                 return "the model's positions are not the batch's tokens"
-            needed = int(self._lengths[held].sum()) * states.shape[2] * states.element_size() / 1e9
+            size = (self._stored_dtype or states.dtype).itemsize
+            needed = int(self._lengths[held].sum()) * states.shape[2] * size / 1e9
             if needed > self._max_gigabytes:
                 log.warning(
                     "the frozen layers' states need %.2g GB, "

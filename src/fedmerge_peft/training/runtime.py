@@ -38,6 +38,13 @@ threads are slower at both sizes.
 """
 
 
+@dataclass(frozen=True)
+class SharingTrial:
+    """Outcome of ``batching.sharing_obstacle``."""
+
+    obstacle: str | None
+
+
 @dataclass
 class Runtime:
     """One frozen model and the examples of all clients. All rounds share them."""
@@ -56,6 +63,8 @@ class Runtime:
     """Head of a decoder at labeled positions; None if logits are computed at all positions."""
     packed: bool = False
     """True if the examples of a pass share rows; ``packing_trial.py`` checks the model."""
+    sharing_trial: SharingTrial | None = None
+    """Whether several adapters may share a pass; None before the trial."""
 
     @property
     def device(self) -> torch.device:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**27
-"""Bytes of rows that are processed at a time. A single row may be larger."""
+BLOCK_BYTES = 2**27
+"""Bytes of a block, and of rows that are processed at a time. A single row may be larger."""
 MEMORY_BYTES = 2**28
 """Default number of bytes that a ``RowBuffer`` holds in memory before it uses a file."""
 
@@ -48,8 +48,8 @@ class RowBuffer:
         return stored.copy_(rows)
 
     def _allocate(self, size: int) -> Tensor:
-        """Allocate a block for the expected appends of ``size`` floats, at least a chunk."""
-        numel = size * max(self._expected_calls, CHUNK_BYTES // (4 * size))
+        """Allocate a block for the expected appends of ``size`` floats, or of ``BLOCK_BYTES``."""
+        numel = size * max(self._expected_calls, BLOCK_BYTES // (4 * size))
         self._memory_left -= 4 * numel
         if self._memory_left >= 0:
             return torch.empty(numel)  # unused pages take no memory

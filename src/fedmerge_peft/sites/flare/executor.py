@@ -43,14 +43,14 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """Return the trainer's reply to a message, or the reason for its absence."""
         end = time.monotonic() + float(shareable.get(DEADLINE, 0))
 
-        def cancelled() -> bool:
+        def canceled() -> bool:
             return bool(abort_signal.triggered) or time.monotonic() > end
 
         result: dict[str, Any]
         try:
             payload = shareable[PAYLOAD]
             if self._connection is not None:
-                result = {PAYLOAD: self._connection.request(task_name, payload, cancelled)}
+                result = {PAYLOAD: self._connection.request(task_name, payload, canceled)}
             else:
                 result = {PAYLOAD: self._job_trainer(fl_ctx).handle(payload)}
         except FedMergeError as error:

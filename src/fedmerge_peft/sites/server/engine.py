@@ -43,7 +43,6 @@ from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.metrics import score_fault
 from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Served
 
 if TYPE_CHECKING:
@@ -184,14 +183,7 @@ class RemoteEngine:
         def payload(index: int) -> bytes:
             assignment = lazily.make(index)
             plans[index] = assignment.plan
-            return self._message(
-                round,
-                index,
-                assignment.plan,
-                assignment.served,
-                assignment.hyperparameters,
-                assignment.validated,
-            )
+            return self._message(round, index, assignment)
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
         payloads = {index: partial(payload, index) for index in lazily.clients}
@@ -216,7 +208,7 @@ class RemoteEngine:
         lazily = Assignments.of(served)
 
         def payload(index: int) -> bytes:
-            return self._message(completed, index, None, lazily.make(index))
+            return self._message(completed, index, lazily.make(index))
 
         results: dict[int, dict[str, float] | ClientError] = {}
         payloads = {index: partial(payload, index) for index in lazily.clients}
@@ -260,20 +252,10 @@ class RemoteEngine:
                 return str(error)
         return None
 
-    def _message(
-        self,
-        round: int,
-        index: int,
-        plan: Plan | None,
-        served: Served | None,
-        hyperparameters: Hyperparameters | None = None,
-        validated: bool = False,
-    ) -> bytes:
-        """Serialize a client's assignment."""
+    def _message(self, round: int, index: int, work: Assignment | Served) -> bytes:
+        """Serialize a client's assignment, or the model to evaluate."""
         name, base, dtype = self.clients[index].name, self.backbone.base, self.federation.wire_dtype
-        return assignment_message(
-            round, name, plan, served, base, self.layout, dtype, hyperparameters, validated
-        ).to_bytes()
+        return assignment_message(round, name, work, base, self.layout, dtype).to_bytes()
 
     def _send_and_receive(
         self, payloads: Mapping[int, Callable[[], bytes]]

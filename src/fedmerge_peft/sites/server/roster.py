@@ -217,7 +217,10 @@ def parse_site_summary(message: Message, clients: Sequence[str], site: str) -> E
     """
     summary = read_fields(Enrolled, message)
     if [client.name for client in summary.clients] != list(clients):
-        raise WireError(f"the clients in its summary differ from those of the federation at {site}")
+        raise WireError(
+            f"its clients differ from the federation's clients at {site}; use kits of one "
+            "`federate prepare` on the server and all sites"
+        )
     return summary
 
 

@@ -62,38 +62,38 @@ class TrainerConnection:
         self.address = address
         self._open_payload: bytes | None = None
 
-    def request(self, kind: str, payload: bytes, cancelled: Callable[[], bool]) -> bytes:
+    def request(self, kind: str, payload: bytes, canceled: Callable[[], bool]) -> bytes:
         """Send a message and return the trainer's reply; wait for a trainer that is starting.
 
         Args:
             kind: Kind of the message.
             payload: The serialized message.
-            cancelled: Called regularly; True ends the wait.
+            canceled: Called regularly; True ends the wait.
 
         Raises:
-            FederateError: The trainer died during the request or cannot be opened, or ``cancelled``
+            FederateError: The trainer died during the request or cannot be opened, or ``canceled``
                 returned True.
         """
         if kind == "open":
             self._open_payload = payload
-        reply = self._request_once(kind, payload, cancelled)
+        reply = self._request_once(kind, payload, canceled)
         if reply is None and self._open_payload is not None:
-            self._request_once("open", self._open_payload, cancelled)
-            reply = self._request_once(kind, payload, cancelled)
+            self._request_once("open", self._open_payload, canceled)
+            reply = self._request_once(kind, payload, canceled)
         if reply is None:
             raise FederateError("the trainer could not be opened for this job")
         return reply
 
     def _request_once(
-        self, kind: str, payload: bytes, cancelled: Callable[[], bool]
+        self, kind: str, payload: bytes, canceled: Callable[[], bool]
     ) -> bytes | None:
         """Send a message and return the reply; return None if the trainer has not been opened."""
-        with self._connect(cancelled) as connection:
+        with self._connect(canceled) as connection:
             try:
                 connection.send_bytes(kind.encode())
                 connection.send_bytes(payload)
                 while not connection.poll(_POLL_INTERVAL):
-                    if cancelled():
+                    if canceled():
                         raise FederateError("the job has stopped waiting for the trainer")
                 return connection.recv_bytes() if connection.recv_bytes() == _REPLY else None
             except (EOFError, OSError) as error:
@@ -101,11 +101,11 @@ class TrainerConnection:
                     "the site's trainer died during the request; the site restarts it"
                 ) from error
 
-    def _connect(self, cancelled: Callable[[], bool]) -> Connection:
+    def _connect(self, canceled: Callable[[], bool]) -> Connection:
         while True:
             try:
                 return Client(self.address, family="AF_UNIX")
             except OSError:  # the trainer is starting or restarting
-                if cancelled():
+                if canceled():
                     raise FederateError("the site's trainer did not start in time") from None
                 time.sleep(_POLL_INTERVAL)

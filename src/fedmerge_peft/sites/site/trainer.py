@@ -75,7 +75,10 @@ class Trainer:
         self.federation = FederationFile.read(kit)
         agreed = load_kit_recipe(kit, settings.allow)
         if reason := recipe_refusal(agreed, agreed, settings.allow):
-            raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")
+            raise RefusedError(
+                f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}; "
+                "change the limit to allow it"
+            )
         self.agreed = agreed
         self.release = ReleaseRules(kit, settings.privacy, agreed)
         self.recipe = settings.apply_to(agreed)
@@ -146,7 +149,8 @@ class Trainer:
         if fields.dtype != self.federation.wire_dtype:
             raise WireError(
                 f"the server sends numbers in {fields.dtype}, but the kit has "
-                f"{self.federation.wire_dtype}"
+                f"{self.federation.wire_dtype}; use kits of one `federate prepare` on the server "
+                "and all sites"
             )
         self._adds_to_backbone = _adds_to_backbone(requested)
         return Message("enrolled", asdict(self.release.summary(self.summary)))
@@ -170,7 +174,7 @@ class Trainer:
         if limit is not None and backbone.layout.size > limit:
             raise RefusedError(
                 f"lora: an update has {backbone.layout.size} values, "
-                f"and allow.max_parameters in {SITE_FILE} is {limit}"
+                f"and allow.max_parameters in {SITE_FILE} is {limit}; raise it to allow this job"
             )
         ours = layout_digest(backbone.layout, backbone.shared)
         if layout != ours:
@@ -272,11 +276,13 @@ class Trainer:
             agreed = getattr(training, key)
             if value is not None and agreed != "auto":
                 raise RefusedError(
-                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}"
+                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}; "
+                    "run the recipe of the kits on the server"
                 )
             if value is None and agreed == "auto" and not (key == "epochs" and training.steps):
                 raise WireError(
-                    f"training.{key} is auto in the kit's recipe, but the server sent no value"
+                    f"training.{key} is auto in the kit's recipe, but the server sent no value; "
+                    "run the recipe of the kits on the server"
                 )
 
     # ---- end of the run --------------------------------------------------------------------------

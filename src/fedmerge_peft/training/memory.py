@@ -1,0 +1,67 @@
+"""Number of clients in one training pass that a GPU's free memory allows."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+
+from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.training.estimate import estimate
+from fedmerge_peft.training.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+_USABLE = 0.85
+"""Part of the free memory that a pass may use; the rest is for fragments and the estimate's error.
+"""
+
+
+def clients_that_fit(runtime: Runtime, recipe: Recipe, count: int) -> int:
+    """Return ``count``, or a smaller number of clients whose training pass fits into memory.
+
+    Only a number that ``training.clients_per_batch: auto`` has chosen is reduced, and only on a
+    CUDA GPU. The estimate assumes that all examples are as long as the longest. If it is not
+    available for the task, the number stays; after a pass runs out of memory, the engine reduces it
+    too.
+
+    Args:
+        runtime: The loaded model and the examples.
+        recipe: The run's recipe.
+        count: Number of clients in one pass.
+    """
+    free = free_memory(runtime.device)
+    if free is None or recipe.training.clients_per_batch != "auto":
+        return count
+    length, fitting = int(runtime.examples.lengths.max()), count
+    while fitting > 1:
+        try:
+            needed = estimate(
+                recipe,
+                copy.deepcopy(runtime.backbone.model.config),
+                length=length,
+                device=runtime.device.type,
+                clients=fitting,
+            )
+        except FedMergeError:
+            return count
+        if needed.adapters + needed.training <= _USABLE * free:
+            break
+        fitting //= 2
+    if fitting < count:
+        log.info(
+            "%d instead of %d clients share a training pass, because of the GPU's memory",
+            fitting,
+            count,
+        )
+    return fitting
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a CUDA device, with those that torch holds; None for others."""
+    if device.type != "cuda":
+        return None
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held

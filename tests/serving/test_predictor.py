@@ -136,6 +136,32 @@ def test_a_decoder_answers_chats_as_its_pipeline(finished, predictor):
         ]
 
 
+@pytest.mark.equality
+def test_chats_of_several_clients_are_answered_in_one_pass(predictor, passes):
+    predict = predictor("causal-lm")
+    given = {
+        client: [
+            [
+                {"role": "system", "content": "Be brief. " * number},
+                {"role": "user", "content": text},
+            ][number % 2 :]  # some without a system prompt
+            for number, text in enumerate(texts)
+        ]
+        for client, texts in TEXTS.items()
+    }
+    assert [len(chats) for chats in given.values()] == [3, 1, 5]
+    alone = {
+        client: [predict({client: [each]})[client][0] for each in given[client]] for client in given
+    }
+    assert set(passes) == {1}
+    passes.clear()
+    assert predict(given, batch_size=6) == alone
+    assert passes == [3, 3]  # two chats of each of three clients, of which some have one left
+    passes.clear()
+    assert predict(given, batch_size=4) == alone
+    assert passes == [3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("chat", "message"),
     [

@@ -9,6 +9,19 @@ from datasets import Dataset
 
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.tasks import Task, make_task
+from tasks.chat_templates import POSITIONS
+
+
+@pytest.fixture(scope="session")
+def long_llama(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny Llama and a limit of 4096 tokens, for chat templates of real size."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("long-llama")
+    model = AutoModelForCausalLM.from_pretrained(tiny_models / "llama")
+    model.config.max_position_embeddings = POSITIONS
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -10,23 +10,18 @@ from datasets import Dataset
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.chat_messages import parse_messages
 from tasks.causal_lm_tables import CHATS, NAME, PAIRS
-from tasks.chat_templates import CHAT, CHATML, FORMS, MISTRAL, QWEN3, TOOLS
+from tasks.chat_templates import CHAT, CHATML, FORMS, MISTRAL, QWEN3, QWEN25
 
 
 @pytest.fixture
-def chat_task(task_of, tiny_models, tmp_path):
+def chat_task(task_of, tiny_models, long_llama, tmp_path):
     """``chat_task(form, rows, **options)``: the task with the template and tokens of a form."""
 
     def build(form, rows, **options):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tiny_models / "llama")
-        tokenizer.add_tokens(form.tokens, special_tokens=True)
-        tokenizer.chat_template = form.plain
-        tokenizer.save_pretrained(tmp_path)
+        form.tokenizer(tiny_models / "llama").save_pretrained(tmp_path)
         table = Dataset.from_dict(rows)
-        backbone = {"tokenizer": str(tmp_path)}
-        return task_of("llama", table, name=NAME, backbone=backbone, **options), table
+        options = {"name": NAME, "backbone": {"tokenizer": str(tmp_path)}, **options}
+        return task_of("llama", table, folder=long_llama, **options), table
 
     return build
 
@@ -38,47 +33,40 @@ def decoded(task, examples, row=0):
     return task.processor.decode(ids), task.processor.decode(labels[labels != -100])
 
 
+LEARNED = {
+    "chatml": "Red is one<|im_end|>\nFive<|im_end|>\n",
+    "llama3": "Red is one<|eot_id|>Five<|eot_id|>",
+    "mistral": "Red is one</s>Five</s>",
+    "mistral-late": " Red is one</s> Five</s>",
+    "gemma": "Red is one<end_of_turn>\nFive<end_of_turn>\n",
+    "qwen2.5": "Red is one<|im_end|>\nFive<|im_end|>\n",
+    "qwen3": "Red is one<|im_end|>\n<think>\n\n</think>\n\nFive<|im_end|>\n",
+    "phi3": "Red is one<|end|>\nFive<|end|>\n</s>",
+    "zephyr": "Red is one</s>\nFive</s>\n",
+    "deepseek": "Red is one<｜end▁of▁sentence｜>Five<｜end▁of▁sentence｜>",
+    "cohere": "Red is one<|END_OF_TURN_TOKEN|>Five<|END_OF_TURN_TOKEN|>",
+}
+"""The part of ``Form.chat`` that has a loss, by form."""
+
+
 # --- the turns of the assistant -------------------------------------------------------------------
 @pytest.mark.parametrize("name", FORMS)
-def test_the_assistants_turns_have_a_loss_in_every_form_of_template(chat_task, caplog, name):
+def test_the_assistants_turns_have_a_loss_with_templates_of_real_models(chat_task, caplog, name):
     form = FORMS[name]
     task, table = chat_task(form, {"messages": [form.chat]})
     assert task.loss == "assistant"
     whole, learned = decoded(task, task.encode(table))
-    assert whole == "".join(text + turn for text, turn in form.parts)
-    assert learned == "".join(turn for _, turn in form.parts)
+    assert whole == task.processor.apply_chat_template(form.chat, tokenize=False)
+    assert learned == LEARNED[name]
     # DeepSeek's generation prompt begins reasoning that the chat does not have
     assert [record.message[:16] for record in caplog.records] == (
         ["in 1 of 1 chats "] if name == "deepseek" else []
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_differences_of_renderings_equal_the_marks_of_the_template(chat_task, caplog, name):
-    form = FORMS[name]
-    chats = [form.chat, form.chat[:-2], [*form.chat, form.chat[-2], *form.chat[-1:]]]
-    plain, table = chat_task(form, {"messages": chats})
-    marked, _ = chat_task(form, {"messages": chats}, chat_template=form.marked)
-    from_differences, from_marks = plain.encode(table), marked.encode(table)
-    for row, chat in enumerate(chats):
-        reference = marked.processor.apply_chat_template(
-            chat, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-        labels = from_marks.columns["labels"][row]
-        assert from_marks.columns["input_ids"][row].tolist() == reference["input_ids"]
-        assert (labels != -100).int().tolist() == reference["assistant_masks"]
-        differences = from_differences.columns["labels"][row] != labels
-        # a line break behind the end of a turn may be outside of the marks
-        assert (
-            plain.processor.decode(from_differences.columns["input_ids"][row][differences]).strip()
-            == ""
-        )
-    assert "marks as generated" not in caplog.text
-
-
 def test_marks_that_differ_from_the_turns_decide_with_a_warning(chat_task, caplog):
     marked = CHATML.marked.replace(
-        "{%- generation -%}{{ m.content + ", "{{ m.content }}{%- generation -%}{{ "
+        "{% generation %}{{message['content'] + ", "{{ message['content'] }}{% generation %}{{ "
     )
     task, table = chat_task(CHATML, {"messages": [CHATML.chat]}, chat_template=marked)
     assert decoded(task, task.encode(table))[1] == "<|im_end|>\n<|im_end|>\n"
@@ -256,10 +244,11 @@ def test_tool_calls_are_part_of_the_assistants_turn(chat_task, written):
     if written == "function_call":
         chat[1] = {"role": "assistant", "content": "", "function_call": call}
     rows = {"messages": [chat], "tools": [tools if written == "objects" else json.dumps(tools)]}
-    task, table = chat_task(TOOLS, rows)
+    task, table = chat_task(QWEN25, rows)
     whole, learned = decoded(task, task.encode(table))
     assert learned == (
-        '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call><|im_end|>\nFive<|im_end|>\n'
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>\n'
+        "Five<|im_end|>\n"
     )
     assert '"about": "Adds"' in whole
 
@@ -272,7 +261,7 @@ def test_tools_that_the_template_does_not_write_are_refused(chat_task):
 
 
 def test_messages_that_the_template_leaves_out_are_counted(chat_task, caplog):
-    template = MISTRAL.plain.replace("m.content + '[/INST]'", "'[/INST]'")
+    template = MISTRAL.plain.replace("message['content'] + ' [/INST]'", "' [/INST]'")
     task, table = chat_task(MISTRAL, {"messages": [CHAT]}, chat_template=template)
     task.encode(table)
     assert "in 1 of 1 chats the chat template leaves out or changes the text" in caplog.text

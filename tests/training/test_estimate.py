@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from fedmerge_peft import Recipe, RecipeError
 from fedmerge_peft.cli import main
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.models import labeled_head
+from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.training.estimate import _pass, estimate, load_config
+from models.gguf_file import write_gguf
 
 PROGRAM = runpy.run_path(
     str(Path(__file__).parents[2] / "benchmarks" / "memory" / "memory.py"), run_name="memory"
@@ -74,6 +78,28 @@ def test_no_weights_are_read(tmp_path):
     made = recipe(str(tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
     assert estimate(made, _config(tmp_path), length=32).parameters > 0
+
+
+def test_of_a_gguf_file_only_the_metadata_are_read(tiny_models, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra gguf)")
+
+    monkeypatch.setenv("FEDMERGE_CACHE", str(tmp_path / "cache"))
+    write_gguf(tiny_models / "llama", tmp_path / "tiny.gguf")
+    made = recipe(str(tmp_path)).replace(["backbone.gguf_file=tiny.gguf"])
+    reader = gguf.gguf_reader
+    fields = [name for name in reader.ReaderTensor._fields if name != "data"]
+
+    def without_data(**values):
+        return SimpleNamespace(**{name: values[name] for name in fields})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, "ReaderTensor", without_data)
+        patched.setattr(gguf, "dequantize", lambda *_: pytest.fail("a tensor was dequantized"))
+        found = estimated(made, length=32)
+    assert not (tmp_path / "cache").exists()
+    dequantized = _config(model_folder(made.backbone, tmp_path))
+    assert found == estimate(made, dequantized, length=32)
+    assert found == estimated(recipe(), length=32)
 
 
 def _config(folder):
@@ -149,5 +175,7 @@ def test_the_command_prints_each_part(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PROGRAM["MEASURED"])
 def test_the_estimate_is_near_the_measured_peak(model):
+    if (package := PROGRAM["PACKAGES"].get(model)) and find_spec(package) is None:
+        pytest.skip(f"needs the package {package}: make test installs it")
     estimated, measured = PROGRAM["run_one"](model)
     assert estimated == pytest.approx(measured, rel=0.15)

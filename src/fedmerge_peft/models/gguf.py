@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,17 +39,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
         BackboneError: The file does not exist or cannot be loaded, the folder cannot be written or
             trusted, or gguf is not installed.
     """
-    path = folder / gguf_file
-    if not path.is_file():
-        names = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))[:5]) or "none"
-        raise BackboneError(
-            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {names})"
-        )
-    if find_spec("gguf") is None:
-        raise BackboneError(
-            f"backbone.model: {path.name} is a GGUF file, which needs gguf: "
-            + install_command("gguf")
-        )
+    path = _existing(folder, gguf_file)
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {backbone.dtype}"
     target = cache_folder() / "gguf" / sha256(os.fsencode(key)).hexdigest()[:32]
@@ -76,6 +67,51 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
     return target
 
 
+def gguf_config(folder: Path, gguf_file: str) -> Any:
+    """Load the configuration of a GGUF file's model from its metadata; no tensor is read.
+
+    Args:
+        folder: Folder of the file.
+        gguf_file: Name of the file.
+
+    Raises:
+        BackboneError: The file does not exist or cannot be read, or gguf is not installed.
+    """
+    from transformers import AutoConfig
+
+    path = _existing(folder, gguf_file)
+    with quiet_transformers(), _gguf_errors(path):
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _existing(folder: Path, gguf_file: str) -> Path:
+    """Return the path of a GGUF file.
+
+    Raises ``BackboneError`` if there is no such file, or gguf is not installed.
+    """
+    path = folder / gguf_file
+    if not path.is_file():
+        names = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))[:5]) or "none"
+        raise BackboneError(
+            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {names})"
+        )
+    if find_spec("gguf") is None:
+        raise BackboneError(
+            f"backbone.model: {path.name} is a GGUF file, which needs gguf: "
+            + install_command("gguf")
+        )
+    return path
+
+
+def _gguf_errors(path: Path) -> AbstractContextManager[None]:
+    """Convert errors inside the context to ``BackboneError``."""
+    return library_errors(
+        lambda reason: BackboneError(
+            f"backbone.model: {path} cannot be loaded as a GGUF file: {reason}"
+        )
+    )
+
+
 def _is_written(target: Path) -> bool:
     """Return True if this user has written the folder; make its parent folder private.
 
@@ -100,15 +136,7 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": path.name}
-    with (
-        quiet_transformers(),
-        library_errors(
-            lambda reason: BackboneError(
-                f"backbone.model: {path} cannot be loaded as a GGUF file: {reason}"
-            )
-        ),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with quiet_transformers(), _gguf_errors(path), torch.random.fork_rng(devices=[]):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         loaded, report = AutoModelForCausalLM.from_pretrained(
             path.parent,

@@ -58,6 +58,8 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
         with quiet_transformers():
             save_stock(passed.model, scratch)
         return str(scratch)
+    if located := gguf_location(backbone):
+        return str(dequantized_folder(backbone, *located))
     if model.startswith("tiny:"):
         from fedmerge_peft.models import tiny
 
@@ -68,26 +70,41 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
                 raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
     if packaged := _packaged(model):
-        folder, gguf_file = packaged
-        return str(dequantized_folder(backbone, folder, gguf_file) if gguf_file else folder)
+        return str(packaged[0])
     if "://" in model:
         raise BackboneError(
             f"backbone.model: {model} is a URL; write the hub id alone, such as owner/name"
         )
-    named = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-    local = named or Path(model).exists()
-    folder = Path(model).expanduser()
-    if backbone.gguf_file is not None:
-        if not local:
-            raise BackboneError(
-                f"backbone.gguf_file: {model} is not a local folder; download the file, and name "
-                "its folder in backbone.model"
-            )
-        return str(dequantized_folder(backbone, folder, backbone.gguf_file))
-    if local:
+    if _is_local(model):
+        folder = Path(model).expanduser()
         check_folder(model, folder)
         return str(folder)
     return model
+
+
+def _is_local(model: str) -> bool:
+    """Return True if a model is a folder rather than a hub id."""
+    named = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+    return named or Path(model).exists()
+
+
+def gguf_location(backbone: BackboneRecipe) -> tuple[Path, str] | None:
+    """Return folder and name of the GGUF file that has the weights; None for other models.
+
+    Raises:
+        BackboneError: ``gguf_file`` is given for a model that is not a local folder.
+    """
+    if packaged := _packaged(backbone.model):
+        folder, gguf_file = packaged
+        return (folder, gguf_file) if gguf_file else None
+    if backbone.gguf_file is None:
+        return None
+    if not _is_local(backbone.model):
+        raise BackboneError(
+            f"backbone.gguf_file: {backbone.model} is not a local folder; download the file, and "
+            "name its folder in backbone.model"
+        )
+    return Path(backbone.model).expanduser(), backbone.gguf_file
 
 
 def _packaged(model: str) -> tuple[Path, str | None] | None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.chat_messages import Chat
+from fedmerge_peft.tasks.chat_messages import Chat, Message
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import CompletionRecipe
+
+logger = logging.getLogger(__name__)
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Message keys for the assistant's reasoning before its answer."""
 
 
 def check_template(tokenizer: Any) -> None:
@@ -73,6 +79,103 @@ def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
         if isinstance(template, dict)
         else begin + template
     )
+
+
+def check_contents(
+    chats: Sequence[Chat], texts: Sequence[str], error: Callable[[int, str], DataError]
+) -> None:
+    """Check that rendered chats contain their tools; warn if they lack texts of messages.
+
+    Args:
+        chats: Chats.
+        texts: Rendered chats.
+        error: Function from the index of a chat and a fault to the error.
+
+    Raises:
+        DataError: The template leaves out a tool.
+    """
+    lost = []
+    for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        for name in tool_names(chat):
+            if name not in text:
+                raise error(
+                    row,
+                    f"the chat template does not write the tool {name!r}; set "
+                    "task.chat_template to one that takes tools, or remove the tools",
+                )
+        contents = [message["content"].rpartition("</think>")[2] for message in chat.messages]
+        # Templates leave out the reasoning of earlier turns on purpose.
+        contents += [str(chat.messages[-1].get(key, "")) for key in _REASONING]
+        if not all(content.strip() in text for content in contents):
+            lost.append(row)
+    if lost:
+        logger.warning(
+            "in %d of %d chats the chat template leaves out or changes the text of messages "
+            "(first: row %d); fedmerge data RECIPE --show 3 shows what became of them",
+            len(lost),
+            len(chats),
+            lost[0],
+        )
+
+
+def warn_of_missing_stops(tokenizer: Any, rows: Sequence[tuple[list[int], list[bool]]]) -> None:
+    """Warn of examples whose last token with a loss, apart from whitespace, is no special token.
+
+    A model stops at a special token. Without one, it does not learn the end of its turns. For
+    example, GLM's template writes no token at the end of a turn, because the next turn begins with
+    one.
+
+    Args:
+        tokenizer: Tokenizer.
+        rows: Token ids and True for each token with a loss, one pair per example.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    endless = []
+    for row, (ids, labeled) in enumerate(rows):
+        learned = (ids[place] for place in reversed(range(len(ids))) if labeled[place])
+        last = next((token for token in learned if tokenizer.decode([token]).strip()), None)
+        if last is not None and last not in special:
+            endless.append(row)
+    if endless:
+        logger.warning(
+            "in %d of %d chats the last token with a loss is no special token (first: row %d), so "
+            "the model may not learn to stop; end the assistant's turns with one in "
+            "task.chat_template, inside of {%% generation %%} if the template has marks",
+            len(endless),
+            len(rows),
+            endless[0],
+        )
+
+
+def with_json_arguments(render: Callable[[list[Message]], Any], messages: list[Message]) -> Any:
+    """Render messages; if the template needs arguments of tool calls as text, write them as JSON.
+
+    Most templates take arguments as objects. DeepSeek's joins them to other text, which fails with
+    ``TypeError`` for objects.
+
+    Args:
+        render: Function that renders messages.
+        messages: Messages; arguments that are JSON are parsed.
+    """
+    try:
+        return render(messages)
+    except TypeError:
+        written = [_with_json_arguments(message) for message in messages]
+        if written == messages:
+            raise
+        return render(written)
+
+
+def _with_json_arguments(message: Message) -> Message:
+    """Return a message whose tool calls have arguments as JSON text, as ``tojson`` writes it."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        if not isinstance(arguments := function["arguments"], str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = {**function, "arguments": arguments}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def tool_names(chat: Chat) -> Iterator[str]:

@@ -12,7 +12,13 @@ from typing import Any, Literal
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.chat_messages import Chat, Message
-from fedmerge_peft.tasks.chat_template import check_template, strings, tool_names
+from fedmerge_peft.tasks.chat_template import (
+    check_contents,
+    check_template,
+    strings,
+    warn_of_missing_stops,
+    with_json_arguments,
+)
 from fedmerge_peft.tasks.chat_turns import (
     Span,
     TurnError,
@@ -26,9 +32,6 @@ from fedmerge_peft.tasks.tokenization import SpecialTokens, tokenized
 from fedmerge_peft.util.library_errors import library_errors
 
 logger = logging.getLogger(__name__)
-
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Message keys for the assistant's reasoning before its answer."""
 
 _OTHERS = {"user", "system", "developer", "tool"}
 """Roles whose messages a model does not write."""
@@ -80,7 +83,7 @@ class ChatTokens:
         """
         check_template(self._tokenizer)
         texts = [self._render(row, chat, chat.messages) for row, chat in enumerate(chats)]
-        self._check_contents(chats, texts)
+        check_contents(chats, texts, self.error)
         written = [self._writes_tokens(chat.messages) for chat in chats]
         spans: list[list[Span]] = []
         disagreeing = []
@@ -104,10 +107,12 @@ class ChatTokens:
             for (row, _), before, until in zip(pieces, begins, ends, strict=True):
                 _label(rows[row], before, until)
             self._warn_about_prompts(rows, chats, written, loss)
-            return [
+            rows = [
                 self._sanitized_row(row, chats[row], loss) if written[row] else rows[row]
                 for row in range(len(chats))
             ]
+        warn_of_missing_stops(self._tokenizer, rows)
+        return rows
 
     def _warn_about_prompts(
         self, rows: Sequence[Row], chats: Sequence[Chat], written: Sequence[bool], loss: Loss
@@ -270,39 +275,18 @@ class ChatTokens:
         template = self._tokenizer.get_chat_template(None, chat.tools)
         if not _MARKS.search(template):
             return []
-        _, (spans,) = render_jinja_template(
-            [chat.messages],
-            tools=chat.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
-        return [(begin, end) for begin, end in spans if begin < end]
 
-    def _check_contents(self, chats: Sequence[Chat], texts: Sequence[str]) -> None:
-        """Raise ``DataError`` if the template omits a tool; warn if it omits or changes texts."""
-        lost = []
-        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            for name in tool_names(chat):
-                if name not in text:
-                    raise self.error(
-                        row,
-                        f"the chat template does not write the tool {name!r}; set "
-                        "task.chat_template to one that takes tools, or remove the tools",
-                    )
-            contents = [message["content"].rpartition("</think>")[2] for message in chat.messages]
-            # Templates leave out the reasoning of earlier turns on purpose.
-            contents += [str(chat.messages[-1].get(key, "")) for key in _REASONING]
-            if not all(content.strip() in text for content in contents):
-                lost.append(row)
-        if lost:
-            logger.warning(
-                "in %d of %d chats the chat template leaves out or changes the text of messages "
-                "(first: row %d); fedmerge data RECIPE --show 3 shows what became of them",
-                len(lost),
-                len(chats),
-                lost[0],
+        def render(messages: list[Message]) -> Any:
+            return render_jinja_template(
+                [messages],
+                tools=chat.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
             )
+
+        _, (spans,) = with_json_arguments(render, chat.messages)
+        return [(begin, end) for begin, end in spans if begin < end]
 
     # ---- the template ----------------------------------------------------------------------------
     def _render(
@@ -323,10 +307,13 @@ class ChatTokens:
         def rejected(reason: str) -> DataError:
             return self.error(row, f"the chat template rejects the messages: {reason}")
 
-        with library_errors(rejected):
+        def apply(written: list[Message]) -> Any:
             return self._tokenizer.apply_chat_template(
-                messages, tools=chat.tools, add_generation_prompt=generation_prompt, **options
+                written, tools=chat.tools, add_generation_prompt=generation_prompt, **options
             )
+
+        with library_errors(rejected):
+            return with_json_arguments(apply, messages)
 
     # ---- tokens ----------------------------------------------------------------------------------
     @contextmanager

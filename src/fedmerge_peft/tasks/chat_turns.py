@@ -95,7 +95,16 @@ def find_begin(messages: Sequence[Message], index: int, whole: str, render: Rend
     before = _try(render, messages[:index])
     prompt = _try(render, messages[:index], generation_prompt=True)
     begin = begin_of_turn(whole, before, prompt)
-    return _find_content(messages, index, whole, render)[0] if begin is None else begin
+    if begin is not None:
+        return begin
+    begin, _ = _find_content(messages, index, whole, render)
+    alone = _try(render, messages[: index + 1])
+    begin_alone = None if alone is None else begin_of_turn(alone, before, prompt)
+    if alone is None or begin_alone is None:
+        return begin
+    # the template may write something between the generation prompt and the content
+    added = alone[begin_alone : _find_content(messages[: index + 1], index, alone, render)[0]]
+    return begin - len(added) if whole[:begin].endswith(added) else begin
 
 
 def find_end(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:

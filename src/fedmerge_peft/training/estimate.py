@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedmerge_peft.errors import BackboneError, RecipeError
+from fedmerge_peft.models.gguf import gguf_config
 from fedmerge_peft.models.labeled_head import LabeledHead, frozen_output_layer
 from fedmerge_peft.models.peft_model import add_adapter, prepare_heads
-from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.models.pretrained import gguf_location, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe, TrainingRecipe
 from fedmerge_peft.tasks import Task, task_type
@@ -84,13 +85,15 @@ class Estimate:
 
 
 def load_config(backbone: BackboneRecipe) -> Any:
-    """Load the configuration of the model.
+    """Load the configuration of the model, from its metadata if it is a GGUF file.
 
     Raises:
         BackboneError: The configuration cannot be loaded.
     """
     from transformers import AutoConfig
 
+    if located := gguf_location(backbone):
+        return gguf_config(*located)
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         folder = model_folder(backbone, Path(scratch))
         return load_pretrained(AutoConfig, folder, backbone, backbone.revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import shares
 from setting import Plain, averaged, engine, rounds
 from timing import Row, faster, race
 
@@ -47,6 +48,12 @@ def together() -> Iterator[Row]:
                 "one at a time",
                 wanted,
             )
+        if batch in (1, 8):
+            for name in ("one at a time", "8 together"):
+                yield shares.row(
+                    f"b. operations of the 16 clients, {name}; batch {batch}, processor time",
+                    [shares.by_operation(sides[name], shares.TRAINING)],
+                )
 
 
 def prefix() -> Iterator[Row]:

@@ -25,6 +25,19 @@ OPERATIONS = {
     "sums and differences": ("add", "add_", "sub", "sub_", "sum", "mul", "mul_", "mean"),
 }
 """Groups of torch's operations, by their names after ``aten::``."""
+TRAINING = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
+    "dropout masks": ("native_dropout", "bernoulli_", "native_dropout_backward"),
+    "GELU, softmax, LayerNorm": (
+        "gelu", "gelu_backward", "_softmax", "_softmax_backward_data",
+        "native_layer_norm", "native_layer_norm_backward",
+    ),
+    "sums, products, copies": (
+        "add", "add_", "sub", "sum", "mul", "mul_", "div", "copy_", "fill_", "zero_", "cat",
+    ),
+    "optimizer": ("_fused_adamw_", "linalg_vector_norm"),
+}  # fmt: skip
+"""Groups of the operations of training; ``other`` includes torch's own time for each call."""
 
 
 class Shares:
@@ -107,15 +120,17 @@ def import_libraries(*modules: str) -> None:
         import_module(name)
 
 
-def by_operation(work: Callable[[], object]) -> dict[str, float]:
+def by_operation(
+    work: Callable[[], object], operations: Mapping[str, Sequence[str]] = OPERATIONS
+) -> dict[str, float]:
     """Return the seconds of processor time of torch's operations in a call, by group."""
     from torch.profiler import ProfilerActivity, profile
 
     work()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
-    found = dict.fromkeys([*OPERATIONS, REST], 0.0)
-    groups = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names}
+    found = dict.fromkeys([*operations, REST], 0.0)
+    groups = {f"aten::{name}": group for group, names in operations.items() for name in names}
     for event in profiled.key_averages():
         found[groups.get(event.key, REST)] += event.self_cpu_time_total / 1e6
     return found

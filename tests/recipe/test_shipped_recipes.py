@@ -1,9 +1,6 @@
 """Every shipped recipe trains a round, with a tiny backbone of its architecture."""
 
 import math
-import runpy
-from pathlib import Path
-from statistics import fmean
 
 import pytest
 
@@ -110,13 +107,7 @@ def test_assistants_trains_a_round_on_chats(tmp_path):
     assert len(run.clients) == 8
     assert run.task["format"] == "messages"
     assert set(run.clients["group"]) == {"steps", "reference", "letter"}
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "answers.py"))
-    given = tool["answers"](run, run, ["Elm Railway", "Glen Hotel"], tool["QUESTION"])
-    page = tool["page"](run, run, given)
-    assert set(given) == {"FedMerge", "FedAvg", "untrained"}
-    assert page.count("| Glen Hotel (letter) |") == 3
-    perplexity = fmean(run.clients["test_perplexity"])
-    assert f"| FedAvg | {perplexity:.2f} |" in page
+    assert (run.clients["test_perplexity"] > 1).all()
 
 
 @pytest.mark.slow

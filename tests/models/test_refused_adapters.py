@@ -64,7 +64,7 @@ from fedmerge_peft.recipe.schema import BackboneRecipe
         (
             "bert",
             {"target_modules": ["query"], "rank_pattern": {"qeury": 4}},
-            r"rank_pattern: 'qeury' matches no module .*did you mean query.*modules with an adapter: query",
+            r"rank_pattern: 'qeury' matches no module .*mean query.*modules with an adapter: query",
         ),
         (
             "bert",

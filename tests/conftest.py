@@ -297,8 +297,8 @@ def make_backbone(tiny_models):
     import torch
 
     from fedmerge_peft.models.backbone import load_backbone
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.recipe.lora import LoraRecipe
-    from fedmerge_peft.recipe.schema import BackboneRecipe
 
     def make(kind, lora=None, task=None, seed=0, **backbone):
         folder = str(tiny_models / kind)

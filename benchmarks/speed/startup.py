@@ -104,7 +104,7 @@ def _plain(begin: str) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from fedmerge_peft.models.pretrained import model_folder
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
     with TemporaryDirectory() as scratch:
         model_name = "sentence-transformers/all-MiniLM-L6-v2"

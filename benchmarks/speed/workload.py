@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.models.pretrained import model_folder
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 SMALL = {
     "hidden_size": 256,

@@ -171,7 +171,7 @@ def test_weights_missing_from_the_pretrained_model_are_part_of_the_adapter(make_
     from transformers import AutoModel
 
     from fedmerge_peft.models.backbone import load_backbone
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
     config = make_backbone("bert", {"target_modules": ["query"]}).model.get_base_model().config
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path)
@@ -213,7 +213,7 @@ def test_running_statistics_do_not_change(tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     from fedmerge_peft.models.backbone import load_backbone
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path)
@@ -235,7 +235,7 @@ def test_running_statistics_do_not_change(tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("return_dict", False), ("torchscript", True)])
 def test_outputs_have_names_whatever_the_configuration_says(tiny_models, tmp_path, key, value):
     from fedmerge_peft.models.backbone import load_backbone
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
     folder = shutil.copytree(tiny_models / "bert", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -269,7 +269,7 @@ def test_a_pretrained_head_with_the_right_labels_is_kept(make_backbone, tmp_path
     from transformers import AutoModelForSequenceClassification
 
     from fedmerge_peft.models.backbone import load_backbone
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
     backbone = make_backbone("bert", {"target_modules": ["query"]})
     whole = AutoModelForSequenceClassification.from_config(backbone.model.get_base_model().config)

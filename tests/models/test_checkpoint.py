@@ -10,7 +10,7 @@ from tests.conftest import ImageTask, LabelTask, TextTask
 
 from fedmerge_peft import BackboneError
 from fedmerge_peft.models.pretrained import load_model, model_folder
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 SIZES = {
     "hidden_size": 16,

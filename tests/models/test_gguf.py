@@ -12,7 +12,7 @@ import torch
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models import gguf as reader
 from fedmerge_peft.models.pretrained import model_folder
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from models.gguf_file import write_gguf
 
 needs_gguf = pytest.mark.skipif(

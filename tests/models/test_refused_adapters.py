@@ -7,8 +7,8 @@ from tests.conftest import TextTask
 from fedmerge_peft import BackboneError
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models import pretrained
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
-from fedmerge_peft.recipe.schema import BackboneRecipe
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from fedmerge_peft import Recipe, RecipeError, RunError, expand, federate, load_run, sweep
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
-from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.recipe.strategies import FedMergeRecipe
 
 VALID = {

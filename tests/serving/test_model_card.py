@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from equality import assert_near
 from fedmerge_peft import Recipe
 from fedmerge_peft.models.pretrained import gguf_source
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.export import export_client, export_soup
 from fedmerge_peft.serving.personalize import personalize

@@ -8,6 +8,7 @@ import torch
 
 from equality import tolerance
 from fedmerge_peft import Recipe
+from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models.frozen_prefix import Prefix
 from fedmerge_peft.sites.config import SiteSettings
@@ -83,6 +84,21 @@ def test_states_beyond_the_range_of_float16_are_refused(make_bench):
         RecipeError, match=r"prefix_dtype: states of 1e\+05 exceed float16; use bfloat16"
     ):
         bench.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["training.prefix_cache=0", "lora.layers_to_transform=[1]"], "training.prefix_cache is 0"),
+        ([], "no layers precede the first trainable layer"),
+        (["lora.layers_to_transform=[1]"], None),
+    ],
+    ids=str,
+)
+def test_a_format_of_states_that_are_not_kept_is_warned_of(smoke, caplog, changes, reason):
+    LocalEngine.from_recipe(smoke("training.prefix_dtype=bfloat16", *changes))
+    assert ("prefix_dtype has no effect" in caplog.text) == (reason is not None)
+    assert reason is None or reason in caplog.text
 
 
 def test_states_do_not_depend_on_the_passes_that_need_them(make_bench):

@@ -43,8 +43,7 @@ from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.memory import clients_that_fit
 from fedmerge_peft.training.packing_trial import require_packing
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
-from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.prefix_disk import disk_cache
+from fedmerge_peft.training.prefix_cache import prefix_cache
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.profiling import timed
@@ -144,11 +143,7 @@ class LocalEngine:
             if recipe.training.packing:
                 require_packing(runtime, rows, recipe)
                 runtime.packed = True
-        if (gigabytes := recipe.training.prefix_cache) > 0 and backbone.prefix is not None:
-            groups, disk = held_parts(data.clients), disk_cache(recipe)
-            name = recipe.training.prefix_dtype
-            dtype = None if name is None else getattr(torch, name)
-            runtime.cache = PrefixCache(backbone, task, examples, groups, gigabytes, disk, dtype)
+        runtime.cache = prefix_cache(recipe, backbone, task, examples, held_parts(data.clients))
         return cls(recipe, data.clients, runtime)
 
     def clear_caches(self) -> None:

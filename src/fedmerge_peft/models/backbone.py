@@ -19,8 +19,8 @@ from fedmerge_peft.models.peft_model import (
     reinitialize,
 )
 from fedmerge_peft.models.pretrained import load_model
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
-from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.seeds import derive, seeded
 

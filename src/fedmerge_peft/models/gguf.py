@@ -15,7 +15,7 @@ import torch
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.library_errors import library_errors
 from fedmerge_peft.util.private_folder import is_own, make_private

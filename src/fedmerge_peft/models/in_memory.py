@@ -24,7 +24,7 @@ from fedmerge_peft.tasks.in_memory import attached, behavior
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.tasks.in_memory import PassedModel
 
 _NEEDS_TRANSFORMERS = ("attention", "quantization", "gradient_checkpointing")

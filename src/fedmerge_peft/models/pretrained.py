@@ -17,7 +17,7 @@ from fedmerge_peft.models.gguf import dequantized_folder
 from fedmerge_peft.models.head_order import label_names, order_head
 from fedmerge_peft.models.in_memory import copy_module, save_stock
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.tasks.in_memory import passed_model
 from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.library_errors import library_errors

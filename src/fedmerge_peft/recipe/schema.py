@@ -20,6 +20,7 @@ from fedmerge_peft.recipe import (  # register parts  # noqa: F401
     preference,
     text_tasks,
 )
+from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.clients import ClientsRecipe
 from fedmerge_peft.recipe.data import DataRecipe
@@ -41,7 +42,6 @@ from fedmerge_peft.recipe.section import (
     Norm,
     Rate,
     Section,
-    Source,
 )
 from fedmerge_peft.recipe.stopping import StopRecipe
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
@@ -49,36 +49,6 @@ from fedmerge_peft.recipe.tasks import AnyTask
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.loading import Plugins
-
-
-# ---- Backbone ------------------------------------------------------------------------------------
-class BackboneRecipe(Section):
-    """The frozen pretrained model, the same for all clients."""
-
-    model: Source
-    """Hugging Face model id, or a local folder with the same files."""
-    revision: Source | None = None
-    """Branch, tag or commit on the hub."""
-    gguf_file: Source | None = None
-    """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. It is dequantized once, to
-    `dtype`, and kept in the cache folder. Requires the extra `gguf`."""
-    tokenizer: Source | None = None
-    """Id or folder of the tokenizer or image processor. Default: the model's id or folder."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights. Adapters are always float32."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention implementation. Default: chosen by transformers."""
-    quantization: Literal["8bit", "4bit"] | None = None
-    """Quantize the frozen weights to 8 bits, or to 4 bits as QLoRA (NF4, computed in bfloat16).
-    Requires the extra `quantization` (bitsandbytes), and a CUDA GPU or a CPU. On a CPU, it saves
-    memory and costs time. With 8 bits, clients train one at a time."""
-    double_quantization: Boolean = True
-    """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
-    per weight."""
-    gradient_checkpointing: Boolean = False
-    """Recompute activations in the backward pass: less memory, but about a third more time."""
-    trust_remote_code: Boolean = False
-    """Run Python code that comes with the model. Enable it only for code that you have read."""
 
 
 # ---- Training, evaluation, run -------------------------------------------------------------------

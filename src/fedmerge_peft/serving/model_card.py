@@ -121,7 +121,7 @@ _QUANTIZED = {
 
 
 class Described(Protocol):
-    """What a card says of an adapter."""
+    """Facts of an adapter that its card states."""
 
     @property
     def run(self) -> RunDirectory:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 """``compute_metrics(predictions, references)``, which returns numbers by name."""
@@ -317,10 +317,9 @@ class Task(ABC):
 
     @classmethod
     def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Replace the labels of a site's rows by their indices in ``labels``.
+        """Replace the labels of a site's rows by their indices in ``labels``, those of all sites.
 
-        ``labels`` has the names of all labels of the federation. Raises ``DataError`` for any other
-        label.
+        Raises ``DataError`` for any other label.
         """
         column = recipe.label_column
         return table if column is None else relabel(table, column, labels)

@@ -48,7 +48,7 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 

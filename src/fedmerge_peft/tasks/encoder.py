@@ -26,7 +26,7 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 _LOADING = """{{imports}}from peft import PeftModel
 from transformers import {auto}, AutoTokenizer

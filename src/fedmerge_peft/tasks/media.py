@@ -16,7 +16,7 @@ from fedmerge_peft.tasks.tokenization import load_pretrained
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 _LOADING = """{{imports}}from peft import PeftModel
 from transformers import {processor}, {model}

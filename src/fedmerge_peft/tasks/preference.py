@@ -39,8 +39,8 @@ from fedmerge_peft.tasks.shown import ShownExample
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.recipe.preference import PreferenceRecipe
-    from fedmerge_peft.recipe.schema import BackboneRecipe
 
 _PASS = 4
 """Number of examples in a forward pass of the reference."""

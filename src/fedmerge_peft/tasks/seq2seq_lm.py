@@ -39,7 +39,7 @@ from fedmerge_peft.tasks.vocabulary import reject_unknown_ids
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.recipe.text_tasks import Seq2SeqLMRecipe
 
 

@@ -17,7 +17,7 @@ from fedmerge_peft.tasks.tokenization import ragged, read_texts, reject_empty
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 
 class TextTask(EncoderTask):

@@ -10,7 +10,7 @@ from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer, p
 from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 
 class TokenTask(Task):

@@ -27,7 +27,7 @@ from fedmerge_peft.util.library_errors import STOPS, library_errors
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.backbone import BackboneRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from fedmerge_peft.models.labeled_head import LabeledHead, frozen_output_layer
 from fedmerge_peft.models.peft_model import add_adapter, prepare_heads
 from fedmerge_peft.models.pretrained import gguf_location, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.schema import BackboneRecipe, TrainingRecipe
+from fedmerge_peft.recipe.backbone import BackboneRecipe
+from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks import Task, task_type
 from fedmerge_peft.tasks.base import Batch
 from fedmerge_peft.tasks.tokenization import load_pretrained

@@ -19,18 +19,45 @@ from fedmerge_peft.models.frozen_prefix import Prefix, prefix_identity
 from fedmerge_peft.models.packing import Packing
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.passes import split_batch
-from fedmerge_peft.training.prefix_disk import computation
+from fedmerge_peft.training.prefix_disk import computation, disk_cache
 from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.seeds import seeded
 from fedmerge_peft.util.tensor_cache import TensorCache
 
 if TYPE_CHECKING:
     from fedmerge_peft.data.clients import Indices
+    from fedmerge_peft.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 _POSITIONS = 4096
 """Most positions in a pass that computes states, unless one example has more."""
+
+
+def prefix_cache(
+    recipe: Recipe,
+    backbone: Backbone,
+    task: Task,
+    examples: Examples,
+    groups: Sequence[Indices],
+) -> PrefixCache | None:
+    """Return the cache that a recipe asks for; None if no layer is frozen, or its size is 0.
+
+    The other arguments are those of ``PrefixCache``.
+    """
+    training = recipe.training
+    if training.prefix_cache == 0 or backbone.prefix is None:
+        if training.prefix_dtype is not None:
+            log.warning(
+                "training.prefix_dtype has no effect: %s",
+                "training.prefix_cache is 0"
+                if training.prefix_cache == 0
+                else "no layers precede the first trainable layer (lora.layers_to_transform)",
+            )
+        return None
+    dtype = None if training.prefix_dtype is None else getattr(torch, training.prefix_dtype)
+    disk = disk_cache(recipe)
+    return PrefixCache(backbone, task, examples, groups, training.prefix_cache, disk, dtype)
 
 
 class PrefixCache:

@@ -64,7 +64,7 @@ class Runtime:
     packed: bool = False
     """True if the examples of a pass share rows; ``packing_trial.py`` checks the model."""
     sharing_trial: SharingTrial | None = None
-    """Whether several adapters may share a pass; None before the trial."""
+    """Outcome of the trial of several adapters in one pass; None before it."""
 
     @property
     def device(self) -> torch.device:

@@ -19,14 +19,22 @@ def test_layers_that_mix_examples_are_detected_by_name(make_backbone):
     del backbone.model.get_base_model().extra
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_adapters_of_experts_are_detected_by_their_place(make_backbone, nested):
+class TinyExperts(nn.Module):
+    """Experts of a model whose configuration names their number differently."""
+
+
+@pytest.mark.parametrize("place", ["configuration", "nested configuration", "module"])
+def test_adapters_of_experts_are_detected_by_their_place(make_backbone, place):
     backbone = make_backbone("llama", {"target_modules": ["q_proj", "up_proj"]})
     assert stacking_obstacle(backbone) is None
     config = backbone.model.config
-    if nested:
-        config.text_config = config = PretrainedConfig()
-    config.num_local_experts = 4
+    if place == "module":
+        backbone.model.get_base_model().extra = TinyExperts()
+    elif place == "nested configuration":
+        config.text_config = PretrainedConfig()
+        config.text_config.num_local_experts = 4
+    else:
+        config.num_local_experts = 4
     assert stacking_obstacle(backbone) == (
         "model.layers.0.mlp.up_proj may see the tokens of some examples only, as experts do"
     )

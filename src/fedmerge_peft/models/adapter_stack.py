@@ -253,12 +253,14 @@ def _is_convolution(layer: Any) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Return True if the configuration, or one that it contains, has experts."""
+    """Return True if the configuration, one that it contains, or the modules have experts."""
     from transformers import PretrainedConfig
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     nested = [part for part in vars(model.config).values() if isinstance(part, PretrainedConfig)]
-    return any(getattr(part, name, None) for part in (model.config, *nested) for name in names)
+    return any(
+        getattr(part, name, None) for part in (model.config, *nested) for name in names
+    ) or any("Experts" in type(module).__name__ for module in model.modules())
 
 
 def _adapted_expert(model: nn.Module) -> str | None:

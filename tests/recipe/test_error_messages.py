@@ -202,8 +202,13 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
         ),
         (
             "name: first\n",
+            f"name: {'a' * 201}\n",
+            f"recipe.yaml:1: name: found text '{'a' * 55} ..., expected text (1 to 200 characters)",
+        ),
+        (
+            "name: first\n",
             "",
-            "recipe.yaml:1: name: this required key is missing; expected text (1 or more "
+            "recipe.yaml:1: name: this required key is missing; expected text (1 to 200 "
             "characters): Name of the run",
         ),
         (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -119,9 +119,8 @@ def expected(annotation: Any, many: bool = False) -> str:
     if kinds := kinds_of(annotation):
         return f"{'sections' if many else 'a section'} with {kinds.key}: {_choice(kinds)}"
     if origin is Annotated:
-        return expected(arguments[0], many) + _bounds(
-            arguments[1:], "characters" if arguments[0] is str else ""
-        )
+        unit = "characters" if arguments[0] is str else "values"
+        return expected(arguments[0], many) + _bounds(arguments[1:], unit)
     if variants(annotation) or origin is dict:
         return "a section (indented lines of key: value)"
     if origin is Literal and len(arguments) == 1:
@@ -145,6 +144,7 @@ def _bounds(constraints: Iterable[Any], unit: str) -> str:
         for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
     ]
     bounds = []
+    shortest, longest = 0, None
     for part in parts:
         match part:
             case Gt(gt=bound):
@@ -156,9 +156,16 @@ def _bounds(constraints: Iterable[Any], unit: str) -> str:
             case Le(le=bound):
                 bounds.append(f"at most {bound}")
             case MinLen(min_length=length):
-                bounds.append(f"({length} or more {unit}".rstrip() + ")")
+                shortest = length
+            case MaxLen(max_length=length):
+                longest = length
             case _:
                 pass
+    if longest is not None:
+        lengths = f"{shortest} to {longest}" if shortest else f"at most {longest}"
+        bounds.append(f"({lengths} {unit})")
+    elif shortest:
+        bounds.append(f"({shortest} or more {unit})")
     return " " + " and ".join(bounds) if bounds else ""
 
 

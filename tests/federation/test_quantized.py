@@ -200,6 +200,17 @@ def test_an_update_of_stored_weights_of_4_bits_is_refused(model_of_4_bits, tiny_
     sections["backbone"] |= {"model": str(model_of_4_bits)}
     with pytest.raises(BackboneError, match="are quantized, and cannot be updated"):
         run_of(tmp_path / "run", ROWS, TASK, **sections)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before the first round
+
+
+def test_a_baseline_that_updates_stored_weights_of_4_bits_is_refused_before_the_first_round(
+    model_of_4_bits, tiny_models, tmp_path
+):
+    sections = {**quantized(tiny_models, None), "baselines": [{"name": "flora"}]}
+    sections["backbone"] |= {"model": str(model_of_4_bits)}
+    with pytest.raises(BackboneError, match="are quantized, and cannot be updated"):
+        run_of(tmp_path / "run", ROWS, TASK, **sections)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_products_in_8_bits_do_not_fill_the_log(tiny_models, tmp_path):

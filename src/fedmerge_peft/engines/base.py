@@ -158,7 +158,7 @@ def check_same_work(
         raise RecipeError(f"{', '.join(different)}: {reason}")
 
 
-def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyContext:
+def make_strategy_context(model: Backbone, clients: int, recipe: Recipe) -> StrategyContext:
     """Return the inputs from which a strategy for this model is constructed.
 
     Fresh adapters derive from the model's initial adapter and the seed.
@@ -166,12 +166,18 @@ def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyC
     Args:
         model: Model with an adapter slot.
         clients: Number of clients.
-        seed: Seed of the recipe.
+        recipe: Seed, and the strategies that will use the model.
+
+    Raises:
+        BackboneError: A strategy of the recipe updates the backbone's weights, and they are
+            quantized or shared with another layer.
     """
+    if any(strategy.adds_to_backbone for strategy in (recipe.strategy, *recipe.baselines)):
+        model.require_base()
 
     def fresh_row(number: int) -> Tensor:
-        return model.fresh_row(derive(seed, "adapter", number))
+        return model.fresh_row(derive(recipe.seed, "adapter", number))
 
     return StrategyContext(
-        clients, model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling
+        clients, model.layout, fresh_row, model.shared, derive(recipe.seed, "strategy"), model.scaling
     )

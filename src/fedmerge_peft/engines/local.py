@@ -197,7 +197,7 @@ class LocalEngine:
 
     def strategy_context(self) -> StrategyContext:
         """Return the inputs from which a strategy is constructed."""
-        return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
+        return make_strategy_context(self.backbone, len(self.clients), self.recipe)
 
     def label_counts(self) -> list[list[int]] | None:
         if not self.recipe.task.counts_labels:

@@ -134,26 +134,38 @@ class Backbone:
             for weight, pretrained in self._pretrained.values():
                 weight.copy_(pretrained)
             for name, update in base.items():
+                if name not in self._pretrained:
+                    self._require_own_weights(name)
                 adapted = self.model.get_submodule(name)
                 frozen = adapted.base_layer.weight
-                if not frozen.is_floating_point():
-                    raise BackboneError(
-                        f"backbone: the weights of {name} are quantized, and cannot be updated; "
-                        "use another strategy, or a model that is not quantized"
-                    )
-                parameters = self.model.named_parameters(remove_duplicate=False)
-                tied = sum(parameter is frozen for _, parameter in parameters) > 1
-                if name not in self._pretrained and tied:
-                    raise BackboneError(
-                        f"lora.target_modules: {name} is tied to another layer, which would change "
-                        "too; leave it out"
-                    )
                 weight, pretrained = self._pretrained.setdefault(
                     name, (frozen, frozen.detach().clone())
                 )
                 weight.copy_(
                     pretrained + (update.T if adapted.fan_in_fan_out else update).to(pretrained)
                 )
+
+    def require_base(self) -> None:
+        """Raise ``BackboneError`` if ``set_base`` cannot update an adapted linear layer."""
+        from peft.tuners.lora.layer import Embedding, ParamWrapper
+
+        for name in self.scaling:
+            if not isinstance(self.model.get_submodule(name), (Embedding, ParamWrapper)):
+                self._require_own_weights(name)
+
+    def _require_own_weights(self, name: str) -> None:
+        frozen = getattr(self.model.get_submodule(name).base_layer, "weight", None)
+        if frozen is None or not frozen.is_floating_point():
+            raise BackboneError(
+                f"backbone: the weights of {name} are quantized, and cannot be updated; "
+                "use another strategy, or a model that is not quantized"
+            )
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        if sum(parameter is frozen for _, parameter in parameters) > 1:
+            raise BackboneError(
+                f"lora.target_modules: {name} is tied to another layer, which would change too; "
+                "leave it out"
+            )
 
     def train(self) -> None:
         """Put the model into training mode.

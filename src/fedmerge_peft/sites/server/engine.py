@@ -159,7 +159,7 @@ class RemoteEngine:
 
     def strategy_context(self) -> StrategyContext:
         """Return the context from which a strategy is created."""
-        return make_strategy_context(self._model, len(self.clients), self.recipe.seed)
+        return make_strategy_context(self._model, len(self.clients), self.recipe)
 
     def label_counts(self) -> list[list[int]] | None:
         """Return the number of training examples with each label, clients × labels.

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from fedmerge_peft import BackboneError, Recipe, Run, RunError, federate
@@ -164,6 +165,11 @@ def test_vllm_serves_one_adapter_for_each_client(chats, tmp_path):
     for module in modules:
         config = json.loads((folder / module["path"] / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == module["base_model_name"] == "acme/base"
+        weights = load_file(folder / module["path"] / "adapter_model.safetensors")
+        # vLLM reads a module's name between these ends, and knows no other tensors.
+        assert all(
+            re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key) for key in weights
+        )
     assert "serve.sh" in (folder / "SHA256SUMS").read_text()
     assert stat.S_ISREG(script.stat().st_mode)
 
@@ -177,6 +183,15 @@ def test_a_server_runs_no_code_of_the_model_without_consent(chats):
         serve_script(run, {CLIENT: "clinic"}, "acme/base")
     run.trust_remote_code = True
     assert "--trust-remote-code" in serve_script(run, {CLIENT: "clinic"}, "acme/base")
+
+
+@pytest.mark.parametrize(("bits", "flag"), [("4bit", True), ("8bit", False), (None, False)])
+def test_a_server_quantizes_the_weights_to_4_bits_as_the_run_did(chats, bits, flag):
+    run = Run.open(chats.path)
+    quantized = chats.recipe.replace([f"backbone.quantization={bits or 'null'}"])
+    run._load_recipe = lambda path: quantized
+    script = serve_script(run, {CLIENT: "clinic"}, "acme/base")
+    assert ("--quantization bitsandbytes" in script) is flag
 
 
 @pytest.mark.parametrize(

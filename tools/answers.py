@@ -1,11 +1,11 @@
-"""Print what clients' assistants answer, by FedMerge, FedAvg and untrained, and score the answers.
+"""Print and score answers of clients' assistants: FedMerge, FedAvg, and the untrained model.
 
     python tools/answers.py [RUN] [--page FILE]
 
-The run is one of the recipe assistants with the baseline fedavg. Three clients' answers to one
-question are shown. Of all clients, the answers to the first questions of some test chats are
-compared with the client's house rule. With --page, scores, answers, the seconds of all rounds and
-the machine are also written as a page in Markdown.
+RUN is a run of the recipe ``assistants`` with the baseline ``fedavg``. The program prints the
+answers of three clients to one question. It also compares the answers of all clients to the first
+questions of some test chats with the client's house rule. With --page, it writes scores, answers,
+the seconds of all rounds and the machine as a page in Markdown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedmerge_peft.data import federate_data
 
 QUESTION = "What happens if I am late?"
 ASKED = 3
-"""Number of test chats of each client whose first question is asked."""
+"""Number of test chats of each client; the first question of each chat is asked."""
 RULES = {
     "steps": r"1\. .+\.\n2\. .+\.\n3\. .+\.",
     "reference": r"[^\n]+, then [^\n]+\.\nRef: [A-Z]+",
@@ -84,7 +84,7 @@ def scores(run: Run, average: Run, tested: Answers) -> dict[str, dict[str, float
     served = {
         "FedMerge": run.summary["final"]["served"],
         "FedAvg": average.summary["final"]["served"],
-        "untrained": run.records[0]["served"],  # new adapters change nothing
+        "untrained": run.records[0]["served"],  # new adapters do not change the model's outputs
     }
     return {
         method: {

@@ -151,7 +151,7 @@ def answer(rule: str, topic: str, steps: list[str], number: int) -> str:
 
 def chats() -> list[dict[str, object]]:
     """Return all chats; a quarter of them have two questions."""
-    draw = random.Random(0)  # noqa: S311 (an order, no secret)
+    draw = random.Random(0)  # noqa: S311 (draws an order, not a secret)
     rows: list[dict[str, object]] = []
     for name, (rule, desk, phone, booking, place, days, fee) in ORGANISATIONS.items():
         facts = {

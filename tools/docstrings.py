@@ -14,7 +14,7 @@ from pathlib import Path
 
 LIMIT = 0.02
 QUESTION = re.compile(r"(What|How|Where|Who|Which|Why|Whether)\b")
-"""A clause that opens with one of these stands in for a noun or a verb."""
+"""A docstring that opens with one of these words lacks a noun or a verb at its start."""
 Finder = Callable[[str], Iterator[tuple[int, str]]]
 COLUMNS = 100
 PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md")
@@ -26,7 +26,7 @@ SETTINGS = (
     *("examples/*/*.yaml", "examples/*/*.toml"),
     *(f"{folder}/**/*.{ending}" for folder in ("src", "docs") for ending in ("css", "j2", "js")),
 )
-"""Files other than pages and Python files that people write."""
+"""Handwritten files other than pages and Python files."""
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 _NOT_PROSE = re.compile(r"\s*(\||#|<|!\[|\[!\[)|\s*([-*] )?\[[^\]]*\]\([^)]*\)[.,;]?\s*$")
 """Tables, headings, HTML, images, and lines that are one link."""
@@ -35,7 +35,7 @@ _ONE_URL = re.compile(r"\W*([\w-]+:\s+)?\W*https?://\S+\s*$")
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of each docstring of a file, those that follow an attribute included."""
+    """Yield line and text of each docstring of a file, including docstrings of attributes."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         body = getattr(node, "body", None)
         if not isinstance(body, list):
@@ -54,7 +54,7 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def long_lines(page: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line of prose with more than ``COLUMNS`` characters."""
+    """Yield number and text of each line of prose with more than ``COLUMNS`` characters."""
     fence = ""
     for number, line in enumerate(page.splitlines(), 1):
         if mark := _FENCE.match(line):
@@ -67,9 +67,9 @@ def long_lines(page: str) -> Iterator[tuple[int, str]]:
 
 
 def questions(root: Path) -> int:
-    """Print the share of docstrings that open with a question word; if it is too high, also which.
+    """Print the share of docstrings that open with a question word; return the exit status.
 
-    Returns the exit status.
+    If the share is too high, also print these docstrings.
     """
     every = [
         (path, *found)
@@ -87,14 +87,14 @@ def questions(root: Path) -> int:
 
 
 def long_settings(text: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line with more than ``COLUMNS`` characters, unless it is one URL."""
+    """Yield number and text of each line longer than ``COLUMNS``, unless the line is one URL."""
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > COLUMNS and not _ONE_URL.match(line):
             yield number, line
 
 
 def wide(root: Path, kind: str, patterns: Sequence[str], find: Finder) -> int:
-    """Print the lines that are too long. Returns the exit status.
+    """Print the lines that are too long, and return the exit status.
 
     Args:
         root: Folder of the project.
@@ -114,7 +114,7 @@ def wide(root: Path, kind: str, patterns: Sequence[str], find: Finder) -> int:
 
 
 def main(root: str = ".") -> int:
-    """Check the files below ``root``; the exit status."""
+    """Check the files below ``root``; return the exit status."""
     folder = Path(root)
     return (
         questions(folder)

@@ -1,4 +1,4 @@
-"""From a module of PyTorch to a report, on one CSV file per client (files.py)."""
+"""From a PyTorch module to a report. The data are one CSV file per client, as in files.py."""
 
 from importlib.resources import files
 

@@ -94,17 +94,19 @@ class Run(RunDirectory):
     def save_adapter(
         self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False
     ) -> Path:
-        """Write a client's merged adapter as a PEFT folder with a model card.
+        """Write a client's merged adapter as a PEFT folder with a model card; return the folder.
 
-        ``MergedAdapter.save`` describes ``exact`` and the errors.
+        ``MergedAdapter.save`` describes ``folder``, ``exact`` and the errors. The errors of
+        ``client`` are raised too.
         """
         return self.client(client, best=best).save(folder, exact=exact)
 
     @property
     def plot(self) -> RunPlots:
-        """Figures of the run: ``run.plot.accuracy()``, ``weights()``, ``clients()``, ``traffic()``.
+        """Figures of the run, such as ``run.plot.accuracy()``.
 
-        Notebooks show them; ``save`` writes them to a file.
+        The figures are ``accuracy``, ``loss``, ``weights``, ``clients`` and ``traffic``. Notebooks
+        show a figure; its method ``save(path)`` writes it to a file.
         """
         return RunPlots(self)
 
@@ -134,7 +136,7 @@ def load_run(
     Raises:
         RunError: The path is not a run directory, contains links, or has an unsupported format.
         ResumeError: The run was trained with another model.
-        BackboneError: The model cannot be used (``federate``).
+        BackboneError: The passed model cannot be used.
     """
     if not isinstance(path, str | Path):
         raise RunError(f"path: found {path!r}, expected the path of a run directory")
@@ -188,7 +190,7 @@ def federate(
         RunExistsError: The directory is not empty. Nothing was changed.
         RunBusyError: Another process is writing the directory. Nothing was changed.
         BackboneError: The model cannot be loaded, or the passed model cannot be used.
-        FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
+        FedMergeError: Any other error. Finished rounds are kept, and ``resume`` continues the run.
     """
     passed = take_model(model, tokenizer, processor)
     path = running.run_recipe(
@@ -240,9 +242,10 @@ def resume(
     Raises:
         RecipeError: An override is not allowed, or sets fewer rounds than are completed. Nothing
             was changed.
-        ResumeError: The run has ended, or its data, recipe or checkpoints have changed.
+        ResumeError: The run has ended and ``overrides`` sets no further rounds, or its data, model,
+            recipe or checkpoints have changed.
         RunBusyError: Another process is writing the run. Nothing was changed.
-        FedMergeError: As ``federate``.
+        FedMergeError: Any other error, as in ``federate``.
     """
     run = Run.open(path, trust_remote_code=trust_remote_code)
     passed = take_model(model, tokenizer, processor)
@@ -284,8 +287,8 @@ def sweep(
         model: Model of all recipes, with its tokenizer or processor, as in ``federate``.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
-        on_run: Called with the name, the run, and True if this call has run it. Runs that had
-            already ended come first.
+        on_run: Called with the name, the run, and True if this call has run it, else False. Runs
+            that had already ended are reported first.
         on_failure: Called with the name and the error of a recipe that failed. Other recipes still
             run.
         on_round: Called with the name and the record after each round, baselines included.
@@ -297,7 +300,7 @@ def sweep(
     Raises:
         RecipeError: A name is not a valid folder name, or ``recipes`` does not map names to
             recipes; nothing was started.
-        DeviceError: A launcher has started several ranks of this process.
+        DeviceError: A launcher such as ``torchrun`` has started several ranks.
         RunError: A directory contains the run of another recipe, or other files; nothing was
             started.
         SweepError: Some recipes failed; raised after all others have run.

@@ -5,18 +5,18 @@
     ├── PluginError        a plugin cannot be imported, or a part violates its interface
     ├── DataError          the data are missing, or do not match the recipe
     ├── BackboneError      the model is missing, or does not support the adapter
-    ├── DeviceError        the device or the precision is not available
+    ├── DeviceError        the device, the precision or the number of processes is not available
     ├── RunError           a run directory is missing, unreadable or in another format
     │   ├── RunExistsError the run directory already contains a run
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot be resumed
     │   └── SweepError     some recipes of a sweep failed
     ├── FederateError      a federation across sites cannot start or continue
-    │   ├── RefusedError   a site's own settings forbid the request
+    │   ├── RefusedError   a site's settings or the recipe in its kit forbid a request
     │   └── WireError      a message between server and site is malformed
     ├── ClientError        a client failed; names client and round
     ├── TooFewClientsError too few clients of a round sent valid replies
-    ├── DivergedError      an update would make soup or weights infinite, NaN or too large
+    ├── DivergedError      an update would make the soup or the weights infinite, NaN or too large
     └── RankError          another rank of a distributed run failed or exited
 
 The command line prints an error as one message on standard error and exits with code 2.
@@ -72,7 +72,7 @@ class BackboneError(FedMergeError):
 
 
 class DeviceError(FedMergeError):
-    """Device or numeric precision that this machine does not have."""
+    """Device, numeric precision or number of processes that is not available."""
 
 
 class RunError(FedMergeError):
@@ -120,12 +120,15 @@ class SweepError(RunError):
 class FederateError(FedMergeError):
     """Federation across sites that cannot start or continue.
 
-    The cause is a kit, a connection, a site's settings, or the failure of all sites.
+    Typical causes are a kit, a connection, a site's settings or data, or the failure of all sites.
     """
 
 
 class RefusedError(FederateError):
-    """Request that a site refused because of its own settings. The site sent no data."""
+    """Request that a site's settings or the recipe in its kit forbid; the site sends no data.
+
+    A site also raises this error at its start if its data or the kit's recipe violate its settings.
+    """
 
 
 class WireError(FederateError):

@@ -7,8 +7,8 @@ the other decorators of ``recipe/registration.py``). There are two ways to name 
 - in a recipe: ``plugins: [my_module]``.
 
 The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
-registries. They are registered next to their sections in ``recipe/`` with the import path of their
-code, so that reading a recipe imports no torch.
+registries. Modules in ``recipe/`` register them with the import paths of their code, so that
+reading a recipe does not import torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RegistryEntry:
     code: Any
     """The class or function, or its import path ``package.module:attribute``."""
     recipe: type[BaseModel] | None = None
-    """The section with its settings; None for parts without settings."""
+    """Class of the recipe section with its settings; None for parts without settings."""
     about: str = ""
     """One sentence for listings."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class RegistryEntry:
 
 
 class Registry:
-    """All parts of one kind, by their names in recipes.
+    """All parts of one kind, such as all strategies, by their names in recipes.
 
     Args:
         kind: Singular noun for messages, such as ``partition scheme``.
@@ -123,7 +123,7 @@ class Registry:
         Args:
             name: The name in recipes.
             code: A class or function, or its import path ``package.module:attribute``.
-            recipe: The section with its settings.
+            recipe: Class of the recipe section with its settings; None if it has no settings.
             about: One sentence for listings. Default: the first paragraph of the docstring of the
                 section, else of the code.
             facts: Further facts about the part.
@@ -156,7 +156,7 @@ class Registry:
         del self._entries[name]
 
     def sections(self) -> dict[str, type[Any]]:
-        """Return the sections by name; parts without a section are left out."""
+        """Return the classes of recipe sections by name, without parts that have no section."""
         return {entry.name: entry.recipe for entry in self if entry.recipe is not None}
 
     def __getitem__(self, name: str) -> RegistryEntry:

@@ -127,7 +127,7 @@ class FormulaClients:
         return row
 
     def strategy_context(self) -> StrategyContext:
-        """Return the inputs of a strategy; each layer's update is scaled by 0.5."""
+        """Return the inputs of a strategy. Each layer has the LoRA scaling α / r = 0.5."""
         scaling = {
             entry.key.removesuffix(".lora_A.weight"): 0.5
             for entry in self.layout.entries
@@ -140,7 +140,13 @@ class FormulaClients:
         return make_strategy(strategy_recipe(name, **settings), self.strategy_context())
 
     def train(self, client: int, job: Train) -> Trained:
-        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ), in each phase."""
+        """Train an adapter exactly: set the columns of each phase to the minimum θ*, in order.
+
+            θ* = argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ)
+
+        c is the client's row of ``centers``. μ is ``job.proximal``, or 0 if it is None. The anchor
+        a is ``job.anchor``, or ``job.row`` if it is None. The reported loss is always 1.
+        """
         row, mu = job.row.clone(), job.proximal or 0.0
         anchor = job.row if job.anchor is None else job.anchor
         for mask in job.phases:
@@ -149,11 +155,13 @@ class FormulaClients:
         return Trained(row, 1.0, 1)
 
     def statistics(self, client: int, row: Tensor) -> Tensor:
-        """Return class statistics of features with unit variance, ``(classes, d + 2)``.
+        """Return class statistics of features f with unit variance, ``(classes, d + 2)``.
+
+        The columns are the number of examples, Σ ‖f‖² and Σ f; d is the width of the head.
 
         The examples are spread over the classes as evenly as possible: the first n_i mod
-        ``classes`` classes have one more than the others. The mean of class k is the k-th row of
-        the head in the minimum c_i, plus the first d columns of the adapter.
+        ``classes`` classes have one more than the others. The mean feature of class k is the k-th
+        row of the head in the minimum c_i, plus the first d columns of the adapter.
         """
         entry = self.layout.classifier
         assert entry is not None  # noqa: S101 (the layout of a plan that measures features)
@@ -188,7 +196,7 @@ class FormulaClients:
         strategy.update(list(self.replies(strategy, clients)))
 
     def mean(self, clients: Sequence[int] | None = None) -> Tensor:
-        """Return FedAvg's adapter Σ ρ_i c_i ``(P,)`` over clients (default: all)."""
+        """Return FedAvg's adapter Σ ρ_i c_i / Σ ρ_i ``(P,)`` over clients (default: all)."""
         chosen = list(range(len(self.sizes)) if clients is None else clients)
         return self.shares[chosen] @ self.centers[chosen] / self.shares[chosen].sum()
 

@@ -210,7 +210,7 @@ def test_each_tensor_is_refused_if_it_is_extreme(name, spoil):
 def test_a_site_names_the_value_of_a_plan_that_it_refuses(change, fault):
     message = MESSAGES["train"]
     plan = {**message.fields["plan"], **change}
-    with pytest.raises(WireError, match=r"its train message is refused: plan\.train") as error:
+    with pytest.raises(WireError, match=r"the train message is refused: plan\.train") as error:
         READERS["train"](Message("train", {**message.fields, "plan": plan}, message.tensors))
     assert fault in str(error.value)
 
@@ -287,7 +287,7 @@ REPLIES = [
     ),
     (
         lambda reply: Message("error", {"error": "x" * 10**7, "refused": False}).to_bytes(),
-        "its error message is refused: error is",
+        "the error message is refused: error is",
     ),
 ]
 

@@ -67,8 +67,7 @@ _SERVER_KEYS = (
     "serving",
     "data",
 )
-"""Parts of the recipe that the server may change: here, its recipe may differ from the one in a
-site's kit."""
+"""Keys and sections in which the server's recipe may differ from the recipe in a site's kit."""
 
 
 class FederationFile(Section):
@@ -79,7 +78,7 @@ class FederationFile(Section):
     host: str
     """Host name or address at which sites and operator reach the server."""
     port: Annotated[int, Field(gt=0, lt=65536)]
-    """TCP port of the server, which listens on no other."""
+    """The only TCP port on which the server listens."""
     sites: dict[str, list[str]]
     """Names of each site's clients, by site, in the order of the run's clients."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -104,7 +103,7 @@ class FederationFile(Section):
             ) from error
 
     def write(self, kit: Path) -> None:
-        """Write the file into a kit. Raises ``RunError``."""
+        """Write the file into a kit. Raises ``RunError`` if it cannot be written."""
         from fedmerge_peft.util.files import write_json
 
         write_json(kit / FEDERATION_FILE, self.model_dump())
@@ -148,7 +147,8 @@ class SiteData(Section):
     """Character between the fields of csv and tsv files. Default: a comma for .csv, a tab for
     .tsv."""
     quoting: Quoting = "auto"
-    """Quotation marks in csv and tsv files: auto, double (they enclose fields) or none (text)."""
+    """Meaning of quotation marks in csv and tsv files: double (they enclose fields), none (they are
+    text) or auto. See ``data.quoting`` of the recipe."""
     encoding: Encoding | None = None
     """Encoding of csv, tsv and json files. Default: utf-8, unless a byte order mark specifies
     another."""
@@ -174,12 +174,13 @@ class SitePrivacy(Section):
     clip: PositiveFloat | None = None
     """Largest L2 norm of an update. Default: the recipe's bound, if it has one."""
     noise: NonNegativeFloat = 0.0
-    """Standard deviation of the Gaussian noise on each number of an update, from the operating
-    system's generator. A site with noise sends no losses and no scores."""
+    """Standard deviation of the Gaussian noise that is added to each number of an update. The noise
+    comes from the operating system's random generator. A site with noise sends no losses and no
+    scores."""
     epsilon: PositiveFloat | None = None
     """Largest ε of a client, over all updates that it ever sends, at the δ of the recipe. The site
-    counts updates in ``privacy.json`` and refuses further requests. Default: with ``privacy.mode:
-    local``, the ε of the kit's recipe with its baselines; otherwise no bound."""
+    counts updates in ``privacy.json`` and refuses a request that would exceed this ε. Default: with
+    ``privacy.mode: local``, the ε of the kit's recipe with its baselines; otherwise no bound."""
 
 
 class SiteChecks(Section):

@@ -1,7 +1,7 @@
 """Fields of every message between server and sites, with the ranges of their values.
 
-Each end calls ``read_fields``, which checks all fields of a message, before it uses one of them.
-``messages`` checks the tensors.
+Server and sites read the fields of a message with ``read_fields``, which checks all of them.
+The module ``messages`` checks the tensors.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def read_fields(kind: type[F], message: Message) -> F:
     """Return the fields of a message after checking all of them.
 
     Args:
-        kind: The expected fields.
+        kind: Class of the expected fields.
         message: The message as received.
 
     Raises:
@@ -242,4 +242,4 @@ def read_fields(kind: type[F], message: Message) -> F:
     try:
         return kind.model_validate(dict(message.fields))
     except ValidationError as invalid:
-        raise WireError(f"its {message.kind} message is refused: {first_fault(invalid)}") from None
+        raise WireError(f"the {message.kind} message is refused: {first_fault(invalid)}") from None

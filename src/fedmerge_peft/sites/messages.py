@@ -1,9 +1,9 @@
 """Contents of the messages between server and sites: assignments and replies.
 
-Nothing is pickled. A reader refuses a message whose layout or number format differs from the
-expected one; ``read_reply`` also checks the client. Adapters and updates are sent as float32 or
-bfloat16, as the federation agreed. Merging weights and additions to the backbone are always
-float32, and masks are booleans.
+Nothing is pickled. ``read_assignment`` and ``read_reply`` refuse a message whose layout or number
+format differs from the expected one; ``read_reply`` also checks the client. Adapters and updates
+are sent as float32 or bfloat16 (``wire_dtype`` in ``federation.json``). Merging weights and
+additions to the backbone are always float32, and masks are booleans.
 """
 
 from __future__ import annotations
@@ -196,14 +196,14 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 
 def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | None:
-    """Return the scores without NaN (no examples) and without values beyond ``MAX_SCORE``."""
+    """Drop scores that are NaN (no examples) or exceed ``MAX_SCORE`` in absolute value."""
     if scores is None:
         return None
     return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
 
 
 def losses_in_range(losses: tuple[float, ...] | None) -> list[float] | None:
-    """Return the losses, or None if one of them is NaN or beyond ``MAX_SCORE``."""
+    """Return the losses; None if one is NaN or exceeds ``MAX_SCORE`` in absolute value."""
     if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
         return None
     return list(losses)
@@ -303,7 +303,7 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
 
 
 class _Reader:
-    """Reader of a message's tensors, which it checks, and of the plans that consist of them."""
+    """Checks and returns the tensors of one message, and the plans that consist of them."""
 
     def __init__(self, message: Message, columns: int, dtype: WireDtype) -> None:
         self.message = message

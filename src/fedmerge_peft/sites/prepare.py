@@ -131,7 +131,7 @@ as {site}. Keep the folder on the machine that trains, readable by one user.
 
 Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the
 examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer refuses a recipe
-whose model, adapter, training, evaluation or privacy differs from it.
+whose model, adapter, task, training, evaluation or privacy differs from it.
 Task: {task.name}{f", columns {columns}" if columns else ""}.
 
 ## The commands
@@ -166,8 +166,8 @@ After the last round, `adapters/` holds a PEFT folder for each client of the sit
 def _installation(digest: str | None) -> str:
     """Return the README's text on the installation of the package."""
     if digest is None:
-        return """Install the package from the wheel that the organizers of the federation give you,
-after a comparison of its SHA-256 sum with theirs."""
+        return """Install the package from the wheel that the organizers of the federation give you.
+First compare the wheel's SHA-256 sum with the sum that they tell you."""
     return f"""Install the package from the wheel in this folder. Its SHA-256 sum is
 
     {digest}
@@ -190,19 +190,25 @@ set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-co
 def _leaving(recipe: Recipe) -> str:
     """Return the README's text on the data that leaves a site, by the recipe's privacy."""
     if recipe.privacy.mode == "local":
-        return """Once, at the start: the names of the clients, the columns and the labels. In each
-round: a clipped update of the adapter of each client, with noise. `privacy.json` counts these
-updates; the site refuses more when its budget (`privacy.epsilon` in `site.yaml`) is spent."""
-    return """Once, at the start: the names of the clients, the columns and the labels, and the
-number of examples of each label. In each round: an update of the adapter of each client, the number
-of its examples, its training and validation losses, and its scores."""
+        return """At the start of each job, which is a segment of rounds: the names of the clients,
+columns and labels, and the format of the texts. In each round: a clipped update of the adapter of
+each client, with noise. `privacy.json` counts these updates; the site refuses more when its budget
+(`privacy.epsilon` in `site.yaml`) is spent."""
+    return """At the start of each job, which is a segment of rounds: the names and groups of the
+clients, the names of the columns and labels, the format of the texts, the numbers of each client's
+training, validation and test examples, and the number of its training examples with each label. In
+each round: an update of the adapter of each client, the number of its training examples, its
+training time, its training and validation losses, and its scores. Some strategies also request the
+client's choice of an adapter, or its weights of several adapters. If a request fails, the reason is
+sent."""
 
 
 _SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.
 
-data: null                # {path: FILE}, or --data FILE; client_column, split_column, filter
+data: null                # {path: FILE}; optional keys: client_column, split_column, filter
+                          # --data FILE sets or replaces the path
 device: null              # auto, cpu, cuda:0; default: the recipe's
-batch_size: null          # divides the recipe's batch_size x gradient_accumulation
+batch_size: null          # a divisor of the recipe's batch_size x gradient_accumulation
 process: attached         # attached: one trainer for all jobs; job: a new one for each
 
 privacy:
@@ -212,7 +218,7 @@ privacy:
 
 checks:
   min_examples: 1         # smallest number of training examples of a client
-  max_repeated: 1.0       # largest fraction of rows that repeat another
+  max_repeated: 1.0       # largest fraction of a client's rows that repeat another of its rows
 
 allow:
   remote_code: false      # code that comes with a model; needs --trust-remote-code

@@ -106,6 +106,13 @@ def run_rehearsal(
 
     The outcome of a failed run has the state ``failed``.
 
+    Args:
+        out: The folder that ``prepare_rehearsal`` wrote.
+        federation: The federation that ``prepare_rehearsal`` returned.
+        report: Called with a line of text for each event.
+        wait: Seconds to wait for all sites before starting with the connected ones.
+        min_sites: Smallest number of sites to start with. Default: all sites.
+
     Raises:
         FederateError: A process exited, the server is unreachable, or jobs left no outcome.
     """

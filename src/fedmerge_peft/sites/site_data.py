@@ -28,7 +28,7 @@ CLIENT_COLUMN, SPLIT_COLUMN, GROUP_COLUMN = "fedmerge_client", "fedmerge_split",
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """Summary of a site's data, sent to the server before training: names and counts only."""
+    """Summary of a site's data, sent to the server before training; it contains no examples."""
 
     clients: tuple[dict[str, Any], ...]
     """``name`` and ``group`` of each client, and its number of examples: ``train``,
@@ -38,6 +38,7 @@ class SiteSummary:
     format: str | None
     """Text format; None if the task has no formats."""
     columns: tuple[str, ...]
+    """Names of the columns."""
 
 
 def read_site_data(
@@ -54,7 +55,8 @@ def read_site_data(
 
     Raises:
         DataError: The examples cannot be read, or do not fit the recipe.
-        FederateError: The clients in the data differ from those of the federation.
+        FederateError: The clients in the data differ from ``clients``, or the site has several
+            clients and ``data.client_column`` is not set.
     """
     path = Path(data.path).expanduser()
     in_folder = folder / path
@@ -225,7 +227,8 @@ def write_site_data(
     Args:
         data: The examples of all clients.
         clients: Names of the site's clients.
-        kit: The site's kit; ``data.parquet`` in it has columns for client, split and group.
+        kit: The site's kit. The examples are written to ``data.parquet`` in it, with columns for
+            client, split and group.
         settings: Further keys of ``site.yaml``.
     """
     site_clients = [client for client in data.clients if client.name in clients]

@@ -1,4 +1,4 @@
-"""Balanced accuracy: the mean over classes of the share that is recognized."""
+"""Balanced accuracy: the mean recall of the classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedmerge_peft import register_metric
 
 @register_metric("balanced_accuracy", of="classes")
 def balanced_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Mean over the expected classes of the share that is recognized."""
+    """Return the mean recall over the classes that occur in ``expected``."""
     hits = np.asarray(predicted) == np.asarray(expected)
     classes = np.asarray(expected)
     return float(np.mean([hits[classes == label].mean() for label in np.unique(classes)]))

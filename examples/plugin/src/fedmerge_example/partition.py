@@ -19,7 +19,7 @@ class PowerLawRecipe(PartitionRecipe):
 
 @register_partition("power-law", recipe=PowerLawRecipe)
 def power_law(recipe: PowerLawRecipe, splits: Splits) -> dict[str, list[ClientRows]]:
-    """Deal training rows; the other splits are dealt in the same shares."""
+    """Deal the training rows; the package partitions the other splits in the same proportions."""
     rows = splits.rng("train").permutation(len(splits.tables["train"]))
     sizes = 1 / np.arange(1, recipe.clients + 1) ** recipe.exponent
     cuts = np.floor(np.cumsum(sizes / sizes.sum())[:-1] * len(rows)).astype(np.int64)

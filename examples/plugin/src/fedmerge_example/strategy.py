@@ -25,7 +25,7 @@ class CautiousRecipe(StrategyRecipe):
     caution: NonNegativeFloat = 1.0
     """Rate at which trust falls with the distance; 0 is FedAvg."""
 
-    shared_soup = True  # its one adapter may be given to anyone
+    shared_soup = True  # its adapter may serve any client, including newcomers
 
 
 @register_strategy("cautious", recipe=CautiousRecipe)

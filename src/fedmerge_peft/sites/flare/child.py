@@ -1,4 +1,4 @@
-"""NVIDIA FLARE's processes, which run behind the gate and exit with their parent process.
+"""NVIDIA FLARE's processes, which run behind the gate (``gate``) and exit with their parent.
 
 python -m fedmerge_peft.sites.flare.child server KIT
 python -m fedmerge_peft.sites.flare.child client KIT SITE

@@ -39,9 +39,9 @@ _GRACE = 30
 class FlareTransport:
     """Transport that sends messages as FLARE tasks, one at a time for each site.
 
-    An idle site fetches its task at once. Any other site is disconnected, or still busy with a
-    round that continued without it. The transport gives up such a site after a short timeout. The
-    site rejoins in the first round in which it fetches its task in time.
+    An idle site fetches its task at once. A site that does not do so is disconnected, or still busy
+    with a round that continued without it. The transport stops waiting for such a site after a
+    short timeout. The site rejoins in the first round in which it fetches its task in time.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FlareTransport:
         self._fl_ctx = fl_ctx
         self._abort = abort
         self._fetch_timeouts: dict[str, float] = {}
-        """Seconds that each site has to fetch a task; a site without an entry has the deadline."""
+        """Seconds that a site has to fetch a task. Without an entry, it has until the deadline."""
 
     def send_and_receive(
         self, requests: Mapping[str, Sequence[Request]], deadline: float
@@ -75,7 +75,7 @@ class FlareTransport:
                 finished, reply = replies.get(timeout=_POLL_INTERVAL)
             except Empty:
                 finished, reply = None, ""
-            if self._abort.triggered:  # also the cause of replies such as "its job ended"
+            if self._abort.triggered:  # an abort also produces replies such as "its job ended"
                 raise JobStopped
             for site, (number, task, sent) in list(pending.items()):
                 if task is finished:

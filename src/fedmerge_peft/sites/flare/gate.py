@@ -5,12 +5,15 @@ The gate decides before FLARE processes the message. The sender is the party at 
 connection: the name in its certificate, or a process of the same user behind a Unix socket.
 Requests pass only if this package needs them, and no message is forwarded between sites:
 
-    process          admits requests from
-    site             the server: administration (``site_requests``); its own job: end of the job
-    job at a site    the server: replies and the end of the run, also through its site; its site:
-                     abort
-    server           sites: registration, heartbeats, tasks; the operator: commands; its own job
-    job at server    the server's main process, whose gate has admitted them
+    process          admits
+    site             from the server: administration (``site_requests``)
+                     from its own job: the status of the job
+    job at a site    from the server, directly or through the site: replies, the end of the run
+                     from its site: abort
+    server           from sites: registration, heartbeats, tasks
+                     from the operator: commands
+                     from its own jobs: everything
+    job at server    from the server's main process: everything that its gate has admitted
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ Request = tuple[str, str]
 
 _GOODBYE: Request = (CellChannel.CELLNET, "bye")
 _REPLIES: Request = (CellChannel.RETURN_ONLY, "*")
-"""Replies to requests of the receiving process, which FLARE sends as streams."""
+"""Replies that FLARE streams back to the process that sent the request."""
 _STREAM_CONTROL = (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC)
 
 SITE_FROM_SERVER: frozenset[Request] = frozenset({(CellChannel.CLIENT_MAIN, "admin"), _GOODBYE})

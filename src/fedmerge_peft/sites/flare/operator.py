@@ -102,7 +102,14 @@ def run(
 
 
 def federation_status(kit: Path) -> dict[str, Any]:
-    """Return the connected sites, the running job, and its state. Raises ``FederateError``."""
+    """Return the sites that are connected, the id of the running job, and the job's status.
+
+    The keys are ``connected``, ``job`` (None if no job is running) and, if the job replies, the
+    fields of ``JobStatus``.
+
+    Raises:
+        FederateError: The server does not respond, or refuses a request.
+    """
     with open_session(kit) as session, no_output():
         jobs = _running_jobs(session)
         state = _send_command(session, jobs[0], {"command": "status"}) if jobs else {}
@@ -338,7 +345,8 @@ def _unfinished_jobs(session: Session) -> list[str]:
 def _running_jobs(session: Session) -> list[str]:
     """Return the jobs that the server runs now.
 
-    The server's job list cannot be used: it includes jobs that ran when the server was killed.
+    The server's job list cannot be used: it also has jobs that were running when the server was
+    killed.
     """
     with no_output():
         return [str(job.job_id) for job in session.get_system_info().job_info]

@@ -80,7 +80,7 @@ def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
     """
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         archive = Path(scratch) / WORKSPACE_ZIP
-        # A session accepts only commands that map to functions of the client.
+        # ``session`` cannot download: ``restrict_file_commands`` has disabled its command.
         reply = session.api.server_execute(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
         if reply.get(ResultKey.STATUS) in _LOST:
             raise NoConnection(f"the files of job {job} did not arrive")

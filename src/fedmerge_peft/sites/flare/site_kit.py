@@ -44,8 +44,7 @@ _COMPONENTS = [
     },
     {"id": "process_launcher", "path": f"{ALLOWED_CLASSES}launchers.SiteJobLauncher", "args": {}},
 ]
-"""FLARE's components of a site; jobs may name only ``ALLOWED_CLASSES``, and start behind the
-gate."""
+"""FLARE's components of a site. The launcher starts jobs behind the gate (``gate``)."""
 
 
 def site_name(kit: Path) -> str:
@@ -56,7 +55,7 @@ def site_name(kit: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FederateError(
             f"{kit}: not a site's kit (startup/fed_client.json); fedmerge federate prepare writes "
-            "them below sites/"
+            "the kits of the sites below sites/"
         ) from error
 
 
@@ -75,7 +74,7 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
     check_names(federation.sites)
     if name not in federation.sites:
         raise FederateError(
-            f"{kit}: startup/fed_client.json is the kit of {name!r}, which is not a site of "
+            f"{kit}: startup/fed_client.json names the site {name!r}, which is not a site of "
             "federation.json; unpack the kit again"
         )
     _refuse_links(kit, data)

@@ -3,8 +3,8 @@
 FLARE's client executes about twenty requests, among them shell commands and the configuration of
 its logs. It checks the sender's rights only if the sender requests the check, and reads them from
 the sender's headers. A site therefore registers only the requests of this module. The gate checks
-their sender, and this module checks the id of their job. The site writes the job's files itself and
-ignores the files that the server deploys.
+the sender of a request, and this module checks the id of its job. The site writes the job's files
+itself and ignores the files that the server deploys.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class RemoteEngine:
         yield from sorted(results.items(), key=lambda result: result[0])
 
     def _check_scores(self, *scores: Mapping[str, float] | None) -> None:
-        """Raise ``WireError`` if the task lacks a score, or if a score is out of its range."""
+        """Raise ``WireError`` for a score that the task does not have or that is out of range."""
         name = self.recipe.task.name
         lowest_loss = 0.0 if TASKS[name].origin == "built-in" else -math.inf
         for values in scores:

@@ -71,7 +71,10 @@ def broadcast(
     deadline: float,
     absent: dict[str, str],
 ) -> list[tuple[str, Message]]:
-    """Send one message to all sites; return the replies, and add failing sites to ``absent``."""
+    """Send a message to all sites and return the replies that arrive within ``deadline`` seconds.
+
+    Sites that fail or do not reply are added to ``absent``.
+    """
     payload = message.to_bytes()
     expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
     replies: list[tuple[str, Message]] = []

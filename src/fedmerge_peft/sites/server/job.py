@@ -107,7 +107,11 @@ def _continue_run(
     requested_state: Callable[[], State | None],
     report: Callable[[str], None],
 ) -> None:
-    """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain, or on request."""
+    """Start or continue the run. Raises ``_EndOfJob`` after ``segment`` rounds, or on request.
+
+    If the segment ends with the last round of a method, the job also runs the first round of the
+    next method, if any.
+    """
     done = 0
 
     def on_start(federation: Federation, started: RunDirectory) -> None:

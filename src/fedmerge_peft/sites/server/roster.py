@@ -43,7 +43,7 @@ class RosterEntry(TypedDict):
     validation: Count
     test: Count
     counts: list[Count] | None
-    """Training examples per label. None if the task counts no labels, or with ``mode: local``."""
+    """Training examples per label; None with ``privacy.mode: local`` or if none are counted."""
 
 
 NOT_ENROLLED = RosterEntry(group="", train=0, validation=0, test=0, counts=None)
@@ -88,10 +88,11 @@ class Roster:
         write_json(kit / ROSTER_FILE, asdict(self))
 
     def agree_on_format(self, summaries: Mapping[str, Enrolled], recipe: Recipe) -> dict[str, str]:
-        """Fix columns, labels and format in the first job; then check labels and format.
+        """Check the labels and the format of each site; columns are not checked.
 
-        The first job fixes the most frequent columns and the most frequent format; the earliest
-        site decides a tie. Columns are not checked.
+        In the first job, choose the federation's columns, labels and format before the check:
+        the most frequent columns, the most frequent format, and the labels of ``agree_on_labels``.
+        In a tie, the site that comes first in ``summaries`` decides.
 
         Args:
             summaries: The summary of each site.
@@ -176,7 +177,7 @@ def _most_frequent(values: Sequence[T]) -> T:
 
 
 def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dict[str, str]:
-    """Exclude sites until the remaining sites together do not exceed the number of labels.
+    """Exclude sites until the remaining sites together have no more labels than the limit.
 
     Each step excludes the site with the most labels that occur at no other site. Of several such
     sites, it excludes the one with the most labels.

@@ -26,7 +26,7 @@ class AuditEntry:
     update_norm_unfiltered: float | None = None
     """‖δ‖₂ of the update before clipping and noise."""
     error: str | None = None
-    """Reason of an error message, for the site only: a private site sends a text without it."""
+    """Reason for an error message. A private site may log a reason that it does not send."""
 
 
 def record(kit: Path, entry: AuditEntry, payload: bytes) -> None:

@@ -81,7 +81,9 @@ class TrainerConnection:
             self._request_once("open", self._open_payload, canceled)
             reply = self._request_once(kind, payload, canceled)
         if reply is None:
-            raise FederateError("the trainer could not be opened for this job")
+            raise FederateError(
+                "the site's trainer has not loaded the model for this job; see the site's log"
+            )
         return reply
 
     def _request_once(

@@ -156,7 +156,10 @@ class ReleaseRules:
 
 
 def agreed_epsilon(recipe: Recipe) -> float:
-    """Return a client's ε over all rounds of a recipe with ``mode: local`` and its baselines."""
+    """Return a client's ε over all rounds of a recipe and of its baselines.
+
+    The recipe has ``privacy.mode: local``. Methods that send no updates do not count.
+    """
     methods = [one for one, _ in with_baselines(recipe, Path()) if one.strategy.federated]
     mu = 1 / recipe.privacy.noise
     return epsilon_of(recipe.rounds * len(methods) * mu * mu, recipe.privacy.delta)

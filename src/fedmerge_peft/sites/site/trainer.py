@@ -243,7 +243,11 @@ class Trainer:
         return reply_message(released, client, layout, dtype), entry
 
     def _local_assignment(self, plan: Plan, assignment: RemoteAssignment) -> Assignment:
-        """Return the client's assignment without noise and, at a private site, without scores."""
+        """Return the assignment for the site's engine, without the plan's clipping and noise.
+
+        ``ReleaseRules.reply`` clips and adds noise. At a private site, the assignment also requests
+        no scores and no validation losses.
+        """
         return Assignment(
             replace(plan, privacy=None) if isinstance(plan, Train) else plan,
             None if self.release.private else assignment.served,

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -361,6 +362,25 @@ def test_a_roster_out_of_range_is_one_error(tmp_path, change):
     (tmp_path / ROSTER_FILE).write_text(json.dumps(document))
     with pytest.raises(FederateError, match=f"{ROSTER_FILE}: damaged"):
         Roster.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "counts", "difference"),
+    [
+        ({"train": 4}, [1, 2], ": 3 train examples, now 4;"),
+        ({"group": "north"}, [1, 2], ": group south, now north;"),
+        ({}, [2, 1], ": other label counts;"),
+        ({"test": 5, "group": "north"}, [1, 2], "; group south, now north;"),
+    ],
+    ids=str,
+)
+def test_a_client_that_changed_is_refused_with_each_difference(change, counts, difference):
+    fields = {"name": "c", "group": "south", "train": 3, "validation": 0, "test": 1}
+    roster = Roster()
+    roster.add_clients([kinds.EnrolledClient(**fields)], [[1, 2]])
+    with pytest.raises(WireError, match=re.escape(difference)):
+        roster.add_clients([kinds.EnrolledClient(**fields | change)], [counts])
+    roster.add_clients([kinds.EnrolledClient(**fields)], [[1, 2]])
 
 
 def test_the_site_with_the_most_labels_of_its_own_is_left_out():

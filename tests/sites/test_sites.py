@@ -272,7 +272,8 @@ def test_each_client_gets_its_adapter_as_a_peft_folder_at_its_own_site(
     [
         ("rounds: 3", "site.yaml:1: rounds: unknown key"),
         ("training: {learning_rate: 1}", "training: unknown key"),
-        ("data:\n  pth: x", "site.yaml:2: data.pth: unknown key"),
+        ("data:\n  pth: x", "site.yaml:2: data.pth: unknown key; data may set path, separator"),
+        ("privacy: {mode: local}", "privacy.mode: unknown key; privacy may set clip, noise"),
         ("batch_size: 0", "batch_size"),
         ("a: [", "not valid YAML"),
     ],

@@ -27,6 +27,7 @@ from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import Encoding, Quoting, Separator
 from fedmerge_peft.recipe.diff import differing, flat, written
+from fedmerge_peft.recipe.error_messages import required
 from fedmerge_peft.recipe.loading import Consent, load
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
@@ -245,9 +246,12 @@ class SiteSettings(Section):
         except ValidationError as invalid:
             for detail in invalid.errors():
                 location = tuple(detail["loc"])
+                section: Any = cls
+                for key in location[:-1]:
+                    section = required(section.model_fields[key].annotation)
                 text = (
-                    f"unknown key; {SITE_FILE} may set {', '.join(cls.model_fields)}, "
-                    "and the recipe sets everything else"
+                    f"unknown key; {dotted(location[:-1]) or SITE_FILE} may set "
+                    f"{', '.join(section.model_fields)}, and the recipe sets everything else"
                     if detail["type"] == "extra_forbidden"
                     else detail["msg"]
                 )

@@ -155,17 +155,27 @@ class Roster:
             )
             known = self.clients.get(client.name, entry)
             if known != entry:
-                before, now = (
-                    f"{values['train']} train, {values['validation']} validation, "
-                    f"{values['test']} test"
-                    for values in (known, entry)
-                )
                 raise WireError(
-                    f"client {client.name} enrolled with {before} examples, but now has {now}, "
-                    "or different label counts; data must not change within a federation"
+                    f"client {client.name} differs from its first enrollment: "
+                    f"{'; '.join(_differences(known, entry))}; data must not change within a "
+                    "federation"
                 )
             added[client.name] = entry
         self.clients |= added
+
+
+def _differences(known: RosterEntry, entry: RosterEntry) -> list[str]:
+    """Describe the fields in which a client's entries differ, such as ``48 train, now 47``."""
+    differences = [
+        f"{known[part]} {part} examples, now {entry[part]}"
+        for part in ("train", "validation", "test")
+        if known[part] != entry[part]
+    ]
+    if known["group"] != entry["group"]:
+        differences.append(f"group {known['group']}, now {entry['group']}")
+    if known["counts"] != entry["counts"]:
+        differences.append("other label counts")
+    return differences
 
 
 T = TypeVar("T")

@@ -81,8 +81,9 @@ class PrivacyBudget:
         if needed > limit * (1 + _SLACK):
             raise RefusedError(
                 f"the privacy budget of client {client} is spent: {before.updates} updates have "
-                f"ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and one more would make it "
-                f"{needed:.4g}; the site can raise privacy.epsilon in {SITE_FILE}"
+                f"ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and "
+                f"{after.updates - before.updates} more would make it {needed:.4g}; "
+                f"the site can raise privacy.epsilon in {SITE_FILE}"
             )
 
     def _read(self) -> dict[str, Spent]:

@@ -114,7 +114,7 @@ def test_an_assignment_that_is_none_is_named_with_its_scheme(assigned, message):
     ("change", "message"),
     [
         (lambda self: vars(self).pop("soup"), "it has no AdapterSoup"),
-        (lambda self: setattr(self, "state_fields", ("gone",)), "state_fields names gone; set it"),
+        (lambda self: setattr(self, "state_fields", ("gone",)), "strategy lacks: gone; set"),
         (lambda self: vars(self).update(state_fields=("lr",), lr=0.5), "lr, a float, which cannot"),
     ],
 )

@@ -260,7 +260,7 @@ def test_robust_rules_and_central_privacy_refuse_blocks(clients):
         clients.strategy_context(),
         aggregator=Aggregator(RobustnessRecipe(aggregation="median")),
     )
-    with pytest.raises(RecipeError, match=r"strategy.blocks: robust rules compare whole updates"):
+    with pytest.raises(RecipeError, match=r"strategy.blocks: merging by block does not support"):
         make_strategy(settings, robust)
     assert "blocks" in settings.privacy_refusal("central")
     assert settings.privacy_refusal("local") is None

@@ -73,7 +73,8 @@ class Engine(Protocol):
     def simulated(self) -> bool:
         """True if all clients train on behalf of one party.
 
-        Noise may then derive from the recipe's seed. Otherwise, the operating system generates it.
+        The noise of differential privacy may then derive from the recipe's seed. Otherwise, the
+        operating system's generator draws it.
         """
 
     @property
@@ -103,10 +104,13 @@ class Engine(Protocol):
         """Return the inputs from which a strategy is constructed."""
 
     def label_counts(self) -> list[list[int]] | None:
-        """Count the training examples with each label, clients × labels.
+        """Count each client's training examples with each label.
 
-        An example with several labels counts for each of them. Return None if the task does not
-        count labels.
+        An example with several labels counts for each of them.
+
+        Returns:
+            One list of counts for each client, in the order of ``TaskInfo.labels``. None if the
+            task does not count labels.
         """
 
     def train_clients(

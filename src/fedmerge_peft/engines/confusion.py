@@ -10,14 +10,16 @@ from fedmerge_peft.training.evaluation import confusion
 from fedmerge_peft.training.plan import Served
 
 Confusion = dict[str, list[list[int]]]
-"""By client: true class, predicted class, and number of test examples or words with this pair."""
+"""Rows [true class, predicted class, count] of each client, by the client's name. The count is the
+number of test examples or words with this pair of classes."""
 
 
 def confusion_matrices(engine: Engine, served: Assignments[Served]) -> Confusion | None:
     """Count the true and predicted classes of test examples by client, without training.
 
     Args:
-        engine: Engine of the clients, with the backbone's additions for these models.
+        engine: Engine of the clients. Its backbone must already have the ΔW of these models
+            (``Model.set_base``).
         served: Clients and their served models.
 
     Returns:

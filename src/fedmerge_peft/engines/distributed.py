@@ -39,8 +39,8 @@ class RankedEngine(LocalEngine):
     All ranks run the same federation with the same replies. Each round distributes the clients
     over the ranks so that each rank has a similar amount of work. After training, each rank
     broadcasts its replies to all others, in the order of the clients. Strategies therefore
-    need no changes. Results equal those of one rank, bit for bit if the devices compute
-    identically. Clients that share a pass of the model stay on one rank.
+    need no changes. The results equal those of a run on one rank, bit for bit if the devices
+    compute identically. Clients that share a pass of the model stay on one rank.
 
     Each trained adapter takes 4 · P bytes of traffic to each rank. Plans are not sent: each rank
     creates the plans of its own clients.
@@ -58,7 +58,10 @@ class RankedEngine(LocalEngine):
         if len(passes) < ranks:
             idle = ranks - len(passes)
             log.info(
-                "%d ranks are idle: the round has %d passes of %d clients", idle, len(passes), size
+                "%d ranks are idle: the round has %d passes of at most %d clients",
+                idle,
+                len(passes),
+                size,
             )
         own = [
             members
@@ -128,7 +131,7 @@ class RankedEngine(LocalEngine):
         return automatic_epochs(self.recipe.training, self.recipe.rounds, sizes)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
-        """Count a client's training tokens; with ``scored``, those for validation and test."""
+        """Count a client's training tokens; with ``scored``, its validation and test tokens."""
         parts = self.clients[client]
         rows = np.concatenate([parts.validation, parts.test]) if scored else parts.train
         return float(self.runtime.examples.lengths[rows].sum())

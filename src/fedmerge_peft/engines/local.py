@@ -147,7 +147,7 @@ class LocalEngine:
         return cls(recipe, data.clients, runtime)
 
     def clear_caches(self) -> None:
-        """Discard cached scores and trained adapters, for example after ``load_shared``."""
+        """Discard cached scores and trained adapters; call this after ``Backbone.load_shared``."""
         self.scorer.clear()
         self.training_cache = TrainingCache()
 

@@ -76,7 +76,7 @@ class Scorer:
         self._cache = ScoreCache() if cache is None else cache
 
     def with_recipe(self, recipe: EvaluationRecipe) -> Scorer:
-        """Return a scorer for another section. It shares the cache if the sections are equal."""
+        """Return a scorer for another section ``evaluation``; share the cache if both are equal."""
         cache = self._cache if recipe == self._recipe else None
         return Scorer(self._runtime, recipe, self._rows, cache)
 
@@ -92,7 +92,8 @@ class Scorer:
         Names of scores begin with ``validation_`` or ``test_``.
 
         Args:
-            turns: Any value, a client, and the model that the client is served.
+            turns: Triples of a value of any type, which is yielded with the scores, a client, and
+                the model that the client is served.
         """
         waiting: deque[Turn] = deque()
 
@@ -113,7 +114,8 @@ class Scorer:
         """Return mean losses (nats) for each turn, or the exception that ended their computation.
 
         Args:
-            turns: Adapters ``(P,)``, and the rows of the table that they are evaluated on.
+            turns: Pairs of adapters, ``(P,)`` each, and the rows of the table on which all of them
+                are evaluated.
         """
         work = (_Work(row, {"": indices}) for rows, indices in turns for row in rows)
         with timed("evaluate"):
@@ -126,7 +128,7 @@ class Scorer:
 
     @cached_property
     def _clients_per_batch(self) -> int:
-        """Most adapters in one pass; reduced after the GPU runs out of memory."""
+        """Largest number of adapters in one pass; reduced after the GPU runs out of memory."""
         return evaluated_together(self._runtime, self._recipe, self._rows)
 
     def _groups(self, work: Iterable[_Work]) -> Iterator[list[_Work]]:
@@ -144,7 +146,11 @@ class Scorer:
             yield group
 
     def _fit(self, group: Sequence[_Work]) -> bool:
-        """Return True if all are adapters with examples, and a batch has room for equal parts."""
+        """Return True if the group may share a pass.
+
+        All models must be adapters with examples. A batch must have room for as many examples of
+        each client as the largest client has.
+        """
         sizes = [item.size for item in group]
         return (
             all(isinstance(item.model, Tensor) for item in group)
@@ -201,7 +207,7 @@ class Scorer:
         return [scores for scores in outcomes if scores is not None]
 
     def _scores(self, group: Sequence[_Work]) -> list[Scores]:
-        """Evaluate models in one pass, or a single one in batches."""
+        """Evaluate several models in one pass, or a single model in batches."""
         parts = [list(item.parts.values()) for item in group]
         if len(group) == 1:
             size = self._recipe.batch_size
@@ -218,7 +224,7 @@ class Scorer:
         ]
 
     def _losses(self, group: Sequence[_Work]) -> list[float]:
-        """Compute mean losses (nats) in one pass, or a single one in batches."""
+        """Compute the mean losses (nats) of adapters in one pass, or of a single one in batches."""
         rows = [item.parts[""] for item in group]
         adapters = _stacked(group)
         if len(group) == 1:

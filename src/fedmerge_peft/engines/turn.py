@@ -96,7 +96,10 @@ def shared_clock(turns: Sequence[ClientTurn]) -> Iterator[None]:
 
 
 def client_error(client: Client, round: int, error: Exception, when: str = "") -> ClientError:
-    """Return a ``ClientError`` that names the client, with the original error as its cause."""
+    """Return a ``ClientError`` that names the client, with the original error as its cause.
+
+    ``when`` is a prefix of the message that states when the error occurred.
+    """
     text = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
     named = ClientError(client.name, round, f"{when}{text}")
     named.__cause__ = error

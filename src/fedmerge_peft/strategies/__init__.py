@@ -33,7 +33,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation,
             or the soup does not fit into memory.
         PluginError: A plugin's strategy cannot be constructed, is not a ``Strategy``, has no soup,
-            or has weights or state of the wrong kind.
+            has weights of the wrong shape, or names state that is missing or cannot be saved.
     """
     _check_memory(recipe, context)
     if recipe.private_head:
@@ -49,7 +49,8 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
     strategy.aggregator = context.aggregator
     if context.aggregator.recipe.defends and recipe.federated and not strategy.averages:
         raise RecipeError(
-            f"robustness: {recipe.name} has no mean of updates to defend; use another strategy"
+            f"robustness: {recipe.name} does not compute its adapters as means of updates, so "
+            "robust rules and clipping do not apply; use another strategy, or remove the section"
         )
     if fault := _interface_fault(strategy, context):
         raise PluginError(f"the strategy {recipe.name!r} of {entry.module}: {fault}")
@@ -103,7 +104,10 @@ def _interface_fault(strategy: object, context: StrategyContext) -> str | None:
     if shape != expected:
         return f"its weights have shape {shape}, expected (clients, adapters) = {expected}"
     if missing := [name for name in strategy.state_fields if not hasattr(strategy, name)]:
-        return f"state_fields names {', '.join(missing)}; set it in __init__"
+        return (
+            f"state_fields names attributes that the strategy lacks: {', '.join(missing)}; "
+            "set them in __init__"
+        )
     for name, value in strategy.state_dict().items():
         if not (value is None or isinstance(value, Tensor) or type(value) is int):
             return (

@@ -18,8 +18,8 @@ multi_krum     Weighted mean of δ_i over the n − f clients with the smallest 
 cosine_filter  Weighted mean of δ_i over the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0.
                Every client votes for a direction with a vector of length 1. An update that opposes
                the votes of the other clients is removed.
-similarity_filter  The cosine filter, with one vote for all clients whose updates are more similar
-               than usual (``similarity_filter.py``).
+similarity_filter  The cosine filter, except that clients whose updates are unusually similar to
+               each other share one vote (``similarity_filter.py``).
 
 Median and trimmed mean are the weighted forms of definitions 1 and 2 of Yin et al. 2018, arXiv
 1803.01498; equal weights yield the original definitions. Krum is from Blanchard et al. 2017, arXiv
@@ -34,7 +34,8 @@ keep their full weight, because updates of honest clients may differ as well.
 
 Updates are clipped first: δ_i ← δ_i · min(1, C / ‖δ_i‖₂) (Sun et al. 2019, arXiv 1911.07963). With
 the mean, client i then moves Θ_j by at most η q_ij C. C is fixed, or a multiple of the running
-median of the norms, which a minority of clients cannot control.
+median of the norms, which a minority of clients cannot control. If the recipe sets both, C is the
+smaller value.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Aggregator:
         """Return the clients' votes ``(k,)``: their sizes n, which a defense limits to the median.
 
         The server cannot verify the number of examples that a client declares. Without a defense,
-        a client can therefore outvote all others. The median of the sizes is at most the largest
-        honest one while liars are in the minority.
+        a client can therefore outvote all others. As long as most clients declare their true
+        sizes, the median is at most the largest true size.
         """
         return sizes.clamp_max(sizes.median()) if self.recipe.defends else sizes
 
@@ -108,7 +109,7 @@ class Aggregator:
             deltas: δ, ``(k, P)``.
             weights: π ≥ 0, the weight of each client for each adapter, ``(k, d)``, to be multiplied
                 by the client's size.
-            sizes: n, ``(k,)``, in any unit. The result of ``votes`` takes their place.
+            sizes: n, ``(k,)``, in any unit. They are first replaced by the result of ``votes``.
             normalize: If True, q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1. Otherwise
                 q_ij = π_ij n_i / Σ_i' n_i'.
         """

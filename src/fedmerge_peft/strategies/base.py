@@ -39,7 +39,8 @@ class StrategyContext:
     """Training examples of each client by label, ``(m, classes)`` int64. None if examples have no
     labels, or if the recipe asks for differential privacy."""
     validation: bool = True
-    """True if clients may report losses on validation examples."""
+    """True if clients can report losses on validation examples: some clients have validation
+    examples, and the recipe does not ask for differential privacy."""
     folder: Path | None = None
     """Folder for temporary files of the server. Default: ``TMPDIR``."""
 
@@ -71,9 +72,11 @@ class Reply:
     weights: Tensor | None = None
     """New π ``(d,)``, if the plan was a mixture."""
     round: int | None = None
-    """Round of the plan, from 1. None skips the check of the round."""
+    """Round of the plan, from 1. If None, the server does not check that the reply belongs to the
+    current round."""
     statistics: Tensor | None = None
-    """Class statistics ``(rows, classes, d + 2)``, if the plan measures adapters."""
+    """Class statistics ``(rows, classes, d + 2)`` of the adapters that the plan measures
+    (``features.class_statistics``); None if it measures none."""
     validation: tuple[float, ...] | None = None
     """Mean losses (nats) on the validation examples: before local training, after it, and with the
     adapter that the plan compares, if any. Reported in rounds in which ``Strategy.validates`` is
@@ -81,7 +84,7 @@ class Reply:
 
     @property
     def delta(self) -> Tensor:
-        """Update δ_i = θ_i(sent) − θ_i(trained) of the first adapter of the plan, ``(P,)``."""
+        """Update δ_i = θ_i(sent) − θ_i(trained) of the first trained adapter, ``(P,)``."""
         return self.deltas[0]
 
 
@@ -97,8 +100,8 @@ class Strategy(Stateful, ABC):
     A client that has not taken part yet (``clients.fraction`` below 1) is served like a new client:
     with the global adapter if there is one, and with the mean of all adapters otherwise (for a
     mixture, with the mean of the predictions). Private parts never leave their client. A client
-    without private parts therefore uses those of the global adapter. If the global adapter has no
-    such parts, as in FedRep, it uses the initial ones.
+    that has no private parts yet therefore uses the corresponding parts of the global adapter. If
+    the global adapter lacks these parts, as in FedRep, the client uses the initial parts.
 
     A strategy resumes after an interruption from its soup and its ``state_fields``.
     """
@@ -114,8 +117,8 @@ class Strategy(Stateful, ABC):
     """
 
     averages: bool = True
-    """True if the shared parameters are means of updates, which an ``Aggregator`` can make
-    robust."""
+    """True if the server computes all shared parameters from means of updates. An ``Aggregator``
+    can replace these means by a robust rule."""
 
     soup: AdapterSoup
     aggregator: Aggregator
@@ -123,7 +126,7 @@ class Strategy(Stateful, ABC):
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """Updates ΔW ``(out, in)`` of the backbone's weights for all clients, by module name."""
+        """ΔW ``(out, in)``, added to the backbone's weights for all clients, by module name."""
         return self.soup.base
 
     @property
@@ -185,7 +188,7 @@ class Strategy(Stateful, ABC):
         return []
 
     def warnings(self) -> list[str]:
-        """Return warnings about the current weights, one sentence each."""
+        """Return warnings about the current state, such as unused adapters, one sentence each."""
         return merging_weights.weight_warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:

@@ -129,14 +129,15 @@ def make_blocks(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Blo
     """Return the blocks of the recipe; None if the recipe has none.
 
     Raises:
-        RecipeError: The aggregation is robust, or all columns form one block.
+        RecipeError: The recipe asks for robust aggregation or clipping, or all columns form one
+            block.
     """
     if recipe.blocks is None:
         return None
     if context.aggregator.recipe.defends:
         raise RecipeError(
-            "strategy.blocks: robust rules compare whole updates; remove it, or "
-            "robustness.aggregation"
+            "strategy.blocks: merging by block does not support robust aggregation or clipping; "
+            "remove strategy.blocks, or the section robustness"
         )
     try:
         return Blocks.create(recipe.blocks, context.layout)

@@ -27,8 +27,8 @@ class FedALT(OneHotStrategy):
 
         A_R ← 1/n Σ_{k ≠ i} A_k,    B_R ← 1/n Σ_{k ≠ i} B_k
 
-    A server optimizer takes the steps R_i ← R_i − η (R_i − mean) instead, with momentum or Adam,
-    where R_i = (A_R, B_R) of client i. The default of η = 1 without momentum gives the means.
+    The server optimizer performs these steps, with the gradient R_i − mean for R_i = (A_R, B_R) of
+    client i. Its default, η = 1 without momentum, replaces R_i by the mean.
 
     The server never overwrites the client's own half. A client returns its own half and is sent the
     other half. Heads and all other parameters that are not factors train with the client's own

@@ -39,12 +39,12 @@ class FedLEASE(ServerClustering):
         Θ_j ← mean of the members' adapters after the warm-up, then FedAvg of the members in each
         round, in which all members have the same weight
 
-    The server optimizer applies the updates of FedAvg, but not the first means. With momentum or
-    Adam, an expert whose members all pause still moves by its moments.
+    The server optimizer performs the steps of FedAvg. The first means are set without it. With
+    momentum or Adam, an expert whose members all pause still moves by its moments.
 
-    With fewer than three clients, or ``adapters: 1``, there is one expert. Heads and all other
-    parameters belong to the expert. On embeddings, A starts at zero and takes the place of B.
-    Unused rows of the soup contain the mean of the experts.
+    If fewer than three clients are clustered, or with ``adapters: 1``, there is one expert. Heads
+    and all other parameters belong to the expert. On embeddings, A starts at zero and takes the
+    place of B. Unused rows of the soup contain the mean of the experts.
 
     Differences from the paper:
 
@@ -122,7 +122,10 @@ class FedLEASE(ServerClustering):
         return cluster_means(deltas, clusters, equal, len(self.soup), self.aggregator)
 
     def _replace(self, rows: Tensor) -> None:
-        """Set the experts to the first of these rows ``(d, P)``, and unused rows to their mean."""
+        """Set the experts to the first of these rows ``(d, P)``.
+
+        Unused rows become the mean of the experts.
+        """
         experts = rows[: self.experts]
         unused = len(rows) - self.experts
         self.soup.rows = torch.cat([experts, experts.mean(dim=0, keepdim=True).expand(unused, -1)])

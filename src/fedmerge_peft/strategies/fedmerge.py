@@ -36,12 +36,12 @@ _ADAPTERS = 5
 class FedMerge(Strategy):
     """θ_i = Σ_j π_ij Θ_j with π = softmax(W / T).
 
-    Each round updates W first, then Θ with the new π:
+    Each round updates W first, then Θ with the new π (``server_step.py`` defines the symbols):
 
     W_i ← W_i − step(G_i),            G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩
     Θ_j ← Θ_j − η Σ_i q_ij δ_i,       q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i'
 
-    ``server_step.py`` defines the step for each rule.
+    ``logit_steps.py`` defines the step for each rule. ``rule: gradient`` has another soup step.
 
     With ``start: warm``, the first ``warm_rounds`` rounds are FedAvg: all adapters are equal. The
     server then groups the clients by the directions of their updates. The updates also determine
@@ -56,7 +56,7 @@ class FedMerge(Strategy):
 
     In the rounds after the grouping, the server compares validation losses to test the grouping
     (``validation_trial.py``). If groups bring no gain, all clients share the mean adapter. If
-    merging raises the loss, each client gets its own adapter, and small weights for all others.
+    merging raises the loss, each client gets an adapter and small weights for the other adapters.
     """
 
     state_fields = (
@@ -192,7 +192,7 @@ class FedMerge(Strategy):
         return self._mean
 
     def _weights_of(self, clients: Tensor) -> Tensor:
-        """Return π of these clients, ``(k, d)``, without computing all m rows."""
+        """Return π of these clients, ``(k, d)``; without blocks, only these rows are computed."""
         logits = self.merging.logits[clients]
         return self._softmax(logits) if self.by_block is None else self.weights[clients]
 
@@ -255,7 +255,7 @@ class FedMerge(Strategy):
     ) -> Tensor:
         """Combine the updates of some clients into the gradient of Θ in w columns, ``(d, w)``.
 
-        In the warm rounds, all rows have FedAvg's gradient; the chain rule divides it by d.
+        In the warm rounds, all rows have FedAvg's gradient, which ``rule: gradient`` divides by d.
 
         Args:
             clients: Client indices, ``(k,)``.
@@ -365,7 +365,7 @@ class FedMerge(Strategy):
             )
 
     def _logits(self, grouping: Grouping | Tensor) -> Tensor:
-        """Return the initial logits ``(k, d)`` of k clients in a grouping, or groups ``(k,)``."""
+        """Return the initial logits ``(k, d)`` of k clients from a grouping or groups ``(k,)``."""
         adapters, weight = len(self.soup), self.recipe.warm_weight
         if isinstance(grouping, Tensor):
             return self.recipe.temperature * group_logits(grouping, adapters, weight)

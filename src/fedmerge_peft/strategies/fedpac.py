@@ -27,17 +27,20 @@ _SMALLEST = 1e-3
 class FedPAC(PartlyShared):
     """Shared body φ with features f_φ(x), and a linear head h_i for each client (algorithm 1).
 
-    In each round a client trains, for the duration of ``training`` each,
+    In each round a client trains
 
         h_i on ℓ_i(φ, h) with φ as sent,
         then φ on ℓ_i(φ, h_i) + λ · mean over examples (x, y) of 1/d ‖f_φ(x) − c_y‖²
 
-    Let n_ik be client i's number of examples of class k, and Σ_{x∈k} the sum over them. The server
-    averages the bodies and the centroids (equations 4 and 5),
+    Each of the two steps lasts for the duration of ``training``. d is the number of features, and
+    c_y the centroid of class y. Let n_ik be client i's number of examples of class k, n_i = Σ_k
+    n_ik, and Σ_{x∈k} the sum over a client's examples of class k. The server averages the bodies
+    and the centroids (equations 4 and 5),
 
-        φ ← φ − η Σ_i ρ_i δ_i,    c_k ← Σ_i Σ_{x∈k} f_i(x) / Σ_i n_ik    with the trained f_i
+        φ ← φ − η Σ_i ρ_i δ_i,    c_k ← Σ_i Σ_{x∈k} f_i(x) / Σ_i n_ik
 
-    and combines the heads (equation 12): h_i ← Σ_j α_ij h_j with
+    where f_i are the features of client i's trained body. The server combines the heads (equation
+    12): h_i ← Σ_j α_ij h_j with
 
         α_i = argmin_α  Σ_j α_j² v_j + Σ_k ‖H_ik − Σ_j α_j H_jk‖²   s.t.  α ≥ 0,  Σ_j α_j = 1
 

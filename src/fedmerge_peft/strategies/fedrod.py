@@ -27,9 +27,9 @@ class FedRoD(FedAvg):
 
         (φ, G) on CE(G f(x; φ) + log n_i),    P_i on CE((G + P_i) f(x; φ)) with φ and G as sent
 
-    with its label counts n_i (balanced softmax, ``training.logits: adjusted``). φ and G are
-    averaged as in FedAvg. P_i starts at zero and stays at the client. The heads are linear, so
-    G + P_i is one head. A client's adapter is therefore the global adapter with P_i added to the
+    where n_i are the client's label counts (balanced softmax, ``training.logits: adjusted``). φ and
+    G are averaged as in FedAvg. P_i starts at zero and stays at the client. The heads are linear,
+    so G + P_i is one head. A client's adapter is therefore the global adapter with P_i added to the
     weight and the bias of the head's last layer. Other layers of the head belong to φ.
 
     Differences from the paper:

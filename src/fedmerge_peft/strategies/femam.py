@@ -1,4 +1,4 @@
-"""FeMAM: a client's model is a sum of models of several levels, from global to its own.
+"""FeMAM: a client's model is the sum of a global model, models of clusters, and a personal model.
 
 Source: Chen et al. 2026, arXiv 2405.16472.
 """
@@ -137,7 +137,7 @@ class FeMAM(OneHotStrategy):
                 (self.last_loss if known else self.first_loss)[reply.client] = loss
 
     def _end_level(self, level: int) -> None:
-        """Drop the level's model for clients without a gain, except in level 1; go to the next."""
+        """Drop the level's model of clients without a gain, except in level 1; begin the next."""
         worse = self.last_loss >= self.first_loss  # False if one of them is unknown
         if level > 0:
             self.soup.rows = torch.where(worse[:, None], self.before, self.soup.rows)

@@ -46,12 +46,13 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
     ``weight`` and 1. λ is chosen such that the mean of max_j π_ij is ``weight``. A client that
     resembles several groups, such as a client with few examples, thus starts between them, and its
     weights can still learn its group. A client that clearly belongs to one group has about equal
-    weights for all other groups. In experiments, weights for similar groups alone were worse for
-    such clients.
+    weights for all other groups. In experiments, such clients did worse with weights that depend
+    on the similarity alone (λ = 0).
 
     Args:
         similar: s of ``affinities``, ``(m, groups)``.
-        weight: Mean weight over the clients of the most similar group, from 1 / groups to 1.
+        weight: Mean, over the clients, of the weight of a client's most similar group, from
+            1 / groups to 1.
     """
 
     def highest(weights: Tensor) -> float:
@@ -65,8 +66,8 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
         low, high = (middle, high) if below else (low, middle)
     soft = torch.softmax(low * similar, dim=1)
     reached = highest(soft)
-    # ``reached`` is below the target if clients resemble groups equally. A least λ keeps all
-    # weights positive.
+    # ``reached`` is below the target if clients resemble groups equally. A lower limit on λ keeps
+    # all weights positive.
     mixed = (reached - weight) / (reached - even) if reached > even else 1.0
     mixed = min(max(mixed, (1 - weight) / 2), 1.0)
     return ((1 - mixed) * soft + mixed * even).log()

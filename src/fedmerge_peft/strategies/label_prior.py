@@ -89,7 +89,8 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
         reason = "this adapter has no head to add the prior to"
     elif matrix.shape[0] != classes:
         reason = (
-            f"the head ends in {matrix.key} with {matrix.shape[0]} rows, not {classes} (labels)"
+            f"the head ends in {matrix.key} with {matrix.shape[0]} rows, but there are {classes} "
+            "labels"
         )
     elif bias is None:
         reason = f"the last layer of the head ({matrix.key}) has no bias to add the prior to"

@@ -111,7 +111,8 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
     shares = estimated.mean().repeat(len(counts))
     shares[clients] = estimated
     reason = (
-        f"own label distributions explain the labels better by {gain:.0f} nats"
+        "the clients' own label distributions explain the labels better than those of their "
+        f"groups, by {gain:.0f} nats in total"
         if shares.any()
         else "within a group, clients have about the same labels"
     )
@@ -124,8 +125,8 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     ``fit_concentration`` predicts a client's labels from its own counts, with the weight
     n_i / (n_i + a), and from the counts of the other clients in its group. If all clients of a
     group have the same distribution, all examples count alike, so a is the number of examples of
-    the other clients. The share is the excess of the weight over its value for this a, divided by
-    the largest possible excess. It is 0 for a client that is alone in its group.
+    the other clients. The share is the excess of the weight n_i / (n_i + a) over its value for this
+    a, divided by the largest possible excess. It is 0 for a client that is alone in its group.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)``; at least one for

@@ -13,9 +13,10 @@ from fedmerge_peft.util.stateful import Stateful
 class Reseeding(Stateful):
     """Reassignment of an unused adapter to some clients of the most used adapter.
 
-    These clients are split in two by the directions of their updates, as clustered federated
-    learning splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a
-    copy of the most used one, and the smaller half of the clients moves to it.
+    If an adapter has been unused for ``patience`` rounds, all clients of the most used adapter that
+    replied are split in two by the directions of their updates, as clustered federated learning
+    splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a copy of
+    the most used adapter, and the smaller part of these clients moves to it.
     """
 
     state_fields = ("idle",)
@@ -29,7 +30,7 @@ class Reseeding(Stateful):
     def apply(
         self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
     ) -> None:
-        """Reassign at most one adapter before the round's soup step; change rows and logits.
+        """Reassign at most one adapter before the round's soup step; change Θ and W in place.
 
         Args:
             rows: Θ, ``(d, P)``.

@@ -39,7 +39,8 @@ class RoLora(OneHotStrategy):
     that train the part.
 
     A client returns the parameters that it trained. A client that took part in the previous round
-    is sent only the parameters of that round. Any other client is sent the whole adapter.
+    is sent only the parameters that trained in that round. Any other client is sent the whole
+    adapter.
     """
 
     state_fields = (

@@ -51,7 +51,11 @@ class SavedState:
         return cls(replace(soup, rows=rows, base=base), state)
 
     def restore(self, strategy: Strategy) -> None:
-        """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
+        """Load this state into a new strategy.
+
+        Raises:
+            ValueError: The soup or the state does not fit the strategy.
+        """
         saved = self.soup
         if len(saved) != len(strategy.soup):
             strategy.resize(len(saved))
@@ -63,8 +67,8 @@ class SavedState:
             expected.base.keys(),
         ):
             raise ValueError(
-                f"its soup is {describe(saved.rows)}, or has different parts, but "
-                f"{describe(expected.rows)} was expected"
+                f"its soup is {describe(saved.rows)}, but the strategy expects "
+                f"{describe(expected.rows)} with its own layout and updates of the backbone"
             )
         # Clone, because kernels may round differently on memory that torch did not align.
         base = {module: tensor.clone() for module, tensor in saved.base.items()}

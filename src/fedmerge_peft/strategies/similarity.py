@@ -19,14 +19,14 @@ _MIN_EXCESS = 0.12
 _MIN_FURTHER = 0.25
 """Smallest excess for dividing a group: fewer clients have more agreement by chance."""
 _CONFLICT = 0.3
-"""Smallest ratio of this excess to the agreement of the whole updates of all clients."""
+"""Smallest ratio of the excess to the agreement of the whole updates of all clients."""
 _FEWEST = 6
 """Smallest group that may be divided further. With fewer clients, agreement is too uncertain."""
 _ALONE = 0.75
 """Ratio of the agreement with all other clients to a client's own repeatability, below which one
 shared adapter is worse than an adapter for each client."""
 _MOST_GROUPS = 32
-"""Largest number of groups that is tried."""
+"""Largest number of groups into which all clients, or one group, are divided at once."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,23 @@ def group_by_direction(
     and all clients with little training would have about the same remainder.
 
     The number of groups follows from an excess: the ``agreement`` of the clients with the others in
-    their group, minus the agreement of clients without any similarity.
+    their group, minus the agreement that clients without any similarity would have.
 
     - The clients form groups if the excess is at least 0.12, and at least 0.3 times the agreement
       of the whole updates of all clients. Below the second limit, what all clients have in common
       outweighs the differences between groups. In experiments, the excess was below 0.27 times that
-      agreement if clients differed only by noise, or each in its own way. With real groups it was
-      above 0.32 times, in most cases far above.
+      agreement if clients differed only by noise, or each in its own way. With real groups, the
+      excess was above 0.32 times that agreement, and in most cases far above.
     - The number of groups is the number with the highest excess.
     - A group of at least six clients is divided further as long as its clients form groups with an
       excess of at least 0.25, because large differences between groups hide smaller differences.
-      In experiments, the excess was above 0.30 in such groups, and below 0.21 by chance in groups
-      of similar clients.
+      In experiments, the excess was above 0.30 in groups that contained smaller groups. In groups
+      of similar clients, it was below 0.21, by chance.
 
-    If the clients form no groups, all clients share one adapter. If, however, the updates of a
-    client in different rounds agree, on average over the clients, far better with each other than
-    with the updates of all other clients, then each client is a group.
+    If the clients form no groups, all clients share one adapter, with one exception: each client is
+    a group of its own if ``max_groups`` allows it, and the agreement of all clients is less than
+    0.75 times the mean ``repeatability``. A client's updates of different rounds then agree, on
+    average, far better with each other than with the updates of the other clients.
 
     Args:
         deltas: Updates, ``(clients, P)``, sent minus trained, or their means over several rounds.
@@ -97,16 +98,16 @@ def group_by_direction(
         return Grouping(groups, "as set in the recipe", directions)
     groups, excess = _divide(whole, directions, max_groups, seed, _MIN_EXCESS)
     together = agreement(whole, torch.zeros(clients, dtype=torch.int64))
-    compared = f"updates agree to {together:.2f} with those of all other clients"
+    compared = f"updates agree to {together:.2f} (mean cosine) with those of all other clients"
     if bool(groups.any()):
         groups = _divide_further(directions, groups, max_groups, seed)
-        reason = f"{compared}, and within groups by {excess:.2f} more than by chance"
+        reason = f"{compared}, and their agreement within groups is {excess:.2f} above chance"
         return Grouping(groups, reason, directions)
     own = 0.0 if repeatability is None else float(repeatability.mean())
     if 1 < clients <= max_groups and together < _ALONE * own:
         reason = f"{compared}, but to {own:.2f} with the same client's updates of other rounds"
         return Grouping(torch.arange(clients), reason, directions)
-    reason = f"{compared}, and within groups by only {excess:.2f} more than by chance"
+    reason = f"{compared}, and their agreement within groups is only {excess:.2f} above chance"
     return Grouping(groups, reason, directions)
 
 
@@ -116,8 +117,9 @@ def _divide(
     """Return the group of each client, 0 for all if they form no groups, and the highest excess.
 
     Args:
-        whole: Cosines of the updates with their common part, ``(m, m)`` float64.
-        directions: Cosines of the centered updates, ``(m, m)`` float64.
+        whole: Cosines of all pairs of updates, from which no common part was subtracted, ``(m, m)``
+            float64.
+        directions: Cosines of all pairs of centered updates, ``(m, m)`` float64.
         max_groups: Largest number of groups.
         seed: Seed of the starts of k-means.
         least: Smallest excess of the agreement with which clients form groups.
@@ -138,7 +140,7 @@ def _divide(
 
 
 def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: int) -> Tensor:
-    """Divide groups as long as their clients form groups; return groups from 0, ``(m,)``.
+    """Divide groups as long as their clients form groups; return the new groups, ``(m,)``.
 
     Within a group, the cosines ``(m, m)`` of the centered directions take the place of the cosines
     of the whole updates.

@@ -20,7 +20,7 @@ def initial_rows(
 ) -> Tensor:
     """Return Θ before the first round, ``(d, P)``.
 
-    With ``start: noise``, a storage other than the default has other draws.
+    With ``start: noise``, the default storage draws different noise than the other storages.
     """
     if not storage.plain:
         return storage.store(_rows_in_turn(recipe, context, adapters), adapters)

@@ -30,8 +30,8 @@ def make_soup(
     """Return a soup of d adapters, in the recipe's storage and before the first round.
 
     Raises:
-        RecipeError: The storage needs updates that are combined column by column, and these are
-            not.
+        RecipeError: A soup in bfloat16 or on disk is computed in chunks of columns, but the
+            aggregation rule compares whole updates, or noise protects the sum of the updates.
         RunError: The disk has no space for the soup.
     """
     storage = _storage(recipe, context)

@@ -33,7 +33,7 @@ class LossComparison:
     own: float
     """Mean loss of the adapters that the clients had trained, (1/k) Σ_i L_i(θ_i(trained))."""
     merged: float
-    """Mean loss of the adapters that they were sent next, (1/k) Σ_i L_i(θ_i(sent next))."""
+    """Mean loss of the adapters that the clients were sent next, (1/k) Σ_i L_i(θ_i(sent next))."""
     error: float
     """Standard error of the difference (nats)."""
 
@@ -57,9 +57,10 @@ class OwnTrial(Stateful):
     validation examples.
 
     Right after the grouping, a client's own update reduces the loss more than any mean, because
-    both adapters are far from convergence. If clients help each other, this harm of merging shrinks
-    from round to round and turns into a gain. In experiments, the gain was 1 to 13 % of the loss in
-    the third round. If clients have nothing in common, the harm persists.
+    both adapters are far from convergence. Merging therefore raises the loss at first; this rise is
+    the harm. If clients help each other, the harm shrinks from round to round and turns into a
+    gain. In experiments, the gain was 1 to 13 % of the loss in the third round. If clients have
+    nothing in common, the harm persists.
     """
 
     state_fields = ("losses", "harm")
@@ -71,7 +72,10 @@ class OwnTrial(Stateful):
         """Harm in the previous comparison, ``()`` float64; infinite before the first comparison."""
 
     def persists(self, loss: LossComparison) -> bool:
-        """Return True if this harm is at least 0.8 times the previous one; store this harm."""
+        """Return True if the harm is at least 0.8 times the harm of the previous comparison.
+
+        The result is False in the first comparison. The harm is stored for the next comparison.
+        """
         before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
         return loss.harm >= _LASTING * before
 

@@ -250,7 +250,7 @@ def test_a_run_serves_predicts_and_exports_its_clients_by_block(tmp_path):
 )
 def test_settings_that_do_not_go_with_blocks_are_refused(settings):
     key = next(iter(settings))
-    with pytest.raises(ValidationError, match=f"blocks: weights by block do not go with {key}"):
+    with pytest.raises(ValidationError, match=f"by block cannot be combined with {key}"):
         strategy_recipe("fedmerge", blocks="head", **settings)
 
 

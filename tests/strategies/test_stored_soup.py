@@ -173,7 +173,7 @@ def test_a_saved_soup_is_read_back_in_float32_or_as_it_was(formulas, soup, tmp_p
 @pytest.mark.parametrize("soup", SOUPS, ids=str)
 def test_settings_that_need_whole_rows_are_refused(soup, settings, fault):
     FedMergeRecipe(name="fedmerge", **settings)
-    with pytest.raises(RecipeError, match=f"does not go with {fault}; remove one of them"):
+    with pytest.raises(RecipeError, match=f"cannot be combined with {fault}; remove one of them"):
         FedMergeRecipe(name="fedmerge", soup=soup, **settings)
 
 

@@ -104,14 +104,21 @@ class BlockWeights:
             merged[..., columns] += offsets[..., block, :] @ rows[:, columns]
 
     def mixed(self, clients: Tensor) -> Tensor:
-        """Return the offsets ``(B, d)`` of one mixture of clients, or ``(k, B, d)`` of k."""
+        """Return the offsets ``(B, d)`` of one mixture of clients, or ``(k, B, d)`` of k mixtures.
+
+        Args:
+            clients: Weights over the clients, ``(m,)`` or ``(k, m)``.
+        """
         mixed: Tensor = torch.tensordot(clients.to(self.offsets), self.offsets, dims=1)
         return mixed
 
     def spread(self, mask: Tensor) -> BlockWeights:
-        """Return the weights for rows with added columns; ``mask`` ``(P,)`` is False for these.
+        """Return these weights for rows to which columns have been added.
 
         All adapters are 0 in the added columns, so the block of these columns does not matter.
+
+        Args:
+            mask: ``(P,)`` bool, False for the added columns.
         """
         of = torch.zeros(len(mask), dtype=torch.int64)
         of[mask] = self.blocks.of

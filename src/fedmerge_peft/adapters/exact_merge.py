@@ -36,7 +36,7 @@ def concat(
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
         clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``. Own parts are in
-            the head, which enters linearly.
+            the head, so their average is exact.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
@@ -52,7 +52,7 @@ def concat(
         by_block, of = weights + soup.blocks.mixed(clients), soup.blocks.blocks.of
     used = (by_block != 0).any(dim=0)
     states = [soup.state_dict(row) for row in soup.rows[used]]
-    # Heads and biases enter linearly, so the average of their parameters is exact.
+    # Heads and biases are not products of factors, so the average of their parameters is exact.
     merged = soup.state_dict(soup.merge(weights, clients))
     first = {entry.key: entry.offset for entry in soup.layout.entries}
     for _, a_key, b_key in factor_pairs(states[0]):

@@ -16,9 +16,9 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     """Return the gap after each round, mean over the clients that took part and were evaluated.
 
     Loss and score compare a client's model after local training in round t with the model served at
-    the start of round t + 1, or with the final model after the last round. They are taken on test
-    examples, or on validation examples if no client has test examples. For methods that serve a
-    private model, the distance belongs to the shared adapter, and loss and score to the private
+    the start of round t + 1, or with the final model after the last round. They are measured on
+    test examples, or on validation examples if no client has test examples. For methods that serve
+    a private model, the distance belongs to the shared adapter, and loss and score to the private
     model.
 
     Returns:

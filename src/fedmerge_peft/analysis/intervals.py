@@ -16,7 +16,7 @@ def score_intervals(
 ) -> dict[str, tuple[float, float]] | None:
     """Return the Wilson interval of each client's score, at a confidence of ``LEVEL``.
 
-    With s of n examples right and z = Φ⁻¹(0.975), the interval is (Wilson 1927)
+    With s of n examples predicted correctly and z = Φ⁻¹(0.975), the interval is (Wilson 1927)
 
     (s + z²/2 ± z √(s (n − s) / n + z²/4)) / (n + z²).
 

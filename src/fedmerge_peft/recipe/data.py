@@ -72,7 +72,7 @@ class DirichletRecipe(PartitionRecipe):
     """Concentration. Smaller values concentrate each class at fewer clients."""
     min_examples: Count = 10
     """Minimum number of training examples per client. The draw is repeated until every client has
-    this number."""
+    at least this number; after 1,000 draws, the partition is refused."""
     by: str | None = None
     """Column whose values are distributed. A list counts as its first value. Default: the label."""
 

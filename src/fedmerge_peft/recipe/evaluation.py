@@ -14,14 +14,15 @@ class EvaluationRecipe(Section):
     """Examples per batch in evaluation."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Largest number of clients that are evaluated in one forward pass, each with its own adapter.
-    Clients share a pass if `batch_size` has room for the examples of all of them. Scores are equal
-    up to rounding. auto: 16 on a CUDA GPU, otherwise 1, because on a CPU only clients with few
-    examples gain."""
+    Clients share a pass only if their number times the largest number of their evaluation examples
+    is at most `batch_size`. Scores are equal up to rounding. auto: 16 on a CUDA GPU,
+    otherwise 1, because on a CPU only clients with few examples gain."""
     every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True
-    """Also evaluate each client's adapter after its local training. The difference from the served
-    adapter is the gain of local finetuning, which is small if merged adapters fit their clients."""
+    """Also evaluate each client's adapter after its local training. The difference between its
+    score and the served adapter's score is the gain of local finetuning, which is small if merged
+    adapters fit their clients."""
     serve: Literal["last", "best"] = "last"
     """Round whose adapters and scores are the result of the run. last: the last round. best: the
     round with the lowest mean validation loss over all clients; it requires validation examples,

@@ -35,16 +35,17 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
     ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` returns
     ``strategy.adapters=3,seed=0`` and three more recipes. The last key varies fastest. Commas in
     brackets, braces and quotes do not separate values. Each baseline becomes a separate recipe,
-    such as ``strategy=fedavg,seed=0``. A baseline is included once for each combination of the
-    other keys, even if several variants of the strategy are compared with it.
+    such as ``strategy=fedavg,seed=0``. A baseline is included once for each combination of the keys
+    outside ``strategy`` and ``baselines``, even if several variants of the strategy are compared
+    with it.
 
     Args:
         source: A shipped recipe's name, or the path of a YAML file.
         overrides: ``key.sub=value,value,...``, each key once.
 
     Returns:
-        Recipes without baselines, by name. Names are valid folder names. If nothing varies, the
-        recipe keeps its own name.
+        Recipes without baselines, by name. Names are valid folder names. If nothing varies and
+        there are no baselines, the recipe keeps its own name.
 
     Raises:
         RecipeError: A key has no values or is given twice, two combinations are the same recipe, or
@@ -164,7 +165,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
-    """Return ``key=value,...`` as a folder name; the recipe's own name if nothing varies."""
+    """Return ``key=value,...`` as a folder name; the recipe's own name if there are none."""
     name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
         recipe.name
     )

@@ -38,7 +38,7 @@ LARGEST = 256 * 1024
 COMMAND_LINE = Mark("command line")
 
 RUN_REMEDY = (
-    "if you trust this run, allow it with --trust-remote-code, in Python with "
+    "if you trust this run, allow it with --trust-remote-code, or in Python with "
     "trust_remote_code=True"
 )
 """Advice in errors about code that a run directory names."""
@@ -53,8 +53,9 @@ class Consent(NamedTuple):
 
 
 Plugins = Literal["import", "ignore"] | Consent
-"""Treatment of the modules that a recipe lists under ``plugins``. An import runs code, so a recipe
-from an untrusted source must not cause one without consent."""
+"""Treatment of the modules that a recipe lists under ``plugins``: ``import`` them, ``ignore`` them,
+or import them only if a ``Consent`` allows all of them. An import runs code, so a recipe from an
+untrusted source must not cause an import without consent."""
 
 R = TypeVar("R", bound=Section)
 """Class of the recipe. Callers pass it, so that this module need not import the schema."""
@@ -120,9 +121,7 @@ def _read(path: Path) -> str:
         raise RecipeError(printable(f"{path}: cannot be read: {error.strerror}")) from None
     if len(content) > LARGEST:
         raise RecipeError(
-            printable(
-                f"{path}: exceeds the limit of {LARGEST // 1024} KiB; give the file of a recipe"
-            )
+            printable(f"{path}: exceeds the limit of {LARGEST // 1024} KiB; give a recipe file")
         )
     try:
         return content.decode("utf-8-sig")

@@ -69,12 +69,12 @@ _register(
 _register(
     "text_metrics",
     ("answers",),
-    {"squad_f1": "F1 of the words of each answer, as SQuAD's."},
+    {"squad_f1": "F1 of the words of each answer, as in SQuAD."},
 )
 _register(
     "text_metrics",
     ("answers",),
-    {"squad_exact_match": "Fraction of the answers that equal a reference, as SQuAD's."},
+    {"squad_exact_match": "Fraction of the answers that equal a reference, as in SQuAD."},
     per_example=True,
 )
 _register(
@@ -126,7 +126,7 @@ _register(
     "label_set_metrics",
     ("label_sets",),
     {
-        "micro_f1": "F1 of all pairs of an example and a label together.",
+        "micro_f1": "F1 over all pairs of an example and a label.",
         "macro_f1": "F1 of each label, averaged with equal weights.",
     },
 )

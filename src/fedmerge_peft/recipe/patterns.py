@@ -1,4 +1,4 @@
-"""Check of the regular expressions in recipes: those that may take too long are refused."""
+"""Check of the regular expressions in recipes. Expressions that may take too long are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pattern_fault(pattern: str) -> str | None:
     if ways > _MOST:
         return (
             f"{pattern!r} may take forever, because its repetitions can divide a name in too many "
-            "ways; use at most four such as .* or \\d+, and none within another"
+            "ways; use at most four repetitions such as .* or \\d+, and none within another"
         )
     return None
 

@@ -30,9 +30,10 @@ class PreferenceRecipe(CompletionRecipe):
     rejected: str = "rejected"
     """Column with the other completion: a text, or a list of messages."""
     loss: Literal["dpo", "orpo"] = "dpo"
-    """Loss of a pair. dpo: the negative log-probability that the chosen completion is preferred, if
-    rewards are relative to the backbone without an adapter. orpo: the language modeling loss of the
-    chosen completion plus λ times the odds ratio loss; this loss needs no reference model."""
+    """Loss of a pair. dpo: −log σ(reward of the chosen completion − reward of the rejected
+    completion), with rewards relative to the backbone without an adapter. orpo: the language
+    modeling loss of the chosen completion plus λ times the odds ratio loss; this loss needs no
+    reference model."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """β of DPO: larger values keep the model closer to the backbone without an adapter. λ of ORPO:
     weight of the odds ratio loss."""
@@ -41,7 +42,8 @@ class PreferenceRecipe(CompletionRecipe):
         "reward_margin",
     ]
     """Metrics. Tables and log lines show the first. The reward of a completion is β times its
-    log-probability relative to the backbone's; for orpo, λ times its mean log-probability."""
+    log-probability relative to the backbone's; for orpo, λ times its mean log-probability per
+    token."""
 
     def of_one_sequence(self) -> CausalLMRecipe:
         """Return the section of a causal language modeling task on a single completion."""

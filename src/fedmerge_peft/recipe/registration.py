@@ -1,8 +1,9 @@
 """The public decorators that register a plugin's parts.
 
-Each decorator takes the name of the part in recipes. Those of strategies, tasks, partition schemes
-and callbacks also take the class of the section with its settings. The section is then the first
-argument of the registered class or function:
+Each decorator takes the name of the part in recipes. The decorators of strategies, tasks, partition
+schemes and callbacks also take the class of the recipe section with the part's settings. The
+registered class or function gets this section as its first argument, ``recipe``. It is called as
+follows:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
@@ -88,9 +89,9 @@ def register_partition(
     """Register, under a name, a function that assigns rows to clients.
 
     The name is the value of ``data.partition.scheme`` in recipes. The function takes its section
-    (``recipe``, by default a section without keys) and the ``Splits``. It returns a list of
-    ``ClientRows`` for each split. If it returns only ``train``, the other splits are partitioned in
-    the same proportions.
+    (``recipe``, by default a section without keys) and the ``Splits``. It returns a dictionary from
+    the name of each split to a list with the ``ClientRows`` of each client. If the dictionary has
+    only ``train``, the other splits are partitioned in the same proportions.
 
     Raises ``PluginError`` if another module has registered the name, or an argument is invalid.
     """

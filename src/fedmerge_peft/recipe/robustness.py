@@ -14,10 +14,10 @@ from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 _RULES = {
     "mean": "Weighted mean; one client can move it anywhere.",
     "median": "Coordinate-wise weighted median.",
-    "trimmed_mean": "Coordinate-wise weighted mean without the ends.",
+    "trimmed_mean": "Coordinate-wise weighted mean without the lowest and the highest values.",
     "krum": "The one update nearest to its neighbors.",
     "multi_krum": "Weighted mean of the updates nearest to their neighbors.",
-    "cosine_filter": "Weighted mean of the updates that do not point against the others'.",
+    "cosine_filter": "Weighted mean of the updates that do not oppose the other updates.",
 }
 for _name, _about in _RULES.items():
     AGGREGATIONS.add(_name, f"fedmerge_peft.strategies.aggregation:{_name}", about=_about)
@@ -28,7 +28,7 @@ AGGREGATIONS.add(
 )
 
 _BY_COLUMN = ("mean", "median", "trimmed_mean")
-"""Rules that combine each column on its own."""
+"""Rules that combine each column independently of the other columns."""
 
 Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 
@@ -43,10 +43,10 @@ class RobustnessRecipe(Section):
     and trimmed_mean: coordinate-wise and weighted (Yin et al. 2018, arXiv 1803.01498). krum: the
     update nearest to its neighbors; multi_krum: the mean of the nearest ones (Blanchard et al.
     2017, arXiv 1703.02757). cosine_filter: the weighted mean of the updates with a positive cosine
-    to the sum of all other updates (after Cao et al. 2021, arXiv 2012.13995, which compares with an
-    update from the server's own data). similarity_filter: as cosine_filter, except that clients
-    whose updates are unusually similar share one vote (after Fung et al. 2020, arXiv
-    1808.04866)."""
+    to the weighted sum of the other updates, each scaled to norm 1 (after Cao et al. 2021, arXiv
+    2012.13995, which compares with an update from the server's own data). similarity_filter: as
+    cosine_filter, except that clients whose updates are unusually similar share one vote (after
+    Fung et al. 2020, arXiv 1808.04866)."""
     trim: Minority = 0.2
     """Fraction of the weight that trimmed_mean removes from the lowest and from the highest values
     of each coordinate. Choose a value above the fraction of clients that may be malicious."""
@@ -56,7 +56,7 @@ class RobustnessRecipe(Section):
     """Clip updates to this L2 norm; null for no bound."""
     norm_multiple: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """Clip updates to this multiple of their typical L2 norm; null for no relative bound. The
-    typical norm is the median of each round's median norm over the last five rounds."""
+    typical norm is the median, over the last five rounds, of the median norm of a round."""
 
     @property
     def defends(self) -> bool:

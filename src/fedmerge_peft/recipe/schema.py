@@ -71,12 +71,13 @@ class TrainingRecipe(Section):
     yet."""
     learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
-    adapter on up to four clients at each of several rates, and chooses the rate with the lowest
-    validation loss. If the training loss is still lower at much higher rates, a higher rate is
-    chosen, because a single client overfits at lower rates than a federation. If no rate reduces
-    the validation loss by more than its noise, or if there are no validation examples, the training
-    loss decides. The baselines of the run use the same rate. With `privacy`, there is no test,
-    because its replies would not be private; the rate is then 5e-3 for adamw and 0.1 for sgd."""
+    adapter on up to four clients at each of several rates. It chooses the smallest rate whose
+    validation loss is within one standard error of the lowest loss. If the training loss is lowest
+    at a much higher rate, a rate between the two is chosen, because a single client overfits at
+    lower rates than a federation. If no rate reduces the validation loss by more than its noise, or
+    if there are no validation examples, the training loss decides. If no rate reduces that loss
+    either, the rate is 5e-3, or 0.1 for sgd. With `privacy`, this rate is used without a test,
+    because the replies to a test would not be private. The baselines use the chosen rate."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Weight decay: decoupled for adamw, the gradient of an L2 penalty for sgd."""
     momentum: Fraction = 0.0
@@ -89,7 +90,8 @@ class TrainingRecipe(Section):
     labeled tokens, even if micro-batches differ in their number."""
     epochs: Count | Literal["auto"] = "auto"
     """Passes over a client's examples per round. auto: as many passes, at most 4, as a client of
-    median size needs for about 200 optimizer steps in the run, and at least 10 per round."""
+    median size needs to take about 200 optimizer steps in the run, and at least 10 in each round.
+    With `privacy`, auto is 4 passes, because the clients' sizes would not be private."""
     steps: Count | None = None
     """Optimizer steps per round, instead of epochs."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -118,9 +120,9 @@ class TrainingRecipe(Section):
     these files (privacy.md). The environment variable `FEDMERGE_PREFIX_DISK` takes precedence over
     this key. The results are the same, bit for bit."""
     prefix_dtype: Literal["float16", "bfloat16"] | None = None
-    """Number format in which `prefix_cache` and `prefix_disk` store the inputs, so that those of a
-    model in float32 need half of the space. They are rounded to 11 (float16) or 8 bits (bfloat16),
-    which changes results slightly. null: the model's format."""
+    """Number format in which `prefix_cache` and `prefix_disk` store the inputs. For a float32
+    model, both formats need half of the space. The inputs are rounded to 11 (float16) or 8
+    (bfloat16) significant bits, which changes results slightly. null: the model's format."""
     packing: Boolean = False
     """Let short examples of a batch share a row, instead of padding each to the longest one.
     Attention stays within an example, and the results are the same up to rounding, except for
@@ -128,11 +130,11 @@ class TrainingRecipe(Section):
     model whose logits differ is refused."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
-    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: as
-    many clients as have at most 8 examples per pass together, or 256 on a CUDA GPU, and at most 16;
-    one if this number is below 3 or the backbone is quantized; fewer if the estimate of memory
-    exceeds a GPU's free memory. With unsupported settings, such as DoRA, clients train one at a
-    time; the log states the reason."""
+    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 8
+    divided by `batch_size` and rounded down, or 256 divided by it on a CUDA GPU, and at most 16. If
+    the result is below 3, or if the backbone is quantized, clients train one at a time. On a GPU,
+    the number is reduced if the estimated memory exceeds 85 % of the free memory. With unsupported
+    settings, such as DoRA, clients train one at a time; the log states the reason."""
 
 
 Tracker = Literal[
@@ -269,8 +271,9 @@ class Recipe(Section):
     def _reused_baselines_are_not_private(self) -> Recipe:
         if self.baselines_from is not None and self.privacy.mode != "none":
             raise ValueError(
-                "baselines_from: the privacy of a run counts the releases of its baselines, which "
-                "an earlier run has counted; remove it"
+                f"baselines_from: with privacy.mode: {self.privacy.mode}, the epsilon of a run "
+                "includes its baselines, but reused baselines are part of another run's epsilon; "
+                "remove baselines_from"
             )
         if self.baselines_from is not None and not self.baselines:
             raise ValueError(
@@ -332,7 +335,7 @@ class Recipe(Section):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Recipe:
-        """Create a recipe from values by key, as ``Recipe(values)``. Raises ``RecipeError``."""
+        """Create a recipe from values by key, like ``Recipe(values)``. Raises ``RecipeError``."""
         obj = nested(obj, cls.__name__) if isinstance(obj, Mapping) else obj
         try:
             return super().model_validate(obj, **options)
@@ -350,8 +353,9 @@ class Recipe(Section):
         """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
         Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
-        ``plugins`` is the treatment of the modules that the recipe lists. Raises ``RecipeError``
-        with all faults.
+        The modules that the recipe lists under ``plugins`` are imported with ``"import"``, and are
+        not imported with ``"ignore"``. With a ``Consent``, a module that it does not allow is an
+        error. Raises ``RecipeError`` with all faults.
         """
         from fedmerge_peft.recipe.loading import load
 

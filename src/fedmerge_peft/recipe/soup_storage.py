@@ -55,7 +55,7 @@ class SoupServerRecipe(ServerRecipe):
         if self.in_chunks and mode == "central":
             return (
                 "strategy.soup: noise on the sum of updates needs a float32 soup in memory; remove "
-                "it, or privacy.mode: central"
+                "strategy.soup, or privacy.mode: central"
             )
         return super().privacy_refusal(mode)
 
@@ -73,7 +73,7 @@ class SoupServerRecipe(ServerRecipe):
         }
         if not self.soup.plain and (given := [key for key, there in others.items() if there]):
             raise ValueError(
-                f"soup: dtype {self.soup.dtype} with storage {self.soup.storage} does not go with "
-                f"{given[0]}; remove one of them"
+                f"soup: dtype {self.soup.dtype} with storage {self.soup.storage} cannot be "
+                f"combined with {given[0]}; remove one of them"
             )
         return self

@@ -38,13 +38,14 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     of 32, 2 epochs, proximal 0.01 and no clipping; evaluation.serve best, which serves the round
     with the lowest validation loss."""
     adapters: Adapters | Literal["auto"] = "auto"
-    """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups found
-    in the clients' updates, which may be one; with other starts 5, or the number of clients if that
-    is smaller."""
+    """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups, which
+    may be one. If `groups` is not set, validation losses in the next rounds may change the number
+    to one adapter for all clients, or to one for each client. With other starts 5, or the number of
+    clients if that is smaller."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
-    """Update rule of the weights. normalized: a step along each client's gradient, divided by its
-    largest absolute entry. adam: Adam. gradient: plain gradient descent. paper: the rule of
-    FedMerge's authors (method.md)."""
+    """Update rule of the weights. normalized: gradient descent, after each client's gradient is
+    divided by its largest absolute entry. adam: Adam. gradient: plain gradient descent. paper: the
+    rule of FedMerge's authors (method.md)."""
     weights_lr: Coefficient | None = None
     """Step size of the merging logits. Default: 0.3; 1.0 for gradient; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
@@ -56,8 +57,8 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
     balance_rounds: CountOrZero = 0
-    """Number of first rounds in which the use of the adapters is balanced (Sinkhorn), with
-    decreasing strength, so that no adapter is unused in these rounds."""
+    """Number of rounds at the start in which the adapters' mass is balanced (Sinkhorn), so that no
+    adapter becomes unused early. The strength of the balancing decreases linearly to zero."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
     """Initialization of the adapters. warm: a few rounds of FedAvg, then clients are grouped by the
     direction of their updates, and each group gets an adapter. independent: random and different,
@@ -69,26 +70,25 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     """Rounds of `start: warm` before the grouping. A run with fewer rounds trains one adapter,
     with a warning."""
     groups: Adapters | None = None
-    """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
-    adapters if that is set."""
+    """Number of groups of `start: warm`. Default: inferred from the updates, at most `adapters`."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Merging weight after the grouping, as a mean over clients, of the adapter of the group that a
-    client resembles most. A client that resembles several groups starts with a mixture of their
-    adapters. With more adapters than groups, each client has this weight for its group's adapter,
-    and the other adapters share the rest evenly."""
+    """Merging weight, right after the grouping, of the adapter of the group that a client resembles
+    most. The key sets the mean of this weight over the clients. A client that resembles several
+    groups starts with a mixture of their adapters. With more adapters than groups, each client has
+    this weight for its group's adapter, and the other adapters share the rest evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
-    from the soup has the rest. auto: an estimate of the share of a client's label distribution that
-    differs from its group's; 0 if the clients of a group have the same distribution. auto requires
-    the clients' label counts, and gives 0 with differential privacy."""
+    """Weight of a client's own head after the grouping of `start: warm`. An own head changes only
+    by its client's updates. The head that is merged from the soup has the remaining weight. auto:
+    an estimate of the share of a client's label distribution that differs from its group's; 0 if
+    the clients of a group have the same distribution, or with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Separate merging weights for each block of an adapter's parameters. Default: no blocks.
     head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
     modules: each adapted module, and the head. classes: the head's parameters of each class, and
     the rest. With blocks, there are no own heads."""
     reseed_after: Count | None = None
-    """Number of consecutive rounds without use after which an adapter is reassigned to some clients
-    of the most used adapter. Default: never."""
+    """Number of consecutive rounds after which an unused adapter is reassigned to some clients of
+    the most used adapter. An adapter is unused if its mass is below 1 / (4 d). Default: never."""
 
     @property
     def rounds_with_one_adapter(self) -> int:
@@ -139,17 +139,17 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         }
         if self.blocks is not None and (given := [key for key, there in others.items() if there]):
             raise ValueError(
-                f"blocks: weights by block do not go with {given[0]}; remove one of them"
+                f"blocks: weights by block cannot be combined with {given[0]}; remove one of them"
             )
         return self
 
     def privacy_refusal(self, mode: str) -> str | None:
         moved = {
-            f"blocks: {self.blocks} moves clients": self.blocks is not None,
+            f"blocks: {self.blocks} changes merging weights": self.blocks is not None,
             "start: warm groups clients": self.start == "warm",
-            f"rule: {self.rule} weighs clients": self.rule in ("paper", "gradient"),
-            "reseed_after moves clients": self.reseed_after is not None,
-            "balance_rounds weighs clients": self.balance_rounds > 0,
+            f"rule: {self.rule} changes merging weights": self.rule in ("paper", "gradient"),
+            "reseed_after changes merging weights": self.reseed_after is not None,
+            "balance_rounds changes merging weights": self.balance_rounds > 0,
         }
         for what, applies in moved.items():
             if applies and mode == "central":
@@ -177,7 +177,8 @@ class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     Default: all rounds are rounds of FedAvg, and a client predicts with the adapter that it trained
     in its last round, before the aggregation."""
     passes: Passes = 1
-    """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
+    """Passes of local training in each round after `fedavg_rounds`. Each pass takes
+    training.epochs or training.steps."""
 
     @property
     def passes_per_round(self) -> int:
@@ -304,7 +305,8 @@ class FedLEASERecipe(HeadRecipe, ServerRecipe):
     adapters: Adapters = 5
     """Maximum number of clusters."""
     warm_passes: Passes = 1
-    """Passes of local training before the clustering. A pass has training.epochs."""
+    """Passes of local training before the clustering. Each pass takes training.epochs or
+    training.steps."""
 
 
 class FedEMRecipe(StrategyRecipe):

@@ -25,7 +25,8 @@ class StrategyRecipe(Section):
     """True if the server also changes the backbone's weights. The ranks of exported adapters then
     differ by layer."""
     measures_features: ClassVar[bool] = False
-    """True if clients also return statistics of their features, which sites do not return."""
+    """True if clients also return statistics of their features. Sites do not return them, so they
+    refuse such a strategy."""
     needs_labels: ClassVar[bool] = False
     """True if each example must have one label, because the method depends on the classes."""
     shared_soup: ClassVar[bool] = False
@@ -34,7 +35,8 @@ class StrategyRecipe(Section):
     """True if clients are served weighted averages of the soup with learned weights. Tables and
     figures then show these weights."""
     adapters_key: ClassVar[str] = "adapters"
-    """Key of the section that sets the number of adapters. All of them must fit into memory."""
+    """Key of the section that sets the number of adapters. A number of adapters that does not fit
+    into memory is refused, with this key in the error."""
     dp_modes: ClassVar[frozenset[str]] = frozenset()
     """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 

@@ -34,7 +34,10 @@ def _template_text(value: str, info: ValidationInfo) -> str:
     if "{" in value or _TEMPLATE_NAME.fullmatch(value):
         return value
     if (info.context or {}).get(FOREIGN):
-        raise ValueError("a recipe of a run or a kit holds the template itself and names no file")
+        raise ValueError(
+            "in a run directory or a site's kit, a recipe contains the text of the template and "
+            "names no file"
+        )
     path = Path(value).expanduser()
     try:
         if path.is_file():
@@ -42,7 +45,10 @@ def _template_text(value: str, info: ValidationInfo) -> str:
                 text = file.read(LARGEST_TEMPLATE + 1)
             if "{" in text and len(text) <= LARGEST_TEMPLATE:
                 return text
-            raise ValueError(f"{value} does not hold a chat template in Jinja")
+            raise ValueError(
+                f"{value} does not contain a chat template in Jinja of at most "
+                f"{LARGEST_TEMPLATE:,} characters"
+            )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{value} cannot be read as text ({error})") from error
     raise ValueError(f"{path.absolute()} does not exist; name a file with a chat template in Jinja")
@@ -114,11 +120,18 @@ class TaskRecipe(Section):
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def of_one_sequence(self) -> TaskRecipe:
-        """Return the section of a task on single ``sequences`` of this task's examples."""
+        """Return the section of the task on single sequences of this task's examples.
+
+        By default, this is the section itself (``sequences`` is 1).
+        """
         return self
 
     def to_predict(self, format: str | None) -> TaskRecipe:
-        """Return the section for predictions with the models of a run on texts in ``format``."""
+        """Return the section with which the models of a run predict.
+
+        Args:
+            format: Text format of the run's data; None if the task has no formats.
+        """
         return self
 
     def to_complete(self) -> CompletionRecipe | None:
@@ -209,7 +222,8 @@ class CausalLMRecipe(CompletionRecipe):
     loss: Literal["assistant", "completion", "all"] | None = None
     """Tokens with a loss. assistant: the assistant's messages in chats. completion: the completion
     or, in chats in a single column, the last message. all: all tokens but the first. Default:
-    assistant for chats, completion for rows with a prompt and a completion, all for text."""
+    assistant for chats in a single column, completion for rows with a prompt and a completion, all
+    for plain text."""
     text: str = "text"
     """Column with plain text."""
     messages: str = "messages"

@@ -94,8 +94,8 @@ class QuestionAnsweringRecipe(TaskRecipe):
 
 
 class SentenceEmbeddingRecipe(TaskRecipe):
-    """Vectors of texts for search, which are similar for matching texts and dissimilar for
-    others.
+    """Vectors of texts for search. The vectors of matching texts are similar, and the vectors of
+    other texts are dissimilar.
     """
 
     other_names: ClassVar[str] = "sentence-similarity embedding feature-extraction retrieval"

@@ -26,8 +26,8 @@ class UsualColumn:
     optional: bool = False
     """True if ``init`` may suggest the task although no such column is recognized."""
     of: str = ""
-    """Values of a column of the kind ``named``. list: only lists. varied: many different values if
-    the column has a usual name of labels. Empty: any values."""
+    """Values that a column of the kind ``named`` must have. list: lists. varied: many different
+    values, which are required only if the column's name is usual for labels. Empty: any values."""
 
 
 UsualColumns = Mapping[str, UsualColumn]

@@ -320,7 +320,7 @@ def test_a_sweep_takes_a_model(tokenizer, tmp_path):
     [
         ({"model": "bert-base-uncased", "tokenizer": 1}, r"found text 'bert.*backbone\.model"),
         ({"model": TextNet()}, r"pass its tokenizer=\.\.\. \(texts\) or its processor"),
-        ({"model": TextNet(), "tokenizer": 1, "processor": 1}, "one of them"),
+        ({"model": TextNet(), "tokenizer": 1, "processor": 1}, "and not both"),
         ({"tokenizer": 1}, "pass the model, too"),
         ({"model": TextNet(), "tokenizer": 1}, "tokenizer: found int, expected a tokenizer"),
     ],

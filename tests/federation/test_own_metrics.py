@@ -42,7 +42,7 @@ def test_an_engine_takes_metrics_before_the_run(tmp_path):
         (0.5, "the function returned 0.5, expected numbers by name"),
         ({"accuracy": 0.5}, "the name 'accuracy' is already taken"),
         ({"loss": 0.5}, "the name 'loss' is already taken"),
-        ({3: 0.5}, "3 names a value, expected a text as its name"),
+        ({3: 0.5}, "the function returned a value named 3, expected a text as its name"),
         ({"f": "high"}, "f is text 'high', expected a number"),
     ],
 )

@@ -283,7 +283,7 @@ def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
     examples = task_of("llama", table, name=NAME, max_length=10).encode(table)
     assert examples.cuts == {
         "are longer than 10 tokens and were truncated": [0],
-        "lost tokens that have a loss, because 10 tokens do not hold them": [0],
+        "have tokens with a loss that truncation to 10 tokens removed": [0],
         "have no text to learn, only special tokens": [],
     }
     assert examples.columns["input_ids"][0][0] == 2
@@ -307,7 +307,7 @@ def test_a_cut_that_leaves_nothing_to_learn_names_the_length(columns, task_of):
 def test_prompts_that_are_cut_to_leave_room_for_a_generated_text_are_counted(task_of):
     table = Dataset.from_dict({"prompt": ["a " * 100, "b"], "completion": ["c", "d"]})
     task = task_of("llama", table, name=NAME, max_new_tokens=100, metrics=["exact_match"])
-    wanted = {"have a prompt of more than 28 tokens, cut on the left to generate": [0]}
+    wanted = {"have a prompt of more than 28 tokens, cut on the left for generation": [0]}
     assert wanted.items() <= task.encode(table).cuts.items()
     assert task.encode_prompts(table["prompt"][:]).cuts == wanted
 

@@ -177,8 +177,8 @@ def test_images_of_different_sizes_are_refused(task_of, tmp_path):
     task = task_with(task_of, processor, tmp_path, table)
     with pytest.raises(
         BackboneError,
-        match=r"ViTImageProcessorPil does not bring images to one size \(pixel_values of row 0 has "
-        r"the shape \(3, 24, 40\), of row 2 \(3, 40, 24\)\)",
+        match=r"ViTImageProcessorPil does not bring images to one size \(pixel_values has the "
+        r"shape \(3, 24, 40\) in row 0, but \(3, 40, 24\) in row 2\)",
     ):
         task.encode(table)
 

@@ -324,7 +324,7 @@ def test_a_question_of_more_than_half_a_window_is_cut_and_counted(task_of):
     table = rows_of(["Where? " * 20, "Who?"], CONTEXTS[:2], TEXTS[:2])
     task = task_of("bert", table, name=NAME, max_length=40, stride=8)
     examples = task.encode(table)
-    assert examples.cuts["have a question of more than 18 tokens, cut"] == [0]
+    assert examples.cuts["have a question cut to 18 tokens"] == [0]
     first = examples.columns["sequences"][0][0]
     kinds = examples.columns["token_type_ids"][0][:first]
     assert int((kinds == 0).sum()) <= 18 + 2  # with [CLS] and [SEP]

@@ -4,7 +4,8 @@ The module of a task has the task's name; ``base`` has the interface. The other 
 that several tasks share:
 
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
-  ``choices``, ``choice_labels``, ``imbalance``, ``in_memory``
+  ``choices``, ``choice_labels``, ``imbalance``
+- models that a Python program passes: ``in_memory``
 - inputs and outputs: ``inputs``, ``predictions``
 - texts: ``token_task``, ``encoder``, ``texts``, ``text_tokens``, ``text_formats``,
   ``tokenization``, ``vocabulary``

@@ -57,8 +57,8 @@ class AnswerWindows:
 
     Args:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
-        length: Length of a window in tokens.
-        stride: Tokens of the context that consecutive windows have in common.
+        length: Maximum length of a window in tokens.
+        stride: Number of tokens of the context that consecutive windows share.
         with_types: True if the model reads token types.
 
     Raises:
@@ -75,8 +75,8 @@ class AnswerWindows:
         """Maximum length of a question in tokens: half of a window without special tokens."""
         if stride >= self.longest_question:
             raise DataError(
-                f"task.stride: windows of {length} tokens have too little room for a context of "
-                f"which {stride} are in common; lower task.stride, or raise task.max_length"
+                f"task.stride: windows of {length} tokens have too little room to share {stride} "
+                "tokens of the context; lower task.stride, or raise task.max_length"
             )
 
     def of_row(
@@ -139,7 +139,7 @@ class AnswerWindows:
         return 0
 
     def no_answer(self, logits: Tensor, ids: Tensor) -> Answer:
-        """Return an empty answer, with the score and probability that a window gives to no answer.
+        """Return an empty answer with the score and the probability of no answer in a window.
 
         Args:
             logits: Start and end logits, ``(2, length)``.

@@ -27,7 +27,6 @@ ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 """``compute_metrics(predictions, references)``, which returns numbers by name."""
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
-
 SEQUENCES = "sequences"
 """Column with the lengths of an example's sequences, such as its choices or windows."""
 Padding = Literal["right", "left", "none", "alone"]
@@ -44,7 +43,8 @@ class Examples:
     """Indices of truncated, incomplete or empty examples. Each key is a predicate, such as ``are
     longer than 32 tokens and were truncated``."""
     positions: NDArray[np.int64] | None = None
-    """Number of each example's positions in the layers, ``(n,)``; None if equal to the batch's."""
+    """Number of positions of each example in the model's layers, ``(n,)``. None if the batch
+    determines it: one position per token, or equally many for all examples."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -88,7 +88,7 @@ class Task(ABC):
     reads_last_token: ClassVar[bool] = False
     """True if a decoder's head reads the last token before the padding and needs the padding id."""
     completes: ClassVar[bool] = False
-    """True if predictions are completions of prompts; False if they are labels."""
+    """True if predictions are completions of prompts; False if one forward pass returns them."""
     loading_code: ClassVar[str] = ""
     """Python code for model cards that loads the backbone and, at ``{load}``, an adapter."""
     metrics: Sequence[str]
@@ -191,9 +191,9 @@ class Task(ABC):
         return self.losses(logits, labels)[0]
 
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
-        """Return the divisor of a batch's losses: the number of terms, or the sum of their weights.
+        """Return the divisor of a batch's losses: the number of loss terms.
 
-        Arguments are those of ``training_losses``.
+        A task with class weights may return the sum of weights. Arguments: see ``training_losses``.
         """
         return self.count_terms(labels)
 
@@ -254,7 +254,7 @@ class Task(ABC):
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
         """Return outputs and references of a batch by kind, such as ``classes``.
 
-        A metric registers the kinds that it reads as ``of``. Arguments are those of ``losses``.
+        A metric is registered with the kinds that it compares (``of``). Arguments: see ``losses``.
         """
 
     def outputs(
@@ -317,7 +317,7 @@ class Task(ABC):
 
     @classmethod
     def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Replace the labels of a site's rows by their indices in ``labels``, those of all sites.
+        """Replace a site's labels by their indices in ``labels``, the labels of all sites.
 
         Raises ``DataError`` for any other label.
         """

@@ -193,7 +193,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         cuts = {
             f"are longer than {length} tokens and were truncated": long,
-            f"lost tokens that have a loss, because {length} tokens do not hold them": unlearned,
+            f"have tokens with a loss that truncation to {length} tokens removed": unlearned,
             "have no text to learn, only special tokens": blank,
         }
         return Examples({**columns, **generation.columns}, {**cuts, **generation.cuts})
@@ -243,12 +243,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Examples({**examples.columns, **as_references(references)}, examples.cuts)
 
     def _prompts(self, prompts: Sequence[list[int]]) -> Examples:
-        """Truncate prompts for generation on the left; ``cuts`` lists the truncated ones."""
+        """Truncate prompts on the left, for generation; ``cuts`` lists the truncated prompts."""
         length = self.max_prompt
         cut = [row for row, ids in enumerate(prompts) if len(ids) > length]
         return Examples(
             {"prompt": ragged([self._tokens.truncate_left(ids, length) for ids in prompts])},
-            {f"have a prompt of more than {length} tokens, cut on the left to generate": cut},
+            {f"have a prompt of more than {length} tokens, cut on the left for generation": cut},
         )
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
@@ -284,7 +284,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return token_losses(_before_last(logits), labels[:, 1:])
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return most likely token and label at each labeled position; empty without accuracy."""
+        """Return the most likely token and the label at each labeled position.
+
+        Return an empty mapping if ``accuracy`` is not one of the metrics.
+        """
         if "accuracy" not in self.metrics:
             return {}
         return likely_tokens(_before_last(logits), labels[:, 1:])

@@ -36,7 +36,7 @@ _ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
-"""Role in chat templates of each role in ShareGPT's format."""
+"""Roles of chat templates by their names in ShareGPT's format."""
 
 
 @dataclass(frozen=True)

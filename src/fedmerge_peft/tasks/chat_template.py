@@ -38,7 +38,11 @@ def check_template(tokenizer: Any) -> None:
 
 
 def resolve_template(tokenizer: Any, template: str) -> str:
-    """Return the text of a chat template; a value without ``{`` is a name in the tokenizer.
+    """Return the text of a chat template.
+
+    Args:
+        tokenizer: Tokenizer with named chat templates, if any.
+        template: Text of a template, or the name of one of the tokenizer's. Names have no ``{``.
 
     Raises:
         DataError: The tokenizer has no template with this name.
@@ -58,8 +62,8 @@ def resolve_template(tokenizer: Any, template: str) -> str:
 def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
     """Set a tokenizer's chat template to the recipe's, and add the system prompt to the template.
 
-    The tokenizer then renders chats as the task does, without the recipe. Chats with a system
-    prompt keep theirs.
+    The tokenizer then renders chats as the task does, without the recipe. Chats that begin with a
+    system prompt keep it.
 
     Raises:
         DataError: The tokenizer has no template with the recipe's name.
@@ -119,7 +123,7 @@ def check_contents(
 
 
 def warn_of_missing_stops(tokenizer: Any, rows: Sequence[tuple[list[int], list[bool]]]) -> None:
-    """Warn of examples whose last token with a loss, apart from whitespace, is no special token.
+    """Warn of examples whose last token with a loss, ignoring whitespace, is not a special token.
 
     A model stops at a special token. Without one, it does not learn the end of its turns. For
     example, GLM's template writes no token at the end of a turn, because the next turn begins with
@@ -155,7 +159,7 @@ def with_json_arguments(render: Callable[[list[Message]], Any], messages: list[M
 
     Args:
         render: Function that renders messages.
-        messages: Messages; arguments that are JSON are parsed.
+        messages: Messages from ``parse_messages``, which has parsed arguments that are JSON.
     """
     try:
         return render(messages)

@@ -70,16 +70,16 @@ class ChatTokens:
 
         Args:
             chats: Chats.
-            loss: Part with a loss. assistant: all turns of the assistant, as marked by the template
-                or, without marks, as found by ``chat_turns``; completion: the messages from
-                ``chat.prompt`` on; all: all tokens.
+            loss: Part with a loss. assistant: all turns of the assistant, which the template marks
+                or, without marks, the module ``chat_turns`` finds; completion: the messages from
+                the index ``chat.prompt`` on; all: all tokens.
 
         Returns:
             Token ids, and True for each token with a loss, one pair per chat.
 
         Raises:
-            DataError: There is no chat template, or it rejects a chat or leaves out its tools; a
-                chat has no turn to learn, or the turn is not found.
+            DataError: The tokenizer has no chat template; the template rejects a chat, or leaves
+                out a tool of the chat; a chat has no turn to learn, or the turn is not found.
         """
         check_template(self._tokenizer)
         texts = [self._render(row, chat, chat.messages) for row, chat in enumerate(chats)]
@@ -333,7 +333,7 @@ class ChatTokens:
         ]
 
     def _writes_tokens(self, messages: Sequence[Message]) -> bool:
-        """Return True if the text of a message has a special token."""
+        """Return True if a special token is written in any of the messages."""
         return any(
             self._special.first_in(text) for message in messages for text in strings(message)
         )

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANY_ROWS = 20
-"""Number of rows in which the first choice is unlikely to be never right by chance."""
+"""Smallest number of rows for a warning that the first choice is never right. In so many rows, this
+is unlikely to happen by chance."""
 
 
 def read_right(
@@ -59,7 +60,8 @@ def read_right(
         _warn_without_zero(right, column)
         return right
     rows = [_places(*row, ascii_uppercase) for row in zip(labels, choices, strict=True)]
-    if 2 * sum(numbers) > len(labels) and not all(rows):  # report labels that are not numbers
+    # If most labels are numbers, the error names a label that is not a number.
+    if 2 * sum(numbers) > len(labels) and not all(rows):
         _only([own or by_number[row] for row, own in enumerate(rows)], labels, choices, column)
     return _only(rows, labels, choices, column)
 
@@ -109,14 +111,14 @@ def _only(
         if len(places) != 1:
             label, count = labels[row], len(choices[row])
             shown = shortened(repr(label), 80)
-            fault = f"may be each of the choices {join_values(places)}" if places else "is none"
+            fault = f"matches more than one ({join_values(places)})" if places else "is none"
             remedy = f"write the number of the right choice, from 0 to {count - 1}"
             if names is not None:
                 remedy = f"write the name of the right choice: one of {join_values(names[row])}"
             if str(label).strip() in ("", "-1"):
                 remedy = (
-                    "as in rows without a label, which test splits on the hub have; remove these "
-                    "rows, or name another split in data.test_split"
+                    "rows without a label are common in test splits on the hub; remove them, or "
+                    "name another split in data.test_split"
                 )
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"

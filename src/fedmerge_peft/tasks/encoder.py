@@ -76,7 +76,7 @@ class EncoderTask(TokenTask):
         if self.max_length is not None and self.max_length <= special:
             raise DataError(
                 f"task.max_length: {self.max_length} tokens leave no room for texts, because the "
-                f"tokenizer adds {special}; raise task.max_length"
+                f"tokenizer adds {special} special tokens; raise task.max_length"
             )
         self._columns = ["input_ids"]
         # RoBERTa has one token type, but its tokenizers may return two.

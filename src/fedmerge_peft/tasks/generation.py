@@ -1,4 +1,4 @@
-"""Text generation with a recipe's settings, independent of a model's generation config."""
+"""Text generation with a recipe's settings, which override a model's generation config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def generation_options(settings: GenerationSettings) -> dict[str, Any]:
     """Return the values of ``GenerationConfig`` that a recipe sets.
 
-    Other values are neutral, so that a model's ``generation_config.json`` has no effect.
+    Beam search and the repetition penalty are switched off. A setting that is not in the result,
+    such as ``no_repeat_ngram_size``, keeps its value from the model's ``generation_config.json``.
     """
     stop = {"stop_strings": settings.stop_strings} if settings.stop_strings else {}
     return {

@@ -38,7 +38,7 @@ _PIXELS, _TABLES = "pixel_values", "pixel_tables"
 
 
 class ImageTask(MediaTask):
-    """Base of tasks that predict labels of images of any mode and size.
+    """Base of tasks that predict labels or numbers from images of any mode and size.
 
     Images are converted to RGB and processed by the model's own image processor once. Pixels are
     stored as 3 · height · width bytes if these bytes restore them exactly (``PixelCode``). For the
@@ -181,8 +181,8 @@ class ImageTask(MediaTask):
         if len(sizes) > 1:
             (size, row), (other, another) = sorted(sizes.items(), key=lambda item: item[1])[:2]
             raise BackboneError(
-                f"{type(self.processor).__name__} does not bring images to one size ({name} of row "
-                f"{row} has the shape {size}, of row {another} {other}), so they do not fit a "
-                "batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
-                "images before"
+                f"{type(self.processor).__name__} does not bring images to one size ({name} has "
+                f"the shape {size} in row {row}, but {other} in row {another}), so they do not fit "
+                "a batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
+                "images before the run"
             )

@@ -85,7 +85,7 @@ def take_model(
         )
     if len(given) != 1:
         raise BackboneError(
-            "model: pass its tokenizer=... (texts) or its processor=... (images), one of them"
+            "model: pass its tokenizer=... (texts) or its processor=... (images), and not both"
         )
     if hasattr(model, "_orig_mod"):
         raise BackboneError(
@@ -125,7 +125,7 @@ def passed_model(name: str) -> PassedModel | None:
     if passed is None:
         raise BackboneError(
             f"backbone.model: {name} is a model that a Python program passes: "
-            "federate(recipe, model=..., tokenizer=...). For a run, pass the same model again: "
+            "federate(recipe, model=..., tokenizer=...). To load a run, pass the same model again: "
             "load_run(path, model=..., tokenizer=...)"
         )
     return passed

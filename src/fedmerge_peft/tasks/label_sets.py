@@ -166,7 +166,7 @@ class LabelSets(WeightedClasses):
 
 
 def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
-    """Return a column of 0 and 1 or booleans, ``(rows,)``."""
+    """Read a column of 0 and 1, or of booleans, as int64 ``(rows,)``."""
     (values,) = whole_numbers([read_column(table, column, "task.labels")])
     reject_nulls(values, column)
     if is_text(values.type):

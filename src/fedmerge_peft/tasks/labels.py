@@ -72,8 +72,8 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     A ``ClassLabel`` column defines its names. Text labels are sorted. Integer labels are named
     ``0`` to the largest integer; a warning lists integers that do not occur. Booleans are named
     ``False`` and ``True``.
-    If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
-    ``LABEL_3`` and so on.
+    If ``num_labels`` exceeds the number of labels in the data, additional labels are named by their
+    ids: if the data have three labels, the first additional label is ``LABEL_3``.
 
     Args:
         table: Training, validation and test rows of all clients.
@@ -82,8 +82,9 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
 
     Raises:
         DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
-            are more labels than ``num_labels``; there are no rows; a name is too long; there are
-            too many names, or more integer labels than both 1,000 and the number of rows.
+            are no rows; there are more labels than ``num_labels``; a name is too long, or there are
+            too many names; ``num_labels``, or without it the number of integer labels, exceeds both
+            1,000 and the number of rows.
     """
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
@@ -138,10 +139,10 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
 def label_ids(
     names: Sequence[str], labels: Sequence[str], where: Callable[[int], str]
 ) -> list[int]:
-    """Return the id of each name, its place in ``labels``.
+    """Return the id of each name, which is its index in ``labels``.
 
     Args:
-        names: Names of labels, in any number.
+        names: Names to look up, with possible repetitions.
         labels: Names of all labels.
         where: Function from the index of a name to its row and column, for the error message.
 
@@ -254,10 +255,10 @@ def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) 
     names = [str(label) for label in range(int(ids[row]) + 1)]
     if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):
         logger.warning(
-            "labels are integers from 0, and no row has %s in column %r, of %d labels",
-            join_values(absent, 5),
+            "column %r has integer labels, so there are %d labels from 0 on, but no row has %s",
             column,
             len(names),
+            join_values(absent, 5),
         )
     return names
 

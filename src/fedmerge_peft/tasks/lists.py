@@ -95,7 +95,8 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
     the largest.
 
     Raises:
-        DataError: As in ``read_lists``; there are no labels; one is empty, negative or too large.
+        DataError: See ``read_lists``; there are no labels, or too many; a label is empty, too long,
+            negative or too large.
     """
     lists = read_lists(table, column, key)
     if names := _class_names(table, column):
@@ -124,10 +125,11 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
 def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> list[list[int]]:
     """Convert lists of labels to ids.
 
-    Texts, and ids of a ``ClassLabel`` with other names, are looked up by name.
+    Texts are looked up by name. So are the ids of a ``ClassLabel`` whose names are not ``labels``.
+    Other integers are ids in ``labels``.
 
     Raises:
-        DataError: As in ``read_lists``; or a label is not in ``labels``.
+        DataError: See ``read_lists``; or a label is not in ``labels``.
     """
     lists = read_lists(table, column, key)
     names = _class_names(table, column)

@@ -38,9 +38,11 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         predictions: Loss, and the outputs and references that the metrics compare.
 
     Returns:
-        ``loss`` (mean in nats) and the metrics by name. Most metrics are fractions from 0 to 1;
-        correlations are from -1 to 1, perplexity is ``exp`` of the loss (``inf`` on overflow);
-        errors and reward margins are unbounded. A value without examples is ``nan``.
+        ``loss`` and the metrics by name. The loss is the mean over the loss terms, in nats; for
+        regression, it is the mean squared error. Most metrics are fractions from 0 to 1.
+        Correlations are from -1 to 1. Perplexity is ``exp`` of the loss (``inf`` on overflow).
+        Squared and absolute errors and reward margins have no upper limit. A value without examples
+        is ``nan``.
     """
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
@@ -79,7 +81,10 @@ def own_scores(
         )
     for name, value in result.items():
         if not isinstance(name, str):
-            raise RecipeError(f"metrics: {found(name)} names a value, expected a text as its name")
+            raise RecipeError(
+                f"metrics: the function returned a value named {found(name)}, expected a text as "
+                "its name"
+            )
         if name in ("loss", *names):
             raise RecipeError(f"metrics: the name {name!r} is already taken; choose another")
         if not isinstance(value, Real):

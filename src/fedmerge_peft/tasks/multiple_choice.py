@@ -72,7 +72,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize the context with each choice.
 
-        ``Examples.cuts`` lists rows with truncated choices, equal choices, or an empty context.
+        ``Examples.cuts`` lists rows with truncated texts, equal choices, or an empty context.
 
         Raises:
             DataError: The columns do not match the recipe; the tokenizer fails on a text.
@@ -100,7 +100,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 "labels": list(torch.tensor(right).unbind()),
             },
             {
-                f"have choices of more than {self.max_length} tokens, truncated": sorted(long),
+                f"have a context and a choice that together exceed {self.max_length} tokens and "
+                "were truncated": sorted(long),
                 "have choices with the same tokens": [
                     row for row, own in enumerate(ids) if len({*map(tuple, own)}) < len(own)
                 ],
@@ -143,7 +144,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """
         shaped = {name: rows if rows.ndim == 3 else rows[:, None] for name, rows in inputs.items()}
         absent = shaped["attention_mask"].sum(dim=-1) <= 1
-        read = {  # fillers become the first choice, because Longformer counts the separators
+        read = {  # the first choice replaces fillers: Longformer needs separators in each text
             name: torch.where(absent[..., None], rows[:, :1], rows) for name, rows in shaped.items()
         }
         logits: Tensor = model(**read).logits

@@ -15,12 +15,12 @@ class Predictions:
     """Model outputs and references that metrics need."""
 
     loss_sum: float = 0.0
-    """Sum of the losses, in nats."""
+    """Sum of the losses, in nats; of squared errors for regression."""
     count: float = 0.0
-    """Number of terms in ``loss_sum``: examples, or labeled tokens."""
+    """Number of terms in ``loss_sum``, such as examples or labeled tokens."""
     outputs: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
-    """Outputs and references by kind, such as ``classes``. A metric registers the kinds that it
-    reads as ``of``."""
+    """Outputs and references by kind, such as ``classes``. A metric is registered with the kinds
+    that it compares (``of``)."""
 
     def add(self, compared: Mapping[str, Compared]) -> None:
         """Append the outputs and references of a batch, by kind."""

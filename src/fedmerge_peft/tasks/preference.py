@@ -84,7 +84,9 @@ class PreferenceTask(CausalLMTask):
     def encode(self, table: Dataset) -> Examples:
         """Tokenize the prompt of every row with each of its two completions.
 
-        Arguments and errors are those of ``CausalLMTask.encode``.
+        Raises:
+            DataError: See ``CausalLMTask.encode``; or a row has no prompt: there is no column of
+                prompts, and the completions are texts, or chats that begin with different messages.
         """
         sides = [
             super(PreferenceTask, self).encode(_completions(self._preference, table, side))
@@ -168,8 +170,8 @@ class PreferenceTask(CausalLMTask):
         """
         if self.padding in ("none", "alone"):
             raise BackboneError(
-                f"backbone.model: {self._model} sees the padding of a batch, so two completions of "
-                "different lengths cannot share a pass, as this task needs; choose another model"
+                f"backbone.model: the outputs of {self._model} depend on padding, but this task "
+                "runs two completions of different lengths in one pass; choose another model"
             )
         if self._preference.loss == "orpo":
             return examples
@@ -236,13 +238,13 @@ class PreferenceTask(CausalLMTask):
         return sums / counts
 
     def _log_probabilities(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log π(y | x) in nats and |y|, the sum and the number of tokens, ``(n, 2)``."""
+        """Return log π(y | x) in nats and the number of tokens |y|, both ``(n, 2)``."""
         losses, counts = super().losses(logits, _token_ids(labels))
         return -losses.view(-1, 2), counts.view(-1, 2)
 
 
 def _log_odds(means: Tensor) -> Tensor:
-    """Return l − log(1 − exp l); l above −ε counts as −ε, with the machine epsilon ε."""
+    """Return l − log(1 − exp l), with l limited to at most −ε, where ε is the machine epsilon."""
     below = means.clamp(max=-torch.finfo(means.dtype).eps)
     return below - torch.log(-torch.expm1(below))
 
@@ -255,7 +257,7 @@ def _token_ids(labels: Tensor) -> Tensor:
 def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset:
     """Return a table with the columns ``prompt`` and ``completion`` of one side.
 
-    Without a column of prompts, the prompt of two chats is the messages with which both begin.
+    Without a column of prompts, the prompt of a row is the messages with which both chats begin.
 
     Args:
         recipe: Names of the columns.
@@ -263,8 +265,9 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
         side: chosen or rejected.
 
     Raises:
-        DataError: A column does not exist or has nulls; completions of text have no prompt; a chat
-            is invalid; two chats begin with different messages, or one has no further messages.
+        DataError: A column does not exist or has nulls; completions are texts, and there is no
+            column of prompts; a chat is invalid; the two chats of a row begin with different
+            messages, or one of them has no further messages.
     """
     columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
     for key, column in columns.items():
@@ -276,7 +279,8 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
         return both.rename_columns({recipe.prompt: "prompt", own: "completion"})
     if not hasattr(table.features[own], "feature"):
         raise DataError(
-            f"task.prompt: there is no column {recipe.prompt!r}; completions of text need one"
+            f"task.prompt: there is no column {recipe.prompt!r}, which completions of plain text "
+            "need; name the column with the prompts"
         )
     from datasets import Dataset
 

@@ -167,7 +167,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Examples(
             columns,
             {
-                f"have a question of more than {self._windows.longest_question} tokens, cut": cut,
+                f"have a question cut to {self._windows.longest_question} tokens": cut,
                 f"have more than {length} tokens and become several windows": several,
                 "have an answer that no window holds as a whole (task.stride)": lost,
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
@@ -210,8 +210,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         Returns:
             ``input_ids``, ``attention_mask`` and, if the model has token types, ``token_type_ids``,
-            ``(batch · windows, longest)``, and ``labels`` ``(batch, windows, 2)``: first and last
-            token of the answer; -100 in filler windows.
+            ``(batch · windows, longest)``, and ``labels`` ``(batch, windows, 2)``: the indices of
+            the answer's first and last token in the window; -100 in filler windows.
         """
         rows = {
             name: [values[index] for index in indices] for name, values in examples.columns.items()
@@ -272,9 +272,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Return the best answer in each context, its bounds, and its probability in its window.
 
         The answer has the largest sum of both logits among all spans of at most
-        ``task.max_answer_length`` tokens. With ``task.no_answer``, this sum is compared with the
-        sum of the logits of no answer, of which the lowest over the windows counts. The answer is
-        empty if the sum of no answer is larger.
+        ``task.max_answer_length`` tokens. If ``task.no_answer`` is set, each window also has a sum
+        of both logits for no answer. The answer is empty if the lowest of these sums is larger than
+        the best span's.
         """
         rows = logits.float().cpu().view(len(indices), -1, *logits.shape[1:])
         return [

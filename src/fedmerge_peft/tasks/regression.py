@@ -30,7 +30,7 @@ _FAR = 20.0
 """Largest absolute target without a warning. The outputs of a new head start near 0."""
 
 _LARGEST = 1e12
-"""Largest accepted absolute target. A sum of 1,000,000 such squared errors is a valid loss."""
+"""Largest accepted absolute target. The sum of 1,000,000 such squared errors fits in float32."""
 
 PROBLEM_TYPE = "regression"
 """Name of the loss in configurations of transformers; pipelines then return the raw output."""
@@ -83,8 +83,8 @@ class Regression(Task):
         if largest > _LARGEST:
             raise DataError(
                 f"task.target: column {recipe.target!r} has values up to {largest:.3g}, whose "
-                f"squared errors are too large for a loss (accepted are values up to {_LARGEST:g});"
-                " divide the column by a constant"
+                f"squared errors are too large for a loss (the largest accepted value is "
+                f"{_LARGEST:g}); divide the column by a constant"
             )
         if largest > _FAR:
             logger.warning(
@@ -143,7 +143,7 @@ def _numbers(texts: Any, column: str) -> Any:
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     f"{text!r} in column {column!r} is not a "
-                    "number; write numbers with a decimal point, and without units or separators "
-                    "of thousands"
+                    "number; write numbers with a decimal point, without units and thousands "
+                    "separators"
                 ) from None
         raise

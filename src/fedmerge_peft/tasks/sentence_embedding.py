@@ -97,11 +97,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
-        The labels of a row number its texts: equal texts in the table have equal numbers.
+        The ``labels`` of a row are the numbers of its texts. Equal texts in the table have the same
+        number.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
-                tokens that the model does not have.
+                tokens that the model does not have; the tokenizer reads a part of a text as a
+                special token.
         """
         columns, long, empty = [], set(), set()
         tokens: list[list[list[int]]] = []

@@ -147,7 +147,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
-        """Tokenize sources, with the prefix. Raises ``DataError`` for unsuitable sources."""
+        """Tokenize sources, with the prefix.
+
+        Raises:
+            DataError: A source is not a text; it has no tokens, or tokens that the model does not
+                have; the tokenizer reads a part of it as a special token.
+        """
         reject_inputs([prompt for prompt in prompts if not isinstance(prompt, str)], "a text")
         texts = [self.recipe.prefix + text for text in prompts]
         tokens, long = truncated(self.processor, texts, max_length=self.max_source)

@@ -95,8 +95,8 @@ def read_sound(value: Any, rate: int) -> Samples:
         raise ValueError("it has samples that are not finite")
     if (peak := np.abs(mono).max(initial=0.0)) > _LOUDEST:
         raise ValueError(
-            f"its samples range up to {peak:,.0f}, but fractions are from -1 to 1; divide them by "
-            "their range, such as 32768 for 16 bits"
+            f"its samples range up to {peak:,.0f}, but must be fractions from -1 to 1; divide them "
+            "by their range, such as 32768 for 16 bits"
         )
     return mono
 

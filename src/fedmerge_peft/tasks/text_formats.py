@@ -31,7 +31,8 @@ def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     completions.
 
     Raises:
-        DataError: Columns of the format do not exist.
+        DataError: Columns of the recipe's format do not exist; without a format in the recipe, the
+            columns match no format; only one of prompt and completion has lists of messages.
     """
     chats = chat_columns(recipe, table)
     if chats and recipe.format in ("messages", "prompt-completion" if len(chats) == 2 else None):
@@ -110,7 +111,8 @@ def read_pairs(
         table: Rows.
 
     Raises:
-        DataError: A column does not exist, has the wrong type, or has nulls.
+        DataError: A column, or the column of a field of the template, does not exist; a column has
+            the wrong type or nulls; the braces of the template do not match.
     """
     if format == "prompt-completion":
         return (

@@ -47,8 +47,8 @@ class TextTokens:
             )
             if self._reading is None:
                 raise DataError(
-                    f"{where}; set task.special_tokens=text to read it as characters, or =tokens "
-                    "if the texts were rendered with a chat template before"
+                    f"{where}; set task.special_tokens=text to read it as characters, or "
+                    "task.special_tokens=tokens if the texts were rendered with a chat template"
                 )
             (ids,) = self.rows([text], special=False)
             if special.count(ids):
@@ -95,7 +95,12 @@ class TextTokens:
     def pairs(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Return the token ids of prompts and of completions with an end-of-sequence token."""
+        """Return the token ids of each prompt and of its completion.
+
+        A completion ends with an end-of-sequence token, if the tokenizer has one. If a prompt's
+        tokens are not a prefix of the tokens of prompt + completion, both are tokenized separately,
+        with a warning. Errors are those of ``prompts``.
+        """
         starts = self.prompts(prompts)
         joined = self.rows(
             [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
@@ -145,8 +150,8 @@ class TextTokens:
 
         Examples are truncated on the right if that keeps a token with a loss (except with
         ``whole``), or if no token has a loss. Otherwise, the first part with a loss is kept, and
-        the context before it is truncated on the left, after a begin-of-sequence token. At least
-        one token of the context remains, because the model predicts the next token from it.
+        the context before it is truncated on the left, but keeps a begin-of-sequence token. At
+        least one token of the context remains, because the model predicts the next token from it.
 
         Args:
             ids: Token ids.

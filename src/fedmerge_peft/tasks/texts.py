@@ -1,4 +1,4 @@
-"""Base of tasks that predict one vector for a text or a pair of texts."""
+"""Base of tasks that predict labels or a number for a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class TextTask(EncoderTask):
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
-                tokens that the model does not have; a label is unknown.
+                tokens that the model does not have; the tokenizer reads a part of a text as a
+                special token; a label is unknown.
         """
         labels = self.targets(self.recipe, table, self.labels)
         texts = [read_texts(table, self.recipe.text, "task.text")]

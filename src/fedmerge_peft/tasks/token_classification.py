@@ -97,12 +97,12 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         Raises:
             DataError: The columns do not match the recipe; no word of a row has tokens; a text has
                 tokens that the model does not have.
-            BackboneError: The tokenizer does not return the places of its tokens in a text.
+            BackboneError: The tokenizer does not return character offsets.
         """
         if not getattr(self.processor, "is_fast", False):
             raise BackboneError(
-                "token-classification needs a tokenizer that returns the places of its tokens (a "
-                "fast one of transformers); name another in backbone.tokenizer"
+                "token-classification needs a tokenizer that returns the places of its tokens in a "
+                "text; name a fast tokenizer of transformers in backbone.tokenizer"
             )
         rows = tag_source(self.recipe).read(table, self.labels)
         tokens, truncated = self.tokenize([[row.text for row in rows]], offsets=True)
@@ -133,8 +133,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             {**columns, "labels": ragged(labels), "places": ragged(places), "bounds": bounds},
             {
                 f"are longer than {self.max_length} tokens and were truncated": truncated,
-                "have words that the tokenizer drops, which have no tag in scores": lost,
-                "have a tag such as I-PER after O, which begins an entity in scores": broken,
+                "have words that the tokenizer drops, and that metrics leave out": lost,
+                "have a tag such as I-PER after O, which metrics read as a new entity": broken,
             },
         )
 
@@ -163,7 +163,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         ).view_as(labels)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return predicted and expected tags of each example, for words with a label."""
+        """Return predicted and expected tags of each example, for words that have tokens."""
         own = labels != _IGNORED
         classes = logits.argmax(dim=-1)
         predicted = [self._names(ids[inside]) for ids, inside in zip(classes, own, strict=True)]

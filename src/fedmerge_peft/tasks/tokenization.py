@@ -48,7 +48,8 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        BackboneError: The tokenizer or the configuration cannot be loaded.
+        BackboneError: The tokenizer or the configuration cannot be loaded, or the program passes an
+            object that is not a tokenizer of transformers.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -88,7 +89,7 @@ def load_pretrained(
 
     def fault(reason: str) -> BackboneError:
         own_code = "custom code" in reason or "trust_remote_code" in reason
-        advice = "backbone.trust_remote_code=true runs it, once you have read it"
+        advice = "read the code; if you trust it, set backbone.trust_remote_code=true"
         return BackboneError(
             f"{key}: {part} of {source} cannot be loaded: {reason}; "
             f"{advice if own_code else remedy}"
@@ -126,8 +127,8 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     length = tokenizer.model_max_length
     if length is not None and not (isinstance(length, int | float) and length >= 1):
         raise BackboneError(
-            f"backbone.tokenizer: model_max_length in tokenizer_config.json is {length!r}, but it "
-            "is a number of tokens; correct it"
+            f"backbone.tokenizer: model_max_length in tokenizer_config.json is {length!r}, "
+            "expected a number of tokens, at least 1; correct it"
         )
     limits = [int(length)] if length is not None and length < _NO_LIMIT else []
     positions = position_limit(config)

@@ -33,8 +33,8 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
         reads_end: True if the task generates texts, or the model reads its output at the end token.
 
     Raises:
-        BackboneError: The tokenizer has no ordinary tokens, or tokens without an embedding; the
-            model treats an ordinary token as the end of a text or as padding.
+        BackboneError: All tokens of the tokenizer are special; a token has no embedding; the model
+            treats an ordinary token as the end of a text or as padding.
     """
     if not any(_is_ordinary(tokenizer, token_id) for token_id in range(len(tokenizer))):
         raise BackboneError(
@@ -101,8 +101,8 @@ def warn_of_unknown(rows: Sequence[list[int]], tokenizer: Any) -> None:
     count = sum(ids.count(unknown) for ids in rows)
     if count >= _MANY_UNKNOWN * max(1, total):
         logger.warning(
-            "the tokenizer does not know %.0f %% of the texts' tokens, which become %s; another "
-            "model, or the right one in backbone.tokenizer, may know their language",
+            "the tokenizer does not know %.0f %% of the texts' tokens, which become %s; choose a "
+            "model for the language of the texts, or another tokenizer in backbone.tokenizer",
             100 * count / total,
             tokenizer.unk_token,
         )
@@ -175,7 +175,7 @@ def _vocabulary_size(model: Any) -> int | None:
 def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
     """Return the tokens whose ids are ``size`` or larger, with their ids, in ascending order.
 
-    Special tokens without a role in texts (``_NAMED``) are left out, such as an image token.
+    Special tokens that are not among ``_NAMED``, such as an image token, are left out.
     """
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in _NAMED}
     spare = {

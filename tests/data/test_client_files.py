@@ -81,8 +81,8 @@ def test_each_folder_of_images_is_a_client(tmp_path):
     ("files", "fault"),
     [
         ({}, "no file matches"),
-        ({"a_csv": ROWS, "a_tsv": "text\tqueue\nx\tred\n"}, "both of the client a"),
-        ({"a_csv": ROWS, "b_txt": "x"}, "b.txt is not a table"),
+        ({"a_csv": ROWS, "a_tsv": "text\tqueue\nx\tred\n"}, "both belong to the client a"),
+        ({"a_csv": ROWS, "b_txt": "x"}, "b.txt, which is not a table"),
         ({"a_csv": ROWS, "b_csv": "text\nx\n"}, r"different columns \(queue"),
         ({"a_csv": ROWS, "b_csv": "text,queue\n"}, "b.csv has no rows"),
         ({"a_csv": "client,text\nz,x\n"}, "a.csv: the column client has 'z'"),

@@ -143,7 +143,7 @@ def test_quoted_fields_hold_separators_quotation_marks_and_lines(read):
         ("t,l\na,1\nt,l\nb,2\n", "rows.csv:3: the row equals the first one, which names"),
         ("t,l\na,1\n\ufefft,l\nb,2\n", "rows.csv:3: the row equals the first one, which names"),
         ("sep=;\r\nt;l\r\na;1\r\n", "rows.csv:1: 'sep=;' is a hint for spreadsheets, not a row"),
-        ("", "rows.csv is empty; its first row names the columns"),
+        ("", "rows.csv is empty; add a first row with the column names"),
         (",".join(map(str, range(5_001))) + "\n", "has 5,001 columns, and at most 5,000 are"),
         (f"t,{'l' * 1001}\na,1\n", "has a column with a name of 1,001 characters ('lll"),
     ],

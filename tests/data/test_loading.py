@@ -139,7 +139,7 @@ def test_splits_that_are_not_used_are_named(tmp_path, table, caplog):
         str(tmp_path / "rows")
     )
     assert set(load(tmp_path / "rows")) == {"train", "test"}
-    assert "splits that are not used, with their numbers of rows: Test (9); data" in caplog.text
+    assert "not used, with their numbers of rows: Test (9); to use one, name it" in caplog.text
     caplog.clear()
     assert set(load(tmp_path / "rows", validation_split="Test")) == {"train", "validation", "test"}
     assert not caplog.records

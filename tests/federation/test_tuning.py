@@ -202,7 +202,7 @@ def test_if_no_rate_learns_the_middle_is_used():
     engine = FormulaEngine([lambda rate: 1.0] * 8)
     assert chosen(engine) == (
         5e-3,
-        "the middle of 7 rates on 4 clients, none of which reduced the loss",
+        "the middle of 7 rates on 4 clients, because no rate reduced the loss",
     )
 
 

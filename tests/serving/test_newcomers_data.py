@@ -154,7 +154,7 @@ def test_the_recipes_split_column_selects_the_test_rows(tmp_path, tickets):
         ("nowhere.csv", {}, "nowhere.csv does not exist"),
         ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
         ("here.csv", {}, r"there is no column 'queue'"),
-        ("empty.csv", {}, r"empty.csv is empty; its first row names the columns"),
+        ("empty.csv", {}, r"empty.csv is empty; add a first row with the column names"),
         ("here.txt", {}, "has an unsupported format"),
     ],
 )

@@ -95,8 +95,9 @@ def federate_data(
     warn_of_lookalikes((client.name for client in clients), "data.partition", "clients")
     if not any(len(client.validation) + len(client.test) for client in clients):
         logger.warning(
-            "no client has validation or test examples, so no model is scored; a client needs "
-            "three examples or more, or name a split (data.test_split)"
+            "no client has validation or test examples, so no model is scored; raise "
+            "data.validation_fraction or data.test_fraction (a client needs three examples or "
+            "more), or name a split in data.test_split"
         )
     return _drop_unused_rows(FederatedData(_join(splits), clients))
 

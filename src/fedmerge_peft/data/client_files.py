@@ -27,8 +27,8 @@ def is_pattern(path: Path) -> bool:
 def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     """Read one file or folder per client; the client's name is the file name without suffixes.
 
-    A column that names the client of each row is added (``client_column``). Each folder is read as
-    by ``read_local``; labels of images or audio become text.
+    A column that names the client of each row is added (``client_column``). Folders are read
+    with ``read_local``; labels of images or audio become text.
 
     Raises:
         DataError: No file matches; a file is not a table, cannot be read or has no rows; two
@@ -44,8 +44,8 @@ def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[s
         files = [path for path in paths.values() if path.is_file()]
         if others := [path for path in paths.values() if path not in files or not is_table(path)]:
             raise DataError(
-                f"data.path: {others[0]} is not a table, beside tables that match {pattern}; let "
-                f"the pattern match files of the same kind ({', '.join(TABLES)}), or folders"
+                f"data.path: {pattern} matches {others[0]}, which is not a table; let the pattern "
+                f"match only tables ({', '.join(TABLES)}), or only folders"
             )
         with reading(pattern):
             tables = read_table_files(files, recipe, media)
@@ -69,7 +69,7 @@ def _matches(pattern: Path) -> dict[str, Path]:
         name = path.name[: path.name.lower().rfind(suffix)] if suffix else path.name
         if name in named:
             raise DataError(
-                f"data.path: {named[name]} and {path} are both of the client {name}; rename one"
+                f"data.path: {named[name]} and {path} both belong to the client {name}; rename one"
             )
         named[name] = path
     return named

@@ -1,8 +1,8 @@
 """Data sets on the hub, and folders with a data set card that names the files of their splits.
 
-Tables are read like any other local table, so codes with leading zeros stay text. ``datasets``
-reads the files if the card sets further reader options, or declares column types for a format other
-than csv.
+Tables are read like any other local table, so codes with leading zeros stay text. The package
+``datasets`` reads the files instead if one of them is not a supported table, or if the card sets
+reader options other than the separator, or declares column types for a format other than csv.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def download_card(name: str, revision: str | None) -> Path:
 
 
 def download_tables(name: str, revision: str | None, images: Sequence[str]) -> Path:
-    """Download the tables and images of a data set on the hub; return their folder.
+    """Download the tables, images and audio of a data set on the hub; return their folder.
 
     Args:
         name: Hub id.
         revision: Branch, tag or commit.
-        images: Suffixes of image files.
+        images: Suffixes of image and audio files.
     """
     compressed = [f"{suffix}{ending}" for suffix in TABLES for ending in COMPRESSIONS]
     return _download(name, revision, [f"*{end}" for end in (*TABLES, *compressed, *images)])

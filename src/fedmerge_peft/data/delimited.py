@@ -49,7 +49,7 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
         path: File, for error messages.
         text: Content of the file.
         separator: Character between fields.
-        quoting: Meaning of quotation marks.
+        quoting: ``auto``; ``double`` if quotation marks enclose fields; ``none`` if they are text.
 
     Raises:
         DataError: The file is empty or ambiguous, or has another separator; a row has more or fewer
@@ -58,7 +58,7 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
     """
     records = _records(path, text, separator, quoting)
     if not records:
-        raise DataError(f"data.path: {path} is empty; its first row names the columns")
+        raise DataError(f"data.path: {path} is empty; add a first row with the column names")
     header, *rows = records
     _reject_repeated_header(path, header, rows)
     names = [name.strip() or f"Unnamed: {number}" for number, name in enumerate(header.fields)]
@@ -115,7 +115,7 @@ def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Reco
     if _HINT.match(text):
         raise DataError(
             f"data.path: {path}:1: {text.splitlines()[0]!r} is a hint for spreadsheets, not a row; "
-            "remove the line (data.separator replaces the separator that the suffix implies)"
+            "remove the line, and set data.separator if the suffix implies another separator"
         )
     reader = csv.reader(
         io.StringIO(text, newline=""),

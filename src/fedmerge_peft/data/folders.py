@@ -44,7 +44,8 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     split either, all files form the training split.
 
     Raises:
-        DataError: Some files or folders are named as evaluation splits, but others not as splits.
+        DataError: Some files or folders are named as evaluation splits, but other files or folders
+            are not named as splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 
@@ -89,9 +90,9 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
         return None
     if rest := [entry for entry in entries if entry not in known]:
         raise DataError(
-            f"data.path: {folder} has {join_values(known, 5)} with files that are named as splits, "
-            f"beside {join_values(rest, 5)} without; name the files of all as splits (train, "
-            "validation, test), or of none"
+            f"data.path: {folder} has files that are named as splits in {join_values(known, 5)}, "
+            f"but not in {join_values(rest, 5)}; name the files in all folders as splits (train, "
+            "validation, test), or in none"
         )
     merged = {
         split: [path for splits in known.values() for path in splits.get(split, ())]
@@ -177,8 +178,8 @@ def _reject_mixed_names(
 ) -> None:
     rest = [entry for entry in entries if entry not in splits]
     raise DataError(
-        f"data.path: {folder} has {join_values(splits, 5)}, which are named as splits, beside "
-        f"{join_values(rest, 5)}; name all files or folders as splits (train, validation, test), "
+        f"data.path: {folder} has names of splits ({join_values(splits, 5)}) and other names "
+        f"({join_values(rest, 5)}); name all files or folders as splits (train, validation, test), "
         "or none"
     )
 

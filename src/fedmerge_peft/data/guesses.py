@@ -61,7 +61,9 @@ def describe(table: Dataset) -> list[ColumnProfile]:
 
 
 def guess_task(columns: Sequence[ColumnProfile], rows: int, label: str | None = None) -> str | None:
-    """Return the task with the most specific columns among those that fit; None if unclear.
+    """Return the task that fits the columns; None if no task fits clearly.
+
+    If several tasks fit, the task with the most specific columns (``KINDS``) is chosen.
 
     Args:
         columns: All columns, except the column of clients if it is known.
@@ -184,8 +186,8 @@ def guess_any(
 ) -> str | None:
     """Return a column of a kind; None if there is none, or no clear one.
 
-    A column of lists or fractions is returned if it is the only one. Other columns are chosen as by
-    ``guess_label``.
+    A column of lists or fractions is returned if it is the only one. ``guess_label`` chooses among
+    columns of other kinds.
     """
     free = _free(columns, taken)
     match kind:
@@ -216,9 +218,10 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 
 
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of clients: one with a usual name, or the text with the most values.
+    """Return the column of clients: one with a usual name, else the text with the most values.
 
-    Return None if no text, and no column with a usual name, has few enough values.
+    Candidates have at least four rows per value on average, or only two values. Return None if
+    there is none.
     """
     fit = [
         column

@@ -156,8 +156,8 @@ def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
     keys: list[Any] = list(data)
     if any(key is None or (isinstance(key, float) and isnan(key)) for key in keys):
         raise DataError(
-            "data: a client has no name (None or NaN), as rows without one have after groupby; "
-            "give it one, or leave it out"
+            "data: a client has no name (None or NaN); groupby(..., dropna=False) makes such a "
+            "client from rows without a name; name the client, or leave it out"
         )
     names = {client_name(key) for key in data}
     splits = {"train", "validation", "test", recipe.train_split}

@@ -36,8 +36,8 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
         places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
     elif len(values) == 1 and path.suffix.lower() == ".json":
         logger.warning(
-            "%s has one object, which is read as one row; several rows are a list of objects, or "
-            "one object per line",
+            "%s has one object, which is read as one row; for several rows, write a list of "
+            "objects, or one object per line",
             path,
         )
     if len(values) == 1 and _has_columns(values[0]):

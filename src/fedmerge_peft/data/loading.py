@@ -43,10 +43,10 @@ EMBEDDED = {
     "assistants": "assistants.jsonl",
 }
 IN_MEMORY = "memory"
-"""``data.path`` of examples that a Python program passes; runs append their fingerprint."""
+"""Start of ``data.path`` if a Python program passes the examples: ``memory:FINGERPRINT``."""
 
 _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
-"""Suffixes of files besides those of tables. A path with one of them is not a hub id."""
+"""Suffixes of other files than tables. A path with one of them is not a hub id."""
 
 
 def load_splits(
@@ -192,8 +192,8 @@ def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[st
     ]
     if others:
         logger.warning(
-            "%s: splits that are not used, with their numbers of rows: %s; data.train_split, "
-            "data.validation_split and data.test_split name the splits that are",
+            "%s: splits that are not used, with their numbers of rows: %s; to use one, name it in "
+            "data.train_split, data.validation_split or data.test_split",
             source,
             join_values(others),
         )

@@ -126,8 +126,8 @@ def _reject_copies(tables: Sequence[Path]) -> None:
         name = str(path)[: str(path).lower().rindex(format_suffix(path))]
         if (other := seen.setdefault(name, path)) != path:
             raise DataError(
-                f"data.path: {other} and {path} are one name in two formats, so rows may be there "
-                "twice; keep one of them, or rename one"
+                f"data.path: {other} and {path} have the same name in two formats, so their rows "
+                "may count twice; keep one of them, or rename one"
             )
 
 
@@ -215,7 +215,7 @@ def _with_media(table: pa.Table, path: Path, media: str | None) -> pa.Table:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # pandas: large
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # pandas writes both
 
 
 def _beside(value: str | None, folder: Path) -> str | None:

@@ -277,7 +277,8 @@ def split_off(
     Test rows are drawn from all rows. At most ``max_train`` of the other rows are kept, and
     validation rows are drawn from these. Without ``max_train``, training : validation : test is
     (1 - validation - test) : validation : test. If a client has three or more rows, at least one
-    row is drawn for each nonzero fraction. If it has fewer, all of its rows are training rows.
+    row is drawn for each nonzero fraction, except that ``max_train=1`` leaves no validation row. If
+    it has fewer rows, all of them are training rows.
 
     Args:
         rows: Row numbers of the client.

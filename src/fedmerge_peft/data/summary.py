@@ -27,7 +27,8 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
 
     Args:
         data: Clients and their table.
-        column: Column whose values are counted over training rows, or None to count splits only.
+        column: Column whose values are counted over training rows, or None to count splits only. A
+            list counts as its first value.
 
     Returns:
         Table with one row per client, indexed by name. ``table["examples"]`` has the columns train,
@@ -35,7 +36,7 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
         are numbers of examples.
 
     Raises:
-        DataError: The column does not exist, is nested, or has nulls.
+        DataError: The column cannot be counted (``encode_classes``), such as a column with nulls.
     """
     import pandas
 
@@ -58,7 +59,8 @@ def terminal_chart(
 
     Args:
         data: Clients and their table.
-        column: Label column, or None to show the sizes of the splits only.
+        column: Label column, or None to show the sizes of the splits only. A list counts as its
+            first value.
         width: Characters per line. Labels beyond the width are counted, not shown.
         height: Maximum number of clients. Further clients are counted, not shown.
 
@@ -66,7 +68,7 @@ def terminal_chart(
         Renderable for ``rich``.
 
     Raises:
-        DataError: The column does not exist, is nested, or has nulls.
+        DataError: The column cannot be counted (``encode_classes``), such as a column with nulls.
     """
     counts, names = label_counts(data, column)
     shown = data.clients[:height]
@@ -125,7 +127,7 @@ def _bars(counts: NDArray[np.int64], top: int) -> str:
 def label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
     """Return the numbers of training rows ``(clients, labels)``, and the names of the labels.
 
-    Without a column, there are no labels.
+    A list counts as its first value. Without a column, there are no labels.
     """
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []

@@ -207,7 +207,7 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
     if len(names) > MAX_COLUMNS:
         raise DataError(
             f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
-            "supported; keep the columns that the recipe names"
+            "supported; keep only the columns that the recipe names"
         )
     if len(longest := max(names, key=len, default="")) > LONGEST_NAME:
         raise DataError(
@@ -231,7 +231,7 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
         if differ := sorted(set(schema.names) ^ set(other.names)):
             raise DataError(
                 f"data.path: {path} and {first} have different columns ({join_values(differ, 5)} "
-                "in one of them only); give them the same, or leave one out"
+                "in one of them only); give them the same columns, or leave one of them out"
             )
         for name in schema.names:
             pair = [schema.field(name), other.field(name)]
@@ -243,7 +243,8 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
                     pass
             raise DataError(
                 f"data.path: the column {name!r} is {_type(schema, name)} in {first}, but "
-                f"{_type(other, name)} in {path}; give it one type, or leave one out"
+                f"{_type(other, name)} in {path}; give it the same type in both, or leave one of "
+                "them out"
             )
         schema = pa.unify_schemas([schema, other], promote_options="permissive")
     return schema

@@ -35,7 +35,7 @@ class Callback:
     """True if ``stop`` was called in the current run."""
 
     def stop(self) -> None:
-        """End the run after its current round, with final scores. Other methods still run."""
+        """End the run after its current round, with final scores. Later baselines still run."""
         self.stopped = True
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:

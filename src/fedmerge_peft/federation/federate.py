@@ -146,10 +146,12 @@ def with_data(
 def _same_data(
     run: RunDirectory, recipe: Recipe, data: Data | None, engine: Engine | None
 ) -> dict[str, Dataset] | None:
-    """Return the run's examples in memory by split; None if it reads them from ``data.path``.
+    """Return the passed examples by split; None if ``data`` is None.
 
     Raises:
-        ResumeError: The examples are missing, or differ from the run's.
+        ResumeError: The run's examples were in memory and are missing or changed, or examples are
+            passed to a run that reads them from ``data.path``.
+        DataError: Both ``data`` and ``engine`` are passed, or the examples cannot be used.
     """
     in_memory = recipe.data.path.partition(":")[0] == IN_MEMORY
     if data is None and engine is None and in_memory:
@@ -257,7 +259,11 @@ def _callback(section: CallbackRecipe) -> Callback:
 
 
 def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDirectory]:
-    """Return earlier runs to reuse, by strategy. Raises ``RecipeError`` if they do not match."""
+    """Return the earlier runs to reuse as baselines, by strategy.
+
+    Raises:
+        RecipeError: A run has another recipe, other data or another model (``reuse``).
+    """
     baselines = reuse.reusable(recipe, directory)
     reuse.check_data(recipe, engine, baselines)
     return baselines

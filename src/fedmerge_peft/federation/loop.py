@@ -64,11 +64,15 @@ class Federation:
             engine: Engine that was loaded for the recipe. Default: a new one.
             decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
                 ``decide`` chooses them before the first round.
-            ledger: Releases of the run's methods. Default: a ledger of this method, in memory.
+            ledger: Privacy ledger of all methods of the run. Default: a ledger of this method, in
+                memory.
             folder: Folder for temporary files of the server. Default: ``TMPDIR``.
 
         Raises:
-            RecipeError: The engine was loaded for a recipe with other settings of the clients.
+            RecipeError: The engine was loaded for a recipe under which clients do other work.
+                ``evaluation.serve: best`` or ``stop.patience`` is set, but no client has validation
+                examples. ``clients.min_clients`` exceeds the number of clients in a round. Or ε
+                cannot be computed (``PrivacyLedger.check``).
             FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
         self.recipe = recipe
@@ -83,7 +87,7 @@ class Federation:
         self.ledger = ledger or PrivacyLedger(
             recipe, len(self.engine.clients), simulated=self.engine.simulated
         )
-        """Releases, for ε; unused without differential privacy."""
+        """Ledger from which ε is computed; unused without differential privacy."""
         for needed, key, remedy in (
             (recipe.evaluation.serve == "best", "evaluation.serve: best", "use serve: last"),
             (recipe.stop.patience is not None, "stop.patience", "remove stop"),
@@ -132,7 +136,8 @@ class Federation:
     ) -> Iterator[RoundRecord]:
         """Run the remaining rounds; yield a record after each.
 
-        A failed round has no effect and can be repeated.
+        A failed round does not change the strategy; call ``rounds`` again to repeat it. With
+        differential privacy, it still counts toward ε.
 
         Args:
             on_client: Called with each valid reply as it arrives.
@@ -143,7 +148,12 @@ class Federation:
         Raises:
             ClientError: A client failed, and ``clients.failures`` is raise.
             TooFewClientsError: There are fewer valid replies than ``clients.min_clients``.
-            DivergedError: The update would leave soup or weights without finite values.
+            DivergedError: The strategy's state would not be finite, or an adapter's norm would be
+                too large.
+            PluginError: A plugin's strategy failed.
+            RunError: The ledger's file cannot be written.
+
+        Also raises the errors of ``decide``.
         """
         self.decide()
         while self.completed < self.recipe.rounds:
@@ -205,7 +215,7 @@ class Federation:
         )
 
     def _nothing(self, number: int) -> RoundReplies:
-        """Return a zero update as the only reply of a round without clients, to release noise."""
+        """Return the replies of a round without clients: one zero update, which gets the noise."""
         plan = self.strategy.plan(0)
         zero = torch.zeros(plan.returned_rows, plan.sent.shape[1])
         reply = Reply(0, zero, 1, None, 0.0, round=number)
@@ -215,7 +225,7 @@ class Federation:
         """Update the strategy; restore its previous state if the update fails.
 
         Raises:
-            DivergedError: Soup or weights would have values that are not finite.
+            DivergedError: The new state is not usable (``SavedState.fault_of_next``).
             PluginError: A plugin's strategy failed.
         """
         saved, norms = SavedState.of(self.strategy), list(self.strategy.aggregator.norms)
@@ -257,7 +267,10 @@ class Federation:
         return collector.close()
 
     def _assignment(self, client: int, scored: bool) -> Assignment:
-        """Return the client's plan, with the privacy of its update, and its served model."""
+        """Return the client's plan with the privacy of its update.
+
+        If ``scored``, the assignment also has the client's served model.
+        """
         with timed("server"):
             plan = self.strategy.plan(client)
             if isinstance(plan, Train) and self.recipe.strategy.federated:
@@ -266,13 +279,14 @@ class Federation:
             if not scored:
                 return Assignment(plan, validated=validated)
             if isinstance(plan, Train) and self.strategy.trains_what_it_serves:
-                return Assignment(plan, plan.row, validated=validated)  # merged once
+                return Assignment(plan, plan.row, validated=validated)  # not merged again
             return Assignment(plan, self.strategy.served(client), validated=validated)
 
     def evaluate(self) -> Scores | None:
         """Score the served models of all clients, without training.
 
-        With ``clients.failures: skip``, clients are skipped if their scoring fails.
+        With ``clients.failures: skip``, clients are skipped if their scoring fails. Return None if
+        no client has scores.
 
         Raises:
             ClientError: Scoring a client failed, and ``clients.failures`` is raise.
@@ -290,7 +304,7 @@ class Federation:
         return self._scores(known.items())
 
     def confusion(self, scored: Collection[str]) -> Confusion | None:
-        """Count true and predicted classes of the test examples of these clients.
+        """Count the test examples of each client named in ``scored`` by true and predicted class.
 
         Return None for private runs and for tasks without confusion matrices.
         """

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from fedmerge_peft.strategies.base import Reply
 
 _INTERVAL = 0.2
-"""Least time between two updates within a round, seconds."""
+"""Minimum time between two updates within a round, seconds."""
 _SHOWN = 5
-"""Most rows of a table: the last rounds, or the last runs of a sweep."""
+"""Maximum number of rows in a table: the last rounds, or the last runs of a sweep."""
 
 
 def in_notebook() -> bool:

@@ -52,12 +52,16 @@ class PrivacyLedger:
         """Releases of each client, ``(clients,)``."""
 
     def check(self) -> None:
-        """Raise ``RecipeError`` if ε of a first round cannot be computed."""
+        """Raise ``RecipeError`` if computing ε needs the extra ``privacy``, which is missing."""
         rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
         epsilon_spent(self._recipe.privacy, 1, rate)
 
     def begin(self, method: str, completed: int) -> None:
-        """Continue a method after its completed rounds."""
+        """Set the counts of a method that continues after ``completed`` rounds.
+
+        In a simulation, each completed round counts once. Across sites, the counts of the file are
+        kept, and a completed round that the file lacks counts once.
+        """
         times = self._times.get(method, [])
         if self._simulated:
             times = [1] * completed
@@ -81,7 +85,7 @@ class PrivacyLedger:
 
     @property
     def epsilon(self) -> float:
-        """ε of the client that was selected most often; of every client if the sample is secret."""
+        """ε of the client selected most often; the same for all clients if the sample is secret."""
         rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
         return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)), rate)
 

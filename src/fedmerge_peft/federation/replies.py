@@ -65,7 +65,8 @@ class ReplyCollector:
         """Add one answer; return True if it is a valid reply.
 
         Raises:
-            ClientError: The answer is a failure, and ``clients.failures`` is raise.
+            ClientError: The answer is a failure or an invalid reply, and ``clients.failures`` is
+                raise.
         """
         if isinstance(answer, ClientError):
             self._fail(answer.client, answer.cause, answer)

@@ -1,6 +1,6 @@
 """Validation of replies against their plans, before a strategy processes them.
 
-An invalid reply has no effect on soup, weights and private states. The checks cover the form of a
+An invalid reply has no effect on the strategy. The checks cover the form of a
 reply and the range of its numbers: an update with a norm above ``MAX_NORM`` could overflow a sum.
 Robust aggregation (``strategies/aggregation.py``) handles updates of valid form with malicious
 values.

@@ -1,4 +1,4 @@
-"""Baselines of an earlier run, reused instead of run again (``baselines_from``)."""
+"""Reuse the baselines of an earlier run instead of running them again (``baselines_from``)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
             _check(part, earlier[name])
             reused[name] = earlier[name]
         else:
-            log.info("%s has no %s, which therefore runs", run.path, name)
+            log.info("%s has no run of %s to reuse, so it runs now", run.path, name)
     if not reused:
         raise RecipeError(
             f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
@@ -116,7 +116,10 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
     """Raise ``RecipeError`` if clients, examples or adapters differ from the earlier runs'."""
     own = metadata(recipe, engine) if reused else {}
     if reused and "examples.json" not in own:
-        raise RecipeError("baselines_from: this engine's examples are unknown; remove the key")
+        raise RecipeError(
+            "baselines_from: the engine has no digest of its examples, so they cannot be compared "
+            "with those of the earlier run; remove baselines_from"
+        )
     for run in reused.values():
         for name, document in own.items():
             path = run.path / name
@@ -130,10 +133,10 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
 
 
 def copy_run(run: RunDirectory, path: Path) -> None:
-    """Copy a baseline, as hard links where possible.
+    """Copy a run to ``path``, as hard links where possible.
 
-    The recipe is copied last, because it marks a run directory. Raises ``RunError`` if a file
-    cannot be written.
+    The run's own baselines and tracking files are left out. The recipe is copied last, because it
+    marks a run directory. Raises ``RunError`` if a file cannot be written.
     """
     with translated_write_errors(path):
         files = sorted(

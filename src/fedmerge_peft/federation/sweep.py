@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_DIFFERENCES = 8
-"""Most keys that an error lists."""
+"""Maximum number of keys that an error lists."""
 _POLL_SECONDS = 5.0
 """Seconds between checks of runs that other processes are writing."""
 
@@ -117,7 +117,10 @@ def run_sweep(
 def run_or_resume(
     recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Callback]
 ) -> None:
-    """Resume an interrupted run; restart it if its checkpoints cannot be used."""
+    """Resume a run that has completed rounds; otherwise remove its files and start it.
+
+    A run whose checkpoints cannot be used is also removed and started again.
+    """
     try:
         run = RunDirectory(path)
         if run.rounds_on_disk:

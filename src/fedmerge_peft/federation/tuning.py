@@ -7,15 +7,15 @@ client's own start:
 
 ρ_ir = ℓ_i(θ_ir) / ℓ_i(θ_0)        client i, rate r, trained adapter θ_ir, new adapter θ_0
 
-ℓ_i is the loss of the validation examples. If no client has any, or if no rate reduces their loss
-by more than its noise, ℓ_i is the mean training loss, and the denominator is its value at the
-smallest rate, which hardly changes the adapter.
+ℓ_i is the loss on the validation examples. If no client has any, or if no rate reduces their loss
+by more than its noise, ℓ_i is the mean training loss. The denominator is then the training loss at
+the smallest rate, which hardly changes the adapter.
 
 A client that trains alone overfits at a lower rate than in a federation, where the mean of updates
-cancels what only one client has learned. Rates higher than the chosen one may therefore be better.
-The training loss bounds them: it is lowest just below the rates that diverge. The bound is one step
-below the rate with the lowest training loss. If the bound is higher than the rate by validation
-loss, the geometric mean of the two is used.
+cancels what only one client has learned. Rates higher than the best rate by validation loss may
+therefore be better in the federation. The training loss gives an upper bound: it is lowest just
+below the rates that diverge. The bound is one step below the rate with the lowest training loss. If
+the bound is higher than the best rate by validation loss, the geometric mean of the two is used.
 """
 
 from __future__ import annotations
@@ -58,14 +58,15 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "adamw": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
 }
-"""Rates that a test may try, by optimizer. The middle for adamw is the rate that was tuned for most
-of the shipped recipes."""
+"""Rates that a test may try, ascending, by optimizer. The middle rate for adamw is also the tuned
+rate of several shipped recipes."""
 _GRID = slice(2, 7)
-"""Part of a ladder that every test tries. If the best rate is at an end, the test tries more."""
+"""Part of a ladder that every test tries. If the best rate is at an end of this part, the test
+tries further rates."""
 _MIDDLE = 4
 """Index of the rate to use if no test is possible, or if no rate reduces the loss."""
 _CLIENTS = 4
-"""Most clients of a test."""
+"""Maximum number of clients in a test."""
 _STEPS = 30
 """Optimizer steps of a client at each rate, rounded up to whole rounds of local training. This is
 about a seventh of the steps of a run with ``epochs: auto``, enough to separate the rates."""
@@ -79,7 +80,7 @@ class Decisions:
 
     document: Mapping[str, Mapping[str, Any]]
     """Content of ``decisions.json``: ``value``, ``reason`` and details, by key of ``training``.
-    Empty if the recipe leaves no key open."""
+    Empty if no key is ``auto``."""
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -88,25 +89,26 @@ class Decisions:
 
 
 def open_keys(recipe: Recipe) -> list[str]:
-    """Return the keys of ``training`` that the recipe leaves to the federation."""
+    """Return the keys of ``training`` that are ``auto``; ``epochs`` only without ``steps``."""
     training = recipe.training
     keys = ["epochs"] if training.epochs == "auto" and training.steps is None else []
     return [*keys, "learning_rate"] if training.learning_rate == "auto" else keys
 
 
 def decide(recipe: Recipe, engine: Engine) -> Decisions:
-    """Choose a value for each open key.
+    """Choose a value for each key of ``training`` that is ``auto`` (``open_keys``).
 
     The result follows from the recipe and the clients' losses: the same seed gives the same
-    choice, on any number of ranks. Nothing is trained if the learning rate is a number.
+    choice, on any number of ranks. Nothing is trained if the learning rate is a number, or if the
+    run has differential privacy.
 
     Args:
         recipe: Recipe of the run.
-        engine: Clients. On several ranks, every rank calls this function.
+        engine: Engine with the clients. On several ranks, every rank calls this function.
 
     Raises:
-        RecipeError: The range test gives no finite loss, because all of its clients failed. Or the
-            run takes too many steps (``check_work``).
+        RecipeError: The range test gives no finite loss, because all of its clients failed; no
+            client has training examples; or the run takes too many steps (``check_work``).
     """
     document: dict[str, dict[str, Any]] = {}
     keys = open_keys(recipe)
@@ -115,7 +117,8 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
         sizes = [] if private else [client.size for client in engine.clients]
         epochs = automatic_epochs(recipe.training, recipe.rounds, sizes)
         reason = (
-            f"without the clients' sizes, which privacy.mode: {recipe.privacy.mode} would not cover"
+            f"computed without the clients' sizes, which privacy.mode: {recipe.privacy.mode} does "
+            "not protect"
         )
         document["epochs"] = {
             "value": epochs,
@@ -142,7 +145,10 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
     """Return the entry of ``decisions.json`` for the learning rate."""
     ladder = LADDERS["sgd" if recipe.training.optimizer == "sgd" else "adamw"]
     if recipe.privacy.mode != "none":
-        reason = f"without a test, which privacy.mode: {recipe.privacy.mode} would not cover"
+        reason = (
+            f"not tested, because privacy.mode: {recipe.privacy.mode} does not protect the losses "
+            "of a test"
+        )
         return {"value": ladder[_MIDDLE], "reason": reason}
     begin = time.perf_counter()
     test = _RangeTest(recipe, engine, epochs)
@@ -164,11 +170,11 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
             highest = below_lowest(rates, test.ratios(rates, "training loss"))
             if highest > value:
                 value = math.sqrt(value * highest)
-                reason = f"between the best of {tested} and {highest:g}, by their training loss"
+                reason = f"between the best of {tested} and {highest:g}, the bound by training loss"
     else:
         middle = rates.index(ladder[_MIDDLE])
         value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]
-        reason = f"the middle of {tested}, none of which reduced the loss"
+        reason = f"the middle of {tested}, because no rate reduced the loss"
     return {
         "value": value,
         "reason": reason,
@@ -181,13 +187,16 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
 def _extended(
     test: _RangeTest, measure: str, rates: list[float], ladder: Sequence[float]
 ) -> tuple[list[float], NDArray[np.float64]]:
-    """Try further rates while the best rate is the first or last; return all rates and their ρ."""
+    """Try the next rate while the best one is the first or last; return all rates and their ρ.
+
+    If no rate reduces the validation loss, no further rate is tried.
+    """
     while True:
         ratios = test.ratios(rates, measure)
         best = lowest(ratios)
         first, last = ladder.index(rates[0]), ladder.index(rates[-1])
         if measure == "validation loss" and not reduces_loss(ratios[best]):
-            return rates, ratios  # the smallest rate only does the least harm
+            return rates, ratios  # the best rate only does the least harm
         if best == len(rates) - 1 and last + 1 < len(ladder):
             rates = [*rates, ladder[last + 1]]
             test.run(rates[-1])
@@ -202,7 +211,7 @@ def _extended(
 
 
 class _RangeTest:
-    """Trials of learning rates on a few clients, from the adapter that the first round sends.
+    """Trials of learning rates on a few clients, which all start from the same new adapter θ_0.
 
     Trials belong to round 0, so they share no random draws with the rounds of the run.
     """
@@ -223,7 +232,7 @@ class _RangeTest:
 
     @property
     def names(self) -> list[str]:
-        """Names of the clients."""
+        """Names of the clients in the test."""
         return [self._engine.clients[client].name for client in self._clients]
 
     @property
@@ -284,12 +293,15 @@ class _RangeTest:
         table = np.array([[trials[rate][client] for client in self._clients] for rate in rates])
         if measure == "validation loss":
             start = np.array([self._start[client] for client in self._clients])
-        else:  # the loss at the smallest rate with a finite one
+        else:  # each client's loss at its smallest rate with a finite loss
             start = table[np.isfinite(table).argmax(axis=0), range(table.shape[1])]
         return np.asarray(table / np.maximum(start, _SMALLEST_LOSS), dtype=np.float64)
 
     def document(self, rates: Sequence[float]) -> dict[str, Any]:
-        """Return all losses by client name, for ``decisions.json``; a failure is None."""
+        """Return ``start`` and ``trials`` of ``decisions.json``, with losses by client name.
+
+        The loss of a failed client is None.
+        """
         trials = [
             {
                 "learning_rate": rate,

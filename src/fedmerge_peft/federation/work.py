@@ -21,10 +21,11 @@ MAX_STEPS = 1e10
 
 
 def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) -> None:
-    """Warn about a run of more than ``MANY_STEPS`` optimizer steps; refuse too long ones.
+    """Warn about a run of more than ``MANY_STEPS`` optimizer steps; refuse more than ``MAX_STEPS``.
 
-    With R rounds of k clients, and s_i steps in a client's passes over its n_i examples, a run has
-    R · k · mean(s_i) steps. Extra steps of a strategy, such as warm-up steps, are not counted.
+    A run has R rounds of k clients. Each client trains p times in a round (``passes_per_round``),
+    and each of these trainings takes s_i steps on its n_i examples. The run therefore takes
+    R · k · p · mean(s_i) steps. Extra steps of a strategy, such as warm-up steps, are not counted.
 
     Args:
         recipe: Recipe of the run.

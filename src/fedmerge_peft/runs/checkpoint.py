@@ -131,7 +131,7 @@ def commit(
 
 
 def prune(folder: Path, round: int) -> None:
-    """Remove all checkpoint files except those of the last two rounds up to this one.
+    """Remove the checkpoint files of all rounds except ``round`` and the round before it.
 
     Raises:
         RunError: A file cannot be removed.

@@ -33,7 +33,8 @@ _MAX_LISTED = 5
 def files_in(directory: Path) -> list[Path]:
     """Return all files below a directory; links count as files and are not followed.
 
-    Raises ``RunError`` if folders are nested more than 64 deep. No run or tracker does this.
+    Raises ``RunError`` if folders are nested more than 64 deep. Runs and trackers do not create
+    such folders.
     """
     files, top = [], len(directory.parts)
     for folder, folders, names in os.walk(directory):

@@ -61,8 +61,8 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
     if matrices is None or round != run.round():
         raise RunError(
             f"{run.path} has no confusion matrices after round {round}: they are written after "
-            "the last round of runs whose examples or words have one label each, without privacy "
-            "and not across sites; use run.predict on labeled examples"
+            "the last round if each example or word has one label, and the run is neither private "
+            "nor across sites; use run.predict on labeled examples"
         )
     labels, clients = matrices
     if client not in clients:

@@ -192,7 +192,7 @@ class RunDirectory:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The objects of ``metrics.jsonl``, one per finished round. Raises ``RunError``."""
+        """The objects of ``metrics.jsonl``, by round. Raises ``RunError`` if it is damaged."""
         path = self.path / "metrics.jsonl"
         records: list[dict[str, Any]] = self._files.get(path, documents.read_rounds)
         checkpoints = (self.path / "checkpoint").glob("round-*[0-9].safetensors")
@@ -279,7 +279,7 @@ class RunDirectory:
 
     @property
     def weights(self) -> pd.DataFrame:
-        """Served π, clients × adapters; the mean over the columns if weights differ by block."""
+        """Served π, clients × adapters; the mean over an adapter's values if π differs by block."""
         import pandas as pd
 
         weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))
@@ -292,7 +292,7 @@ class RunDirectory:
 
     @property
     def soup(self) -> AdapterSoup:
-        """The adapters that the run serves; before the end, those after the last round."""
+        """The adapters that the run serves; before the end, the adapters after the last round."""
         return AdapterSoup.load(self.path / "soup.safetensors")
 
     def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
@@ -329,7 +329,7 @@ class RunDirectory:
     def scores(self, *, best: bool = False) -> dict[str, dict[str, float]]:
         """Return each client's scores in the served or the best state, such as ``test_accuracy``.
 
-        The result is empty if that state was not evaluated, or before the end of the run.
+        Empty if that state was not evaluated. The served state has no scores before the end.
         """
         if best:
             served = self._best["served"] if self._best else None
@@ -355,7 +355,7 @@ class RunDirectory:
 
     @property
     def baselines(self) -> dict[str, Self]:
-        """The runs of the recipe's baselines, by strategy."""
+        """The runs of the recipe's baselines that have started, by strategy."""
         paths = {part.name: self.baseline_path(part.name) for part in self.recipe.baselines}
         return {
             name: self.open(path, trust_remote_code=self.trust_remote_code)

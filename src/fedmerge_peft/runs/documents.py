@@ -25,7 +25,10 @@ from fedmerge_peft.util.ranges import Flag, Number, Text, Whole, first_fault
 
 @dataclass(frozen=True)
 class State:
-    """Scores after a round: ``best/scores.json``; final, last and best in ``summary.json``."""
+    """Scores after a round: ``best/scores.json``, or an entry of ``summary.json``.
+
+    ``summary.json`` has the entries ``final``, ``last`` and ``best``.
+    """
 
     after_round: Whole
     served: Scores | None
@@ -194,7 +197,7 @@ SCHEMAS: Mapping[str, Any] = {
     "scores.json": State,
     "privacy.json": Releases,
 }
-"""Schema by file name, besides the schema of ``adapter_config.json``."""
+"""Schema by file name. ``adapter_config.json`` has none; ``read`` checks it separately."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -237,6 +240,10 @@ def check(path: Path, document: object, schema: Any) -> None:
 
 def read_rounds(path: Path, content: bytes | None = None) -> list[dict[str, Any]]:
     """Read ``metrics.jsonl``: one object per finished round.
+
+    Args:
+        path: The file.
+        content: Content of the file, if it has been read already.
 
     Raises:
         RunError: A line is damaged, has an invalid field, or is out of order.

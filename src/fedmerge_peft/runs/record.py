@@ -140,7 +140,7 @@ class RoundRecord:
     """Median over clients of ‖δ_i‖₂, the norm of the shared part of an update. None for methods
     that compute no mean of updates."""
     bytes_down: Whole
-    """Bytes of the adapters that the server sent to all clients."""
+    """Bytes of the adapters that the server sent to the clients of the round, in total."""
     bytes_up: Whole
     """Bytes of the adapters in accepted replies."""
     epsilon: Number | None
@@ -154,6 +154,7 @@ class RoundRecord:
     failures: dict[Text, Text] = field(default_factory=dict)
     """Reason for each failed client that was skipped (``clients.failures: skip``)."""
     warnings: list[Text] = field(default_factory=list)
+    """Warnings about the weights after the round, one sentence each, such as unused adapters."""
     decisions: list[Text] = field(default_factory=list)
     """Decisions of the strategy in this round, one sentence each, such as the number of groups."""
 

@@ -239,7 +239,7 @@ class RunWriter(RunDirectory):
                 checked.write_document(self.path / name, document)
 
     def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """Remove the output after a checkpoint, or of all rounds if ``checkpoint`` is None.
+        """Remove the output of rounds after a checkpoint; of all rounds if ``checkpoint`` is None.
 
         The removal can be repeated if it is interrupted.
         """

@@ -253,7 +253,7 @@ def _is_convolution(layer: Any) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Return True if the configuration, a nested configuration or a module's class names experts."""
+    """Return True if the configuration, a nested one, or the class of a module names experts."""
     from transformers import PretrainedConfig
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")

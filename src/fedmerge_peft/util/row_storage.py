@@ -71,7 +71,10 @@ class RowStorage:
         return rows
 
     def store(self, rows: Iterable[Tensor], count: int) -> Tensor:
-        """Copy ``count`` > 0 rows ``(P,)`` to new rows ``(count, P)``; round them to ``dtype``."""
+        """Copy ``count`` > 0 rows ``(P,)`` to new rows ``(count, P)`` of this storage.
+
+        Values are rounded to the nearest number in ``dtype``.
+        """
         source = iter(rows)
         first = next(source)
         if self.plain:

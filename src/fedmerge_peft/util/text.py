@@ -75,10 +75,10 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the word that a misspelled word most likely stands for; None if none is close.
 
     Close words are equal except for case and punctuation, or differ by at most one edit per four
-    letters, or one is the beginning of the other. One edit is always allowed in a word of three or
-    more letters. An edit inserts, deletes or replaces a letter, or exchanges two neighbors (optimal
-    string alignment). Each part of a compound has to be close: ``token-cat`` is not close to
-    ``image-cat``.
+    letters, or one is the beginning of the other. Words of three letters may differ by one edit,
+    shorter words by none. An edit inserts, deletes or replaces a letter, or exchanges two neighbors
+    (optimal string alignment). Each part of a compound has to be close: ``token-cat`` is not close
+    to ``image-cat``.
     """
     candidates = list(dict.fromkeys(words))
     for candidate in candidates:

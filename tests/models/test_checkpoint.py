@@ -104,7 +104,7 @@ def test_the_head_of_a_model_without_a_prefix_is_its_last_module(tmp_path):
             LabelTask,
             {"num_hidden_layers": 4},
             r"lack 32 of the tensors .*: bert\.encoder\.layer\.2\.attention.*, … and 29 more; "
-            "heads and poolers may be missing",
+            "only heads and poolers may be missing",
         ),
         (
             ("bert",),

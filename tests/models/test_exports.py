@@ -160,7 +160,7 @@ def test_heads_keep_running_statistics_when_they_start_afresh(tmp_path, processo
     ("load", "message"),
     [
         (lambda model, state: None, r"PEFT saves the adapter of .*, but does not load it again"),
-        (lambda model, state: state["nowhere"], "PEFT does not load the adapter .*: .*nowhere"),
+        (lambda model, state: state["nowhere"], "PEFT cannot load the adapter .*: .*nowhere"),
     ],
     ids=["ignored", "refused"],
 )

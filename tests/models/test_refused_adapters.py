@@ -69,7 +69,7 @@ from fedmerge_peft.recipe.lora import LoraRecipe
         (
             "bert",
             {"target_modules": ["query"], "rank_pattern": {"query": 4, "layer.0.*query": 2}},
-            r"rank_pattern: 'layer.0.\*query' matches no module .* of an earlier pattern",
+            r"rank_pattern: 'layer.0.\*query' matches no module .* an earlier pattern matches",
         ),
         (
             "bert",

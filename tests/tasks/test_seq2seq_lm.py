@@ -242,7 +242,7 @@ def test_the_prefix_cache_is_disabled_with_a_reason(folders, caplog):
     cache = PrefixCache(bench.backbone, bench.task, examples, [bench.rows], 1.0)
     with caplog.at_level(logging.INFO):
         cache.prepare(bench.rows)
-    assert "the decoder has positions of its own" in caplog.text
+    assert "the decoder and the encoder have different positions" in caplog.text
 
 
 def test_the_output_matrix_of_tied_embeddings_is_not_adapted_twice(folders):

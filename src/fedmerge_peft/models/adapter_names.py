@@ -16,7 +16,7 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def adaptable_modules(model: Any) -> list[str]:
-    """Return the distinct last parts of the paths of layers that LoRA can adapt, in order."""
+    """Return the distinct last parts of the paths of linear layers, which LoRA can adapt."""
     kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
     return _last_names(
         name for name, module in model.named_modules() if type(module).__name__ in kinds
@@ -51,7 +51,8 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
     """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
 
     The factors of a layer have r · (inputs + outputs) numbers. If the target modules are not a
-    list, only the smallest layer is counted. Otherwise, an adapter that fits could be refused.
+    list, the adapted layers are not known here. Only the smallest layer is then counted, so that an
+    adapter that fits is never refused.
 
     Args:
         model: Transformers model, without an adapter.
@@ -105,8 +106,9 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
         for pattern in patterns:
             if pattern not in used:
                 raise BackboneError(
-                    f"lora.{field}: {pattern!r} matches no module with an adapter, or only those "
-                    f"of an earlier pattern{did_you_mean(pattern, _last_names(adapted))}; "
+                    f"lora.{field}: {pattern!r} matches no module with an adapter, or only modules "
+                    "that an earlier pattern matches"
+                    f"{did_you_mean(pattern, _last_names(adapted))}; "
                     f"modules with an adapter: {there}"
                 )
 

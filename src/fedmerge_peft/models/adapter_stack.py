@@ -253,7 +253,7 @@ def _is_convolution(layer: Any) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Return True if the configuration, one that it contains, or the modules have experts."""
+    """Return True if the configuration, a nested one, or the class of a module names experts."""
     from transformers import PretrainedConfig
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -264,10 +264,11 @@ def _has_experts(model: nn.Module) -> bool:
 
 
 def _adapted_expert(model: nn.Module) -> str | None:
-    """Return the name of an adapted module in a layer, but outside attention, or None.
+    """Return the name of an adapted module that may be an expert; None if there is none.
 
     An expert gets the tokens that are routed to it, so its inputs have no equal parts per adapter.
-    Routers and shared experts get all tokens, but are named differently in each architecture.
+    Routers and shared experts get all tokens, but each architecture names them differently.
+    Therefore, every module in a numbered layer and outside attention may be an expert.
     """
     adapted = {id(module) for module in _adapted_modules(model)}
     attention = [

@@ -220,8 +220,8 @@ def load_backbone(
         peft_model = add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        # Only reentrant checkpoints need gradients of the inputs. Without them, no gradient flows
-        # through frozen layers.
+        # Only reentrant checkpointing needs gradients with respect to the inputs. If they are
+        # disabled, no gradient flows through the layers before the first trainable one.
         model.disable_input_require_grads()
     prepare_heads(peft_model, missing, task.heads)
     if lora.merge == "shared_a":

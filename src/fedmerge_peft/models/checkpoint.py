@@ -76,7 +76,8 @@ def missing_tensors(
     Raises:
         BackboneError: The checkpoint has no weights of this model; a tensor that the task does not
             initialize is missing, or has another shape; the checkpoint has tensors of an adapter,
-            of layers beyond the last one in the configuration, or of biases that it disables.
+            of layers beyond the last one in the configuration, or of biases that the configuration
+            disables.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | misfit.keys()
@@ -92,7 +93,7 @@ def missing_tensors(
     if lacking:
         first = next((key for key in sorted(lacking) if key in misfit), None)
         shapes = f" ({first} is {misfit[first][0]}, not {misfit[first][1]})" if first else ""
-        parts = "heads and poolers" if new_heads else "no tensors"
+        parts = "only heads and poolers" if new_heads else "no tensors"
         raise BackboneError(
             f"backbone.model: the weights of {name} lack {len(lacking)} of the tensors that its "
             f"config.json describes: {join_values(sorted(lacking), _SHOWN)}{shapes}; {parts} may "

@@ -47,9 +47,10 @@ class FirstToken:
         return states[:, :1], residual[:, :1]
 
     def _masked(self, dropout: nn.Module):  # type: ignore[no-untyped-def]
-        """Return a forward function that draws masks for all positions, and uses the first one.
+        """Return a forward function of dropout that draws masks for all positions.
 
-        The random numbers are then the same as without the cut.
+        It applies the mask of the first position. The random numbers are therefore the same as
+        without the cut.
         """
 
         def forward(states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frozen prefix: layers before the first trainable one, whose outputs never change."""
+"""Frozen prefix: the layers before the first trainable layer. Their outputs never change."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
         except OSError as error:
             raise BackboneError(
                 f"backbone.model: {path.name} cannot be dequantized into {target.parent} "
-                f"({error.strerror or error}); FEDMERGE_CACHE names another folder"
+                f"({error.strerror or error}); set FEDMERGE_CACHE to another folder"
             ) from error
     return target
 
@@ -125,8 +125,8 @@ def _is_written(target: Path) -> bool:
         return False
     except OSError as error:
         raise BackboneError(
-            f"backbone.model: {target} is not used ({error.strerror or error}); FEDMERGE_CACHE "
-            "names another folder"
+            f"backbone.model: {target} is not used ({error.strerror or error}); set FEDMERGE_CACHE "
+            "to another folder"
         ) from error
     return (target / "config.json").is_file()
 

@@ -28,7 +28,8 @@ class Packing:
         starts = range(0, len(lengths), size)
         parts = [_first_fit(lengths[start : start + size], max(lengths)) for start in starts]
         rows = max(len(part) for part in parts)
-        # By place in the rows: index in the padded batch, -1 for padding; position in the example.
+        # For each place in the packed rows: the index of the token in the padded batch (-1 for
+        # padding), and the position of the token in its example.
         self._source = torch.full((adapters * rows, max(lengths)), -1)
         positions = torch.zeros_like(self._source)
         places = torch.arange(inside.numel()).view(inside.shape)
@@ -66,11 +67,14 @@ class Packing:
         return padded.view(*self._shape, *values.shape[2:])
 
     def in_order(self, values: Tensor, selected: Tensor) -> Tensor:
-        """Return values at selected tokens of the rows in the order of the padded batch.
+        """Reorder values of selected tokens from packed rows to the order of the padded batch.
 
         Args:
-            values: ``(n, ...)``, in the order of the rows.
-            selected: The tokens, ``(K R, longest)`` bool with n True.
+            values: Values of the selected tokens, ``(n, ...)``, in the order of the packed rows.
+            selected: Mask of the tokens in the packed rows, ``(K R, longest)`` bool with n True.
+
+        Returns:
+            ``(n, ...)``.
         """
         return values[self._source[selected].argsort()]
 

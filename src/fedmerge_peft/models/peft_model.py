@@ -157,7 +157,7 @@ def check_reload(model: Any) -> None:
     with (
         library_errors(
             lambda reason: BackboneError(
-                f"lora: PEFT does not load the adapter that it saves of this model: {reason}; "
+                f"lora: PEFT cannot load the adapter that it saves for this model: {reason}; "
                 "name other modules in lora.target_modules or lora.modules_to_save"
             )
         ),
@@ -183,7 +183,7 @@ def check_reload(model: Any) -> None:
         module = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
         raise BackboneError(
             f"lora: PEFT saves the adapter of {module}, but does not load it again "
-            f"({len(lost)} tensors); name it in lora.exclude_modules"
+            f"({len(lost)} tensors); name the module in lora.exclude_modules"
         )
 
 
@@ -215,7 +215,7 @@ def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]
 
 
 def _check_trainable(model: nn.Module, requested: Sequence[str]) -> None:
-    """Raise ``BackboneError`` if weights of a requested module are integers, so quantized."""
+    """Raise ``BackboneError`` if a requested module has integer weights, which are quantized."""
     for name, module in model.named_modules():
         whole = name.endswith(tuple(requested))
         if whole and not all(weight.is_floating_point() for weight in module.parameters()):
@@ -285,4 +285,4 @@ def reinitialize(model: Any) -> None:
 
 def is_random_init(name: str) -> bool:
     """Return True for a factor that is initialized at random, which ``merge: shared_a`` freezes."""
-    return name.replace(".default", "").endswith(RANDOM_INIT_SUFFIXES)  # saved name
+    return name.replace(".default", "").endswith(RANDOM_INIT_SUFFIXES)  # as PEFT saves it

@@ -49,8 +49,9 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
         scratch: Folder for the files of a tiny model, or of a model in memory.
 
     Raises:
-        BackboneError: The folder does not contain a model, or contains an adapter; KIND is unknown;
-            no program passes the model, or the program has changed it since.
+        BackboneError: The folder does not contain a model, or contains an adapter; a GGUF file
+            cannot be loaded; the model is a URL; KIND is unknown; no program passes the model in
+            memory, or the program has changed the model after it was passed.
     """
     model = backbone.model
     if (passed := passed_model(model)) is not None:
@@ -89,7 +90,7 @@ def _is_local(model: str) -> bool:
 
 
 def gguf_location(backbone: BackboneRecipe) -> tuple[Path, str] | None:
-    """Return folder and name of the GGUF file that has the weights; None for other models.
+    """Return the folder and the name of the GGUF file with the weights; None for other models.
 
     Raises:
         BackboneError: ``gguf_file`` is given for a model that is not a local folder.
@@ -108,7 +109,10 @@ def gguf_location(backbone: BackboneRecipe) -> tuple[Path, str] | None:
 
 
 def _packaged(model: str) -> tuple[Path, str | None] | None:
-    """Return the folder of a hub id's weights in an installed package, and the GGUF file there."""
+    """Return the folder of a hub id's weights in an installed package, and its GGUF file.
+
+    Return None if no installed package has the weights. The file is None for safetensors.
+    """
     if model not in _PACKAGED:
         return None
     package, folder, gguf_file = _PACKAGED[model]
@@ -303,7 +307,10 @@ def _is_quantized_layer(layer: Any) -> bool:
 def _quantization(
     backbone: BackboneRecipe, device: torch.device, unquantized: Sequence[str] = ()
 ) -> Any:
-    """Return transformers' configuration of a quantization, except that of some layers."""
+    """Return transformers' quantization config, which excludes the layers in ``unquantized``.
+
+    Raises ``BackboneError`` if bitsandbytes is missing, or does not support the device.
+    """
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
@@ -315,7 +322,7 @@ def _quantization(
             "backbone.quantization needs a CUDA GPU or a CPU, "
             f"but this run uses {device.type}; remove it, or use training.device=cpu"
         )
-    # It warns in each product of a matrix in 8 bits that float32 inputs are rounded.
+    # bitsandbytes warns in each product with a matrix in 8 bits that float32 inputs are rounded.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(**quantization_options(backbone, unquantized))
 
@@ -325,8 +332,8 @@ def quantization_options(backbone: BackboneRecipe, unquantized: Sequence[str]) -
 
     Args:
         backbone: Number of bits.
-        unquantized: Layers that are trained whole, such as a new head. Without any, transformers
-            leaves out the output layer.
+        unquantized: Names of layers that are not quantized, such as a new head, which is trained
+            fully. If there are none, transformers excludes the output layer.
     """
     if backbone.quantization is None:
         return {}

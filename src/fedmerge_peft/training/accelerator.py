@@ -23,7 +23,7 @@ rank is detected independently of this limit."""
 
 
 def choose_device(requested: str) -> torch.device:
-    """Return the device for a recipe's ``training.device``; each rank gets its own device.
+    """Return the device for a recipe's ``training.device``. Each of several ranks gets its own GPU.
 
     Raises:
         DeviceError: The value is invalid, or this machine does not have the device.
@@ -100,8 +100,9 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
 
     The call also initializes the process group, if there are several ranks.
 
-    Accelerate keeps global state, and rejects a change of the precision. If the device or the
-    precision has changed, this function resets the state, so that a notebook can use several.
+    Accelerate keeps global state, and rejects a change of the precision. If the type of device or
+    the precision has changed, this function resets the state. One process, such as a notebook, can
+    therefore run recipes with different devices and precisions.
 
     Raises:
         DeviceError: The device, the precision or the optimizer is not available.

@@ -32,7 +32,9 @@ cost more in padding than they save."""
 
 
 def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
-    """Check that strategy and batches suit the task's loss; warn of clients with too few examples.
+    """Check that the task supports the strategies and the batch size.
+
+    Warn of clients with too few examples for the task's loss.
 
     Raises:
         RecipeError: ``training.batch_size`` is too small; or a strategy mixes the outputs of
@@ -134,8 +136,9 @@ def requested_clients(training: TrainingRecipe, device: str, *, quantized: bool 
 def sharing_obstacle(runtime: Runtime, rows: Indices) -> str | None:
     """Return the reason why adapters cannot share a pass of the model, or None.
 
-    The modules are checked first. A trial on two examples then compares the gradients of one shared
-    pass with the gradients of separate passes. The runtime keeps the result.
+    The task's padding and the model's modules are checked first. A trial on two examples then
+    compares the gradients of one shared pass with the gradients of separate passes. The runtime
+    keeps the result.
 
     Args:
         runtime: Model, task and examples.

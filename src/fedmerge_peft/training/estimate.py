@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 FLOAT32 = 4
 """Bytes of one parameter of an adapter."""
 _LONGEST = 1024
-"""Assumed tokens of an example without ``task.max_length``, unless the model's limit is smaller."""
+"""Number of tokens that are assumed for an example if ``task.max_length`` is not set. A smaller
+limit of the model takes precedence."""
 _BLOCK, _DOUBLE_BLOCK = 64, 256
 """Number of weights that share a scale in 4-bit quantization, and number of these scales that share
 a second scale in double quantization (QLoRA, arXiv 2305.14314)."""
@@ -86,7 +87,7 @@ class Estimate:
 
 
 def load_config(backbone: BackboneRecipe) -> Any:
-    """Load the configuration of the model, from its metadata if it is a GGUF file.
+    """Load the configuration of the model. For a GGUF file, read it from the file's metadata.
 
     Raises:
         BackboneError: The configuration cannot be loaded.
@@ -124,7 +125,7 @@ def estimate(
 
     The estimate assumes that every example has ``length`` tokens and that every token has a loss.
     It does not include the frozen prefix's cache (``training.prefix_cache``), the allocator's
-    fragmentation and the libraries themselves.
+    fragmentation or the libraries themselves.
 
     Args:
         recipe: Recipe whose task reads texts.
@@ -229,11 +230,11 @@ def _replace_tensors(model: nn.Module) -> None:
 
 
 def _rows(training: TrainingRecipe, clients: int) -> float:
-    """Return the number of vectors ``(P,)``: the slot, K rows, gradients, optimizer states.
+    """Return the number of float32 vectors ``(P,)`` on the device: parameters, gradients, states.
 
-    A single client trains in the slot. Each of several clients has a row, a gradient, and a copy of
-    the gradient while gradients are added. In 8 bits, each of AdamW's two moments counts as a
-    quarter of a vector.
+    The slot has parameters and a gradient. A single client trains in the slot. Each of several
+    clients has a row, a gradient, and a copy of the gradient while gradients are added. In 8 bits,
+    each of AdamW's two moments counts as a quarter of a vector.
     """
     if training.optimizer == "sgd":
         states = float(training.momentum > 0)

@@ -53,7 +53,7 @@ def evaluate_parts(
     Args:
         runtime: Model, task and examples.
         served: An adapter ``(P,)`` or a mixture.
-        parts: Rows of the table of each set.
+        parts: For each set, its rows of the table.
         batch_size: Examples in a pass.
 
     Raises:
@@ -89,7 +89,11 @@ def evaluate_together(
     Args:
         runtime: Model, task and examples; ``sharing_obstacle`` returns None.
         rows: K adapters, ``(K, P)``.
-        parts: For each adapter, rows of the table of each set. Each adapter has an example.
+        parts: For each adapter, the rows of the table in each set. At least one set of each
+            adapter has an example.
+
+    Raises:
+        RecipeError: As in ``evaluate``.
     """
     batch = _SharedPass(runtime, rows, [np.concatenate(own) for own in parts])
     with batch.applied():
@@ -129,7 +133,7 @@ class _SharedPass:
         self.rows = np.concatenate([np.resize(own, self.width) for own in indices])
         """Rows of the table in the batch."""
         self.labels, self._inputs = runtime.to_device(runtime.collate(self.rows))
-        if runtime.cache is not None:  # its own passes need the plain model
+        if runtime.cache is not None:  # the cache's own passes need the plain model
             with runtime.accelerator.autocast():
                 runtime.cache.prepare(self.rows)
 
@@ -268,7 +272,7 @@ def losses_together(runtime: Runtime, rows: Tensor, indices: Sequence[Indices]) 
 def confusion(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> list[list[int]]:
-    """Count labeled terms by true and predicted class.
+    """Count examples or tokens with a label by true and predicted class.
 
     Args:
         runtime: Model, examples, and a task with ``names_classes``.

@@ -27,8 +27,8 @@ def run_plans(
         losses: ``losses(position, row)`` returns the summed losses (nats) of that client's training
             examples with an adapter, ``(n,)``.
         statistics: ``statistics(position, row)`` returns the class statistics of that client's
-            training examples with an adapter, ``(classes, d + 2)``. Without this function, results
-            have no statistics.
+            training examples with an adapter, ``(classes, d + 2)``
+            (``features.class_statistics``). Without this function, results have no statistics.
 
     Returns:
         Each client's result, or the exception that ended its plan; the other plans continue.
@@ -76,7 +76,7 @@ def run_plan(
         losses: ``losses(row)`` returns the summed losses (nats) of the client's training examples
             with an adapter, ``(n,)``.
         statistics: ``statistics(row)`` returns the class statistics of these examples with an
-            adapter, ``(classes, d + 2)``.
+            adapter, ``(classes, d + 2)`` (``features.class_statistics``).
     """
     (outcome,) = run_plans(
         [(plan, seed)],

@@ -35,7 +35,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":
         return None
-    if getattr(layer, "gradient_checkpointing", False):  # recomputation lacks the cut
+    if getattr(layer, "gradient_checkpointing", False):  # recomputed passes would lack the cut
         return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]
@@ -49,7 +49,7 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
             trials = [(chunk, losses.detach())]
             if len(odd):
                 trials.append((odd, _losses(runtime, odd).detach()))
-    except Exception as error:  # training reports it with the client
+    except Exception as error:  # training raises it again, and names the client
         log.info("the last layer computes all tokens: %s: %s", type(error).__name__, error)
         return None
     finally:

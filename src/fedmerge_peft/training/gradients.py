@@ -31,7 +31,8 @@ def accumulate(
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
     The mean is taken over all terms (examples, or labeled tokens) of an adapter's step, regardless
-    of its division into micro-batches. Call this function within ``adapters.applied()``.
+    of its division into micro-batches. With class weights, it is a weighted mean. Call this
+    function within ``adapters.applied()``.
 
     Args:
         runtime: Model, task and examples.

@@ -67,9 +67,10 @@ def automatic_epochs(training: TrainingRecipe, rounds: int, sizes: Sequence[int]
     """Compute the number of epochs per round for ``training.epochs: auto``.
 
     The targets for a client of median size are 200 optimizer steps in the whole run, and at least
-    10 per round. The result is limited to 1 to 4 epochs. With R rounds, and s = ⌈n / (batch_size ·
-    gradient_accumulation)⌉ steps in an epoch of the median number of examples n:
+    10 per round. The result is limited to 1 to 4 epochs. For R rounds, and a median of n examples
+    per client:
 
+    s = ⌈n / (batch_size · gradient_accumulation)⌉    steps in an epoch
     epochs = min(4, ⌈max(10, 200 / R) / s⌉)
 
     Args:

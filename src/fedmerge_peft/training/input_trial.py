@@ -72,8 +72,9 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         if task.labels and outputs.shape[1:] != (*positions, len(task.labels)):
             raise BackboneError(
                 f"backbone.model: {name} has logits of shape {tuple(outputs.shape)} for "
-                f"{len(rows)} example(s), but the data have {len(task.labels)} labels; it must "
-                f"return one logit per label{' for each token' if task.per_token else ''}"
+                f"{len(rows)} example(s), but the data have {len(task.labels)} labels; the "
+                "model must return one logit per label"
+                f"{' for each token' if task.per_token else ''}"
             )
         return task.own_outputs(outputs, batch)
 
@@ -114,7 +115,7 @@ def _choose(
 
     Raises ``BackboneError`` if there is no such padding, or if the model fails on a single example.
     """
-    rows = np.arange(3)  # a short and a long example, and another one of the same length
+    rows = np.arange(3)  # a short example, and two long ones of the same length
     with library_errors(
         lambda reason: BackboneError(
             f"backbone.model: {name} does not run on the inputs of this task: {reason}; choose "
@@ -147,7 +148,10 @@ def _choose(
             "batch, which this task does not support; choose another model"
         )
     if padding != choices[0]:
-        log.info("an example's outputs depend on the others in its batch; padding: %s", padding)
+        log.info(
+            "the outputs of an example depend on the other examples in its batch; padding: %s",
+            padding,
+        )
 
 
 def _agree(output: Tensor, wanted: Tensor, tolerance: float) -> bool:

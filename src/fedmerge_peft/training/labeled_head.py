@@ -15,12 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
-    """Return the head of a decoder for labeled positions; None if the model needs all positions.
+    """Return a decoder's output layer for labeled positions only; None if it cannot be used.
 
-    A trial on two short examples decides: the losses must agree with the losses of a plain pass. A
-    second trial sets ``LabeledHead.unchanged``. It requires that the model returns the layer's
-    output bit for bit, neither scaled nor capped, and that the task's losses need only
-    cross-entropies.
+    It cannot be used if the model has no frozen output layer, or if the task needs the logits of
+    all positions (``Task.token_targets``). Otherwise, a trial on two short examples decides: the
+    losses must agree with the losses of a plain pass. A second trial sets
+    ``LabeledHead.unchanged``. It requires that the model returns the layer's output bit for bit,
+    neither scaled nor capped, and that the task's losses need only cross-entropies.
 
     Args:
         runtime: Model, task and examples.
@@ -45,7 +46,7 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             with head.applied(labeled):
                 logits = task.forward(model, inputs)
             labeled_losses = task.losses(logits[0], labels)[0]
-    except Exception as error:  # training reports it with the client
+    except Exception as error:  # training raises it again, and names the client
         log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
         return None
     if not torch.allclose(labeled_losses, expected, rtol=1e-3, atol=1e-3):
@@ -62,5 +63,5 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             same = torch.equal(layer(states[None]).to(logits), logits)
             head.unchanged = same and torch.allclose(own, labeled_losses, rtol=1e-3, atol=1e-3)
     except Exception as error:
-        log.info("a training step has all logits at once: %s: %s", type(error).__name__, error)
+        log.info("losses are not computed in chunks: %s: %s", type(error).__name__, error)
     return head

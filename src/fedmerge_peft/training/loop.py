@@ -1,4 +1,4 @@
-"""Local training: one loop for one adapter, and for several in the same forward passes."""
+"""Local training of one adapter, or of several adapters in the same forward passes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _TrainState:
     objective: Objective
     """Training loss of the client."""
     stepped: bool = False
-    """True after a phase in which fp16 has not skipped all steps."""
+    """True if a phase has ended in which at least one step was not skipped (``has_stepped``)."""
     losses: list[Tensor] = field(default_factory=list)
     """Mean loss (nats) of each step so far."""
 
@@ -118,8 +118,9 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     backbone.eval()
     if overflowed := sum(state.steps > 0 and not state.stepped for state in states):
         log.warning(
-            "the gradients of %d of %d adapters overflowed in fp16 in each step, so that they did "
-            "not change; use training.mixed_precision=bf16 or no, or more steps in a round",
+            "the gradients of %d of %d adapters overflowed in fp16 in each step, so that these "
+            "adapters did not change; use training.mixed_precision=bf16 or no, or more steps in a "
+            "round",
             overflowed,
             len(states),
         )
@@ -243,7 +244,7 @@ class _OptimizerGroup:
             self.schedule.step()
 
     def has_stepped(self) -> bool:
-        """Return False if the scaler has skipped all steps, each of which reduces the scale."""
+        """Return False if the scaler has skipped all steps. Each skipped step reduces the scale."""
         if self.scaler is None:
             return True
         lowest = self.first_scale * self.scaler.get_backoff_factor() ** self.steps

@@ -23,9 +23,9 @@ def clients_that_fit(runtime: Runtime, recipe: Recipe, count: int) -> int:
     """Return ``count``, or a smaller number of clients whose training pass fits into memory.
 
     Only a number that ``training.clients_per_batch: auto`` has chosen is reduced, and only on a
-    CUDA GPU. The estimate assumes that all examples are as long as the longest. If it is not
-    available for the task, the number stays; after a pass runs out of memory, the engine reduces it
-    too.
+    CUDA GPU. The estimate assumes that all examples are as long as the longest one. If the memory
+    of the task cannot be estimated, ``count`` is returned. The engine also reduces the number after
+    a pass has run out of memory.
 
     Args:
         runtime: The loaded model and the examples.
@@ -60,7 +60,10 @@ def clients_that_fit(runtime: Runtime, recipe: Recipe, count: int) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a CUDA device, with those that torch holds; None for others."""
+    """Return the free bytes of a CUDA device; None for other devices.
+
+    Memory that torch has reserved but does not use counts as free.
+    """
     if device.type != "cuda":
         return None
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -31,7 +31,7 @@ PLAIN = Objective()
 def training_losses(
     task: Task, logits: Tensor, labels: Tensor, objectives: Sequence[Objective]
 ) -> Tensor:
-    """Compute the summed loss (nats) of each example, if K clients have equal parts of a batch.
+    """Compute the summed loss (nats) of each example of a batch with equal parts for K clients.
 
     Args:
         task: Task.

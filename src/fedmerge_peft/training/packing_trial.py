@@ -59,7 +59,7 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     for adapters in (1, 2):
         try:
             outputs = logits(True, adapters)
-        except Exception as error:  # a model without position inputs raises any error
+        except Exception as error:  # a model without position inputs may raise any error
             return f"the model fails ({type(error).__name__}: {error})"
         wanted = expected[inside] if by_token else expected
         difference = (outputs[inside] if by_token else outputs) - wanted

@@ -76,7 +76,8 @@ class ClientResult:
     weights: Tensor | None = None
     """A mixture's new π, ``(d,)``."""
     statistics: Tensor | None = None
-    """Class statistics of ``Plan.measured_rows``, ``(rows, classes, d + 2)`` float32."""
+    """Class statistics of ``Plan.measured_rows``, ``(rows, classes, d + 2)`` float32
+    (``features.class_statistics``)."""
 
 
 class Plan(ABC):

@@ -41,9 +41,13 @@ def prefix_cache(
     examples: Examples,
     groups: Sequence[Indices],
 ) -> PrefixCache | None:
-    """Return the cache that a recipe asks for; None if no layer is frozen, or its size is 0.
+    """Return the prefix cache of a run, or None if the run has no prefix cache.
 
-    The other arguments are those of ``PrefixCache``.
+    It is None if no layers precede the first trainable layer, or if ``training.prefix_cache`` is 0.
+    The arguments except ``recipe`` are those of ``PrefixCache``.
+
+    Raises:
+        RecipeError: The environment variable ``FEDMERGE_PREFIX_DISK`` is invalid.
     """
     training = recipe.training
     if training.prefix_cache == 0 or backbone.prefix is None:
@@ -128,7 +132,7 @@ class PrefixCache:
     ) -> AbstractContextManager[None]:
         """Return a context in which a forward pass on the batch of these rows uses the cache.
 
-        Enter it under the autocast of the pass.
+        Call this method and enter the context under the autocast of the pass.
 
         Args:
             rows: Rows of the table.
@@ -146,6 +150,9 @@ class PrefixCache:
 
         Call it under the autocast of the passes, and before several adapters share a pass:
         computing states needs the model with a single adapter.
+
+        Raises:
+            RecipeError: A state exceeds the range of ``training.prefix_dtype``.
         """
         prefix = self._backbone.prefix
         if not self._tried:
@@ -178,7 +185,8 @@ class PrefixCache:
         if states is None:
             computed = self._compute(prefix, inputs, rows)
             self._disk.put(key, computed)
-            # A mapped file is shared with other processes, and can be evicted from memory.
+            # The mapped file replaces the computed tensor: processes share it, and the operating
+            # system can evict it from memory.
             states = self._disk.get(key, shape, stored)
             if states is None:
                 return computed
@@ -249,7 +257,7 @@ class PrefixCache:
         }
         labels = inputs.pop("labels")
         if any(name.startswith("decoder_") for name in inputs):
-            return "the decoder has positions of its own"
+            return "the decoder and the encoder have different positions"
         with self._trial():
             losses, entering = self._run(prefix, inputs, labels)
             self._backbone.train()
@@ -264,7 +272,7 @@ class PrefixCache:
                 return "the frozen layers have dropout that cannot be disabled"
             inside = self._positions(inputs, states, held, rows)
             if inside is None:
-                return "the model's positions are not the batch's tokens"
+                return "the positions of the hidden states do not match the batch's tokens"
             size = (self._stored_dtype or states.dtype).itemsize
             needed = int(self._lengths[held].sum()) * states.shape[2] * size / 1e9
             if needed > self._max_gigabytes:
@@ -330,7 +338,8 @@ class PrefixCache:
 
         Returns:
             Mask of the positions in the batch that are not padding, ``(sequences, length)``; None
-            if the model's positions are not the batch's tokens, padded on the right.
+            if the positions of the hidden states do not match the batch's tokens, or if the padding
+            is not on the right.
         """
         mask, known = inputs.get("attention_mask"), self._examples.positions
         if known is None and mask is None and len(np.unique(self._examples.lengths[held])) > 1:

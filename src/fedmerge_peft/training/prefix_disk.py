@@ -23,12 +23,13 @@ _FORMAT = 1
 def disk_cache(recipe: Recipe) -> TensorCache | None:
     """Return the cache on disk for this recipe, or None.
 
-    ``FEDMERGE_PREFIX_DISK`` replaces the recipe's limit. The result is None if the limit is 0 or
-    the user has no home directory. It is also None for models with custom code and for models in
-    memory, because the weights and settings of these models do not determine the states.
+    The environment variable ``FEDMERGE_PREFIX_DISK`` (in GB) replaces the recipe's limit. The
+    result is None if the limit is 0 or the user has no home directory. It is also None for models
+    with custom code and for models in memory, because the weights and settings of these models do
+    not determine the states.
 
     Raises:
-        RecipeError: The variable is not a number of gigabytes.
+        RecipeError: The variable is not a number of GB from 0 to 1e6.
     """
     gigabytes = recipe.training.prefix_disk
     if text := os.environ.get(DISK_VARIABLE):
@@ -46,7 +47,10 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     try:
         folder = cache_folder() / "prefix"
     except RuntimeError:  # the user has no home directory
-        log.warning("states are not kept on disk without a home directory; set FEDMERGE_CACHE")
+        log.warning(
+            "the frozen layers' states are not kept on disk, because the user has no home "
+            "directory; set FEDMERGE_CACHE to a folder"
+        )
         return None
     return TensorCache(folder, gigabytes * 1e9)
 

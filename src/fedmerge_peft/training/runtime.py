@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SMALL = 6e7
-"""Floating-point operations of a matrix product below which one CPU thread is faster than two.
+"""Limit in floating-point operations. A matrix product with fewer operations is faster on one CPU
+thread than on two.
 
-Measured with the layers of MiniLM on two cores, if the second thread sleeps between products: two
-threads are slower at 4e7 operations, and faster at 7e7. If other processes use the cores, two
-threads are slower at both sizes.
+Measured with the layers of MiniLM on two cores. If the second thread sleeps between products, two
+threads are slower than one at 4e7 operations, and faster at 7e7. If other processes use the cores,
+two threads are slower at both sizes.
 """
 
 
@@ -60,11 +61,13 @@ class Runtime:
     first_token: FirstToken | None = None
     """Cut of the last layer to the first token; None if the head reads other tokens."""
     head: LabeledHead | None = None
-    """Head of a decoder at labeled positions; None if logits are computed at all positions."""
+    """Output layer of a decoder at labeled positions only; None if logits are computed at all
+    positions."""
     packed: bool = False
-    """True if the examples of a pass share rows; ``packing_trial.py`` checks the model."""
+    """True if several examples share a row of a batch (``Packing``); ``packing_trial.py`` checks
+    that the model supports it."""
     sharing_trial: SharingTrial | None = None
-    """Outcome of the trial of several adapters in one pass; None before it."""
+    """Outcome of the trial of several adapters in one pass; None before the trial."""
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +106,10 @@ class Runtime:
 
     @cached_property
     def _product_size(self) -> float:
-        """Floating-point operations of the median frozen matrix for one example of mean length."""
+        """Floating-point operations to multiply one example by a frozen matrix.
+
+        The example has the mean length, and the matrix the median size.
+        """
         frozen = [
             weight.numel()
             for weight in self.backbone.model.parameters()
@@ -133,7 +139,11 @@ class Runtime:
     def forward_pass(self, rows: Indices, packing: Packing | None = None) -> Iterator[None]:
         """Apply autocast, the prefix cache and the cut to the first token inside the context.
 
-        The context contains one forward pass on these examples.
+        Run exactly one forward pass on these examples inside the context.
+
+        Args:
+            rows: Rows of the table.
+            packing: Mapping of the batch to packed rows; None for a padded batch.
         """
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
@@ -144,7 +154,12 @@ class Runtime:
             yield
 
     def backward(self, loss: Tensor, scaler: GradScaler | None) -> None:
-        """Run Accelerate's backward pass, in fp16 with the gradient scaler of one adapter."""
+        """Run Accelerate's backward pass.
+
+        Args:
+            loss: Loss of one adapter, a scalar.
+            scaler: The adapter's gradient scaler in fp16; None in other precisions.
+        """
         usual, self.accelerator.scaler = self.accelerator.scaler, scaler
         try:
             self.accelerator.backward(loss)

@@ -30,7 +30,7 @@ class UpdatePrivacy:
 
     @property
     def mu_squared(self) -> float:
-        """μ² of one update, (2 clip / noise)²; infinite without noise.
+        """μ² of one update for μ-GDP, (2 clip / noise)²; infinite without noise.
 
         The distance between two clipped updates is at most 2 clip.
         """

@@ -41,7 +41,7 @@ class Records(NamedTuple):
 
     records: list[dict[str, Any]]
     sha256: str
-    """Sum of the last line; an empty text if the file has no lines."""
+    """Sum of the last line; an empty string if the file has no lines."""
 
 
 class DamagedError(RunError):
@@ -92,7 +92,7 @@ def append_record(path: Path, record: Mapping[str, Any], previous: str) -> tuple
     Args:
         path: File.
         record: Object with at least one entry.
-        previous: Sum of the previous line; an empty text for the first line.
+        previous: Sum of the previous line; an empty string for the first line.
 
     Returns:
         The length of the file in bytes, and the sum of the new line.
@@ -117,7 +117,7 @@ def read_records(path: Path, content: bytes | None = None) -> Records:
         content: Content of the file, if it has been read already.
 
     Raises:
-        RunError: A line is damaged.
+        RunError: The file cannot be read, or a line is damaged.
     """
     if content is None:
         content = _read(path) if path.exists() else b""

@@ -109,7 +109,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             with suppress(OSError):
-                # The temporary file remains after a failure, or if it and path were the same file.
+                # The temporary file remains after a failure. It also remains if it and ``path`` are
+                # hard links to the same file, because renaming then does nothing.
                 temporary.unlink(missing_ok=True)
         if os.name == "posix":  # other systems cannot open a folder
             _sync(path.parent)

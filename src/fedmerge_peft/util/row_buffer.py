@@ -48,7 +48,10 @@ class RowBuffer:
         return stored.copy_(rows)
 
     def _allocate(self, size: int) -> Tensor:
-        """Allocate a block for the expected appends of ``size`` floats, or of ``BLOCK_BYTES``."""
+        """Allocate a block for all expected appends of ``size`` floats each.
+
+        The block has about ``BLOCK_BYTES`` if the expected appends need less.
+        """
         numel = size * max(self._expected_calls, BLOCK_BYTES // (4 * size))
         self._memory_left -= 4 * numel
         if self._memory_left >= 0:

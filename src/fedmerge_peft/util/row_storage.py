@@ -54,9 +54,11 @@ class RowStorage:
         length = count * size * self.dtype.itemsize
         folder = self.folder if self.folder is not None and self.folder.is_dir() else None
         try:
-            with TemporaryFile(prefix="fedmerge-", dir=folder) as file:  # the mapping keeps it
+            # The mapping keeps the file alive after the file object is closed.
+            with TemporaryFile(prefix="fedmerge-", dir=folder) as file:
+                # Without reserved space, a full disk would kill the process in a later write.
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, length)  # else a full disk kills later
+                    os.posix_fallocate(file.fileno(), 0, length)
                 file.truncate(length)
                 mapping = mmap.mmap(file.fileno(), length)
         except OSError as error:
@@ -69,7 +71,10 @@ class RowStorage:
         return rows
 
     def store(self, rows: Iterable[Tensor], count: int) -> Tensor:
-        """Copy ``count`` > 0 rows ``(P,)`` to new rows ``(count, P)``, rounded to the nearest."""
+        """Copy ``count`` > 0 rows ``(P,)`` to new rows ``(count, P)`` of this storage.
+
+        Values are rounded to the nearest number in ``dtype``.
+        """
         source = iter(rows)
         first = next(source)
         if self.plain:
@@ -96,7 +101,7 @@ def column_chunks(rows: Tensor) -> Iterator[slice]:
     if not in_chunks(rows):
         yield slice(None)
         return
-    width = max(1, CHUNK_BYTES // (16 * len(rows))) * 4  # draws come in fours
+    width = max(1, CHUNK_BYTES // (16 * len(rows))) * 4  # as ``StochasticRounding.round`` needs
     for start in range(0, rows.shape[1], width):
         yield slice(start, start + width)
 

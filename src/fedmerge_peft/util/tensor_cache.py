@@ -24,10 +24,11 @@ _TENSOR, _SUM = "tensor", "blake2b"
 _RESERVE = 10**9
 """Bytes of the disk that the cache leaves free."""
 _SMALL = 2**20
-"""Size in bytes below which a tensor is copied, because a process has few memory mappings."""
+"""Limit in bytes. Smaller tensors are copied into memory, because a process can have only a limited
+number of memory mappings."""
 _RESCANS = 20
-"""Number of listings of the folder while ``max_bytes`` are written. A listing finds the files that
-other processes wrote."""
+"""Number of times that the folder is listed while ``max_bytes`` bytes are written. A listing finds
+the files that other processes wrote."""
 
 
 def cache_folder() -> Path:
@@ -41,10 +42,10 @@ class TensorCache:
 
     Files are written under another name and renamed, so that processes can read and write at the
     same time. A damaged file counts as missing. The least recently used files are removed to stay
-    within the limit, but none that this object has read or written. Only the user may open folder
-    and files, because tensors can reveal examples, and a file of another user could change
-    results. A folder or a file that is a link or belongs to another user is not used. A failure to
-    write is logged, and nothing is written afterwards.
+    within the limit, except files that this object has read or written. Only the user may open the
+    folder and its files, because tensors can reveal examples, and a file of another user could
+    change results. A folder or a file that is a link or belongs to another user is not used. A
+    failure to write is logged, and nothing is written afterwards.
 
     Args:
         folder: Folder, created on the first write with mode 0700.
@@ -137,8 +138,8 @@ class TensorCache:
     def _give_up(self, error: Exception) -> None:
         self._writes = False
         log.warning(
-            "%s cannot be written, and is not used further: %s; FEDMERGE_CACHE names another "
-            "folder",
+            "%s cannot be written, so no more tensors are stored in it: %s; set FEDMERGE_CACHE to "
+            "another folder",
             self.folder,
             error,
         )

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from unicodedata import category
 
 _SHORTEST = 3
-"""Shortest word that is compared with others letter by letter."""
+"""Length of the shortest word that is compared with other words letter by letter."""
 
 _LONGEST = 200
-"""Longest word that is compared with others letter by letter."""
+"""Length of the longest word that is compared with other words letter by letter."""
 
 _SEPARATORS = re.compile(r"[-_. ]")
 _PUNCTUATION = str.maketrans("", "", "-_. ")
@@ -75,9 +75,10 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the word that a misspelled word most likely stands for; None if none is close.
 
     Close words are equal except for case and punctuation, or differ by at most one edit per four
-    letters, or one is the beginning of the other. An edit inserts, deletes or replaces a letter, or
-    exchanges two neighbors (optimal string alignment). Each part of a compound has to be close:
-    ``token-cat`` is not close to ``image-cat``.
+    letters, or one is the beginning of the other. Words of three letters may differ by one edit,
+    shorter words by none. An edit inserts, deletes or replaces a letter, or exchanges two neighbors
+    (optimal string alignment). Each part of a compound has to be close: ``token-cat`` is not close
+    to ``image-cat``.
     """
     candidates = list(dict.fromkeys(words))
     for candidate in candidates:
@@ -98,7 +99,8 @@ def folded(word: str) -> str:
 def _is_beginning(one: str, other: str) -> bool:
     """Return True if one word begins with the other.
 
-    The shorter word must have at least four letters, the longer at most twice as many as it.
+    The shorter word must have at least four letters. The longer word must have at most twice as
+    many letters as the shorter word.
     """
     short, long = sorted((one.casefold(), other.casefold()), key=len)
     return long.startswith(short) and len(short) >= 4 and len(long) <= 2 * len(short)

@@ -307,9 +307,9 @@ def test_a_damaged_budget_stops_the_site(text, tmp_path):
 def test_an_update_that_exceeds_the_budget_charges_nothing(tmp_path):
     budget = PrivacyBudget(tmp_path, 1e-5, epsilon_of(2.0, 1e-5))
     budget.charge("a", 1.0)
-    with pytest.raises(RefusedError, match="is spent: 1 updates .* and 1 more would make it"):
+    with pytest.raises(RefusedError, match=r"is spent: 1 updates .* and 1 more would make it"):
         budget.charge("a", 1.5)
-    with pytest.raises(RefusedError, match="is spent: 1 updates .* and 3 more would make it"):
+    with pytest.raises(RefusedError, match=r"is spent: 1 updates .* and 3 more would make it"):
         budget.charge("a", 0.5, 3)
     budget.charge("a", 1.0)
     with pytest.raises(RefusedError, match="is spent: 2 updates"):

@@ -53,7 +53,7 @@ def test_automatic_workers_follow_the_recipes_device(no_launcher, monkeypatch, d
 
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", ""])
 def test_what_is_no_number_of_workers_is_refused(no_launcher, number):
-    with pytest.raises(DeviceError, match="write a number of processes from 1, or auto"):
+    with pytest.raises(DeviceError, match="give a number of at least 1, or auto"):
         workers.number_of_workers(number, "auto")
 
 
@@ -74,7 +74,7 @@ def test_bad_numbers_are_one_message(command, no_launcher, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         main([command, given, "--workers", "none"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("--workers none: write a number")
+    assert capsys.readouterr().err.startswith("--workers none: give a number")
 
 
 def start(*arguments):

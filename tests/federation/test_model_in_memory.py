@@ -150,7 +150,7 @@ def test_clients_predict_with_a_module(run):
     (answer,) = run.predict({"North": ["I was charged twice."]})["North"]
     assert answer["label"] in LABELS
     with pytest.raises(
-        RunError, match=r"pipeline: transformers has none for TextNet.*run\.predict"
+        RunError, match=r"pipeline: transformers has no pipeline for TextNet.*run\.predict"
     ):
         run.client("North").pipeline()
 

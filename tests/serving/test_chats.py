@@ -198,7 +198,7 @@ def test_a_server_quantizes_the_weights_to_4_bits_as_the_run_did(chats, bits, fl
     ("task", "base", "reason"),
     [
         ("sequence-classification", "acme/base", "modules_to_save.*does not generate text"),
-        ("causal-lm", "tiny:llama", "it cannot load the base model tiny:llama; name it with"),
+        ("causal-lm", "tiny:llama", "tiny:llama has no name that vLLM can load; name it with"),
     ],
 )
 def test_runs_that_vllm_cannot_serve_are_refused(finished, task, base, reason):

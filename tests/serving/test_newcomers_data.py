@@ -152,7 +152,7 @@ def test_the_recipes_split_column_selects_the_test_rows(tmp_path, tickets):
     ("data", "options", "message"),
     [
         ("nowhere.csv", {}, "nowhere.csv does not exist"),
-        ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
+        ("here.csv", {"test_fraction": 1.0}, "test_fraction: found 1, expected a number"),
         ("here.csv", {}, r"there is no column 'queue'"),
         ("empty.csv", {}, r"empty.csv is empty; add a first row with the column names"),
         ("here.txt", {}, "has an unsupported format"),

@@ -157,7 +157,7 @@ def test_a_run_with_private_heads_exports_clients_and_refuses_the_rest(
     half = run.merge({name: 1, run.client_names[0]: 1}).row
     heads = [federation.strategy.served(number)[layout.columns("head")] for number in (0, 1)]
     torch.testing.assert_close(half[layout.columns("head")], sum(heads) / 2)
-    with pytest.raises(RunError, match="the soup has no whole adapters; name clients"):
+    with pytest.raises(RunError, match="the soup has no whole adapters; give shares of"):
         run.merge({0: 1})
     with pytest.raises(RunError, match="export the clients' adapters with --all"):
         export_soup(run, tmp_path / "soup")

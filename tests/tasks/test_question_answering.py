@@ -273,7 +273,7 @@ def test_a_run_predicts_exports_and_reports(tmp_path, strategy):
     )
     with pytest.raises(DataError, match="an input must be a question and a context"):
         run.predict({"north": ["Who?"]}, device="cpu")
-    with pytest.raises(RunError, match=r"transformers .* has none for question-answering"):
+    with pytest.raises(RunError, match=r"transformers .* has no pipeline for question-answering"):
         run.client("north").pipeline()
     card = (run.client("north").save(tmp_path / "north") / "README.md").read_text()
     assert "AutoModelForQuestionAnswering.from_pretrained('tiny:bert', num_labels=2" in card

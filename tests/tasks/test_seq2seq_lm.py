@@ -158,7 +158,7 @@ def test_a_run_predicts_exports_and_reports(tmp_path, caplog):
     found = run.predict({"north": texts, "south": texts[:1]}, device="cpu")
     assert [len(found[client]) for client in ("north", "south")] == [2, 1]
     assert found["north"][1] == run.predict({"north": texts[1:]}, device="cpu")["north"][0]
-    with pytest.raises(RunError, match=r"transformers .* has none for seq2seq-lm"):
+    with pytest.raises(RunError, match=r"transformers .* has no pipeline for seq2seq-lm"):
         run.client("north").pipeline()
     card = (run.client("north").save(tmp_path / "north") / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM.from_pretrained('tiny:t5'" in card

@@ -121,7 +121,7 @@ def test_predictions_are_those_of_transformers_pipeline(finished):
     run, engine = finished
     name = engine.recipe.task.name
     if not engine.task.pipeline:
-        with pytest.raises(RunError, match="has none for"):
+        with pytest.raises(RunError, match="has no pipeline for"):
             run.client("client 0").pipeline(device="cpu")
         return
     found = run.predict({"client 0": INPUTS[name]}, device="cpu")["client 0"]

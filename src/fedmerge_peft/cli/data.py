@@ -19,7 +19,7 @@ def data(
     ] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(help="Draw clients and labels to this PNG or SVG file; overwritten."),
+        typer.Option(help="Draw clients and labels to this .png, .svg or .pdf file; overwritten."),
     ] = None,
     show: Annotated[
         int,

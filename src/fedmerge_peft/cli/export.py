@@ -23,7 +23,7 @@ def export(
         bool,
         typer.Option(
             "--soup",
-            help="Export the shared adapters and all merging weights, to merge on load.",
+            help="Export the shared adapters and all merging weights, with code that merges them.",
         ),
     ] = False,
     vllm: Annotated[

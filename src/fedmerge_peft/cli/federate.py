@@ -29,10 +29,10 @@ WireDtype = Annotated[
     typer.Option(help="Number format of adapters in messages; bfloat16 halves the bytes."),
 ]
 Segment = Annotated[
-    int, typer.Option(min=1, help="Rounds in a job; a disconnected site joins at the next job.")
+    int, typer.Option(min=1, help="Rounds per job. A disconnected site can join the next job.")
 ]
 Deadline = Annotated[
-    int, typer.Option(min=1, help="Maximum time of a site for a round, in seconds.")
+    int, typer.Option(min=1, help="Maximum time that a site may take for a round, in seconds.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
 
@@ -335,7 +335,8 @@ def rehearse(
     _print_outcome(
         run_rehearsal(folder, federation, report),
         str(folder / "server" / "run"),
-        f"fedmerge federate server {shlex.quote(str(folder))}, its sites, and run",
+        "fedmerge federate server, fedmerge federate site for each site, and fedmerge federate "
+        f"run, each with its kit in {shlex.quote(str(folder))}",
     )
 
 

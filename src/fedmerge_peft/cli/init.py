@@ -126,7 +126,8 @@ def init(
         str | None, typer.Option(help="Column that names the client; none for random clients.")
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(help="Number of random clients, without a column of them.", min=1)
+        int | None,
+        typer.Option(help="Number of random clients, if no column names the clients.", min=1),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder of the model.")] = None,
     out: Annotated[

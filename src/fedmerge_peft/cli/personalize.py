@@ -26,7 +26,8 @@ def personalize(
     data: Annotated[
         Path,
         typer.Option(
-            help="The new client's examples: csv, json, jsonl or parquet, with the run's columns."
+            help="The new client's examples, with the run's columns: a csv, tsv, json, jsonl, "
+            "parquet or arrow file, or a folder."
         ),
     ],
     out: Annotated[
@@ -38,7 +39,9 @@ def personalize(
     ] = None,
     best: Annotated[
         bool,
-        typer.Option("--best", help="Use the adapters of the best round instead of the last."),
+        typer.Option(
+            "--best", help="Use the round with the lowest validation loss instead of the last."
+        ),
     ] = False,
     test_fraction: Annotated[
         float,
@@ -60,7 +63,9 @@ def personalize(
     ] = True,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Seed of the held-out examples. Default: the run's."),
+        typer.Option(
+            min=0, help="Seed of the held-out examples and of local training. Default: the run's."
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -49,7 +49,7 @@ def ls(
 
 def _list_registered(modules: list[str]) -> None:
     """Print the names, origins and descriptions of all registered parts, such as strategies."""
-    import fedmerge_peft.recipe  # registers the built-in ones  # noqa: F401
+    import fedmerge_peft.recipe  # registers the built-in parts  # noqa: F401
     from fedmerge_peft.plugins import REGISTRIES, import_installed, import_modules
     from fedmerge_peft.util.text import printable
 

@@ -38,7 +38,8 @@ class Display(Protocol):
 def result_of(run: Run, fresh: bool) -> str:
     """Return the scores of a finished run in one line.
 
-    If the run is ``fresh``, which means that this sweep has just run it, the line has its seconds.
+    If the run is ``fresh``, that is, if the calling process has just run it, the line also states
+    its seconds.
     """
     summary = run.summary
     served = summary["final"]["served"]
@@ -143,7 +144,8 @@ class _Progress:
                 self.faults.append(details[0])
             case "ended":
                 result, fresh = details
-                # A run that this sweep has run counts when its own process reports it, as fresh.
+                # Other processes may find a run finished before the process that ran it reports it.
+                # Wait for the latter report, which is fresh and contains the seconds.
                 if name not in self.ended and (fresh or name not in self._running):
                     self.ended.add(name)
                     self._show.ended(name, result)

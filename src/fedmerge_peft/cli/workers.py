@@ -54,14 +54,14 @@ def number_of_workers(requested: str, device: str) -> int:
     if requested == "auto":
         return _automatic(device)
     if not requested.isdecimal() or int(requested) < 1:
-        raise DeviceError(f"--workers {requested}: write a number of processes from 1, or auto")
+        raise DeviceError(f"--workers {requested}: give a number of at least 1, or auto")
     return int(requested)
 
 
 def _automatic(device: str) -> int:
-    """Return the number of GPUs or, without GPUs or for ``cpu``, of CPU cores up to 4.
+    """Return the number of GPUs. Return 1 for a single device, such as ``mps`` or ``cuda:1``.
 
-    Return 1 if ``device`` is another single device, such as ``mps``.
+    Without a GPU, or if ``device`` is ``cpu``, return the number of CPU cores, at most 4.
     """
     import torch
 
@@ -80,8 +80,8 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
 
     Raises:
         RankError: A process was killed.
-        typer.Exit: The program failed, with the exit code of the rank that ended first, or a signal
-            stopped it, with 128 + signal number.
+        typer.Exit: A rank failed, or a signal stopped the program. The exit code is that of the
+            rank that failed first, or 128 + signal number.
     """
     share_cores(count)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
@@ -163,7 +163,7 @@ def _run_forked(arguments: Sequence[str]) -> None:
     try:
         with errors_as_messages():
             app(arguments, prog_name="fedmerge")
-    except Exception:  # print it as Python does, which the launcher would not
+    except Exception:  # the launcher would not print the traceback
         traceback.print_exc()
         sys.exit(1)
 

@@ -1,4 +1,7 @@
-"""Draw figures with matplotlib, for files and trackers; ``svg.py`` draws the page's figures."""
+"""Draw figures with matplotlib, for files and trackers.
+
+``svg.py`` draws the same figures for the HTML report.
+"""
 
 from __future__ import annotations
 

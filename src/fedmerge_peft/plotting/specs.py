@@ -1,4 +1,7 @@
-"""Figures as data; ``svg.py`` draws them for the page, ``render.py`` for files and trackers."""
+"""Figures as data.
+
+``svg.py`` draws them for the HTML report, and ``render.py`` draws them for files and trackers.
+"""
 
 from __future__ import annotations
 

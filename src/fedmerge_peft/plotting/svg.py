@@ -1,7 +1,7 @@
-"""Draw figures as SVG for the page, whose style sheet sets the colors for light and dark mode.
+"""Draw figures as SVG for the HTML report.
 
-All figures are ``WIDTH`` units wide, about a phone's width in CSS pixels, so that text stays
-legible when the page scales them.
+The report's style sheet sets the colors for light and dark mode. All figures are ``WIDTH`` units
+wide, about a phone's width in CSS pixels, so that text stays legible when the page scales them.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
             finding,
             "the weights have not settled, or there are more adapters than the clients need",
             remedy
-            or "use fewer adapters (strategy.adapters), or more rounds so that W settles "
-            "(strategy.weights_lr)",
+            or "use fewer adapters (strategy.adapters), or let the weights settle: use more rounds "
+            "or another strategy.weights_lr",
         )
 
 
@@ -118,7 +118,9 @@ def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
             "use more rounds or training.epochs"
         )
     elif chosen["reason"].startswith("chosen"):
-        cause = "training was too short, as the learning rate was chosen by a test"
+        cause = (
+            "training was too short; the learning rate is not the cause, because a test chose it"
+        )
         action = "use more rounds or training.epochs"
     else:
         cause = "no learning rate reduced the loss, so the adapters cannot fit the examples"
@@ -136,7 +138,7 @@ def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
     if run.recipe.strategy.shared_soup and isinstance(adapters, int) and adapters < groups:
         yield Advice(
             f"{groups} known groups of clients share {adapters} adapters",
-            "groups with different tasks that share an adapter pull it apart",
+            "groups that share an adapter train it in different directions if their tasks differ",
             f"set strategy.adapters to {groups} or more",
         )
 
@@ -222,8 +224,9 @@ def _overfitting(run: RunDirectory) -> Iterator[Advice]:
             "overfitting: the training loss went on falling while the validation loss rose"
             if falls
             else "later rounds made the adapters worse: the learning rate may be too high",
-            f"fedmerge export {shlex.quote(str(run.path))} --all --best, use fewer rounds or "
-            "epochs, set evaluation.serve: best, or stop early (stop.patience)",
+            "export the adapters of the best round (fedmerge export "
+            f"{shlex.quote(str(run.path))} --all --best), use fewer rounds or epochs, set "
+            "evaluation.serve: best, or stop early (stop.patience)",
         )
 
 

@@ -110,7 +110,7 @@ def _dumbbells(
     if (step := math.ceil(len(parts[0]) / MAX_CLIENTS)) > 1:
         caption += f" Every {step}th client is shown."
     if len(setting.methods) > len(chosen):
-        caption += " The table has other methods too."
+        caption += " The chart of all clients also shows the other methods."
     none = (math.nan, math.nan)
     finite = [value for scores in values.values() for value in scores if math.isfinite(value)]
     finite += [limit for span in spans.values() for limit in span]

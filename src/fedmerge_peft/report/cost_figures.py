@@ -33,8 +33,8 @@ def cost_figures(setting: Setting) -> Iterator[Figure]:
             label="wall clock of all rounds (s)",
             styles=styles,
         ),
-        "Evaluation included. Work that an earlier method of the run has done on the same adapters "
-        "takes no time again.",
+        "Evaluation is included. If an earlier method of the run has already done the same work on "
+        "the same adapters, its results are reused, which takes no time.",
     )
 
 

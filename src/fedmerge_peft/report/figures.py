@@ -14,7 +14,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 
 
 def figures(run: RunDirectory) -> list[Figure]:
-    """Return all figures of a run and its baselines for which there are data."""
+    """Return all figures of a run and its baselines; omit figures without data."""
     (setting,) = settings([run])
     own = [figure for method in setting.runs for figure in run_figures(method)]
     return [*shared_figures(setting), *own]

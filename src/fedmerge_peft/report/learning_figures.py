@@ -27,7 +27,8 @@ class Losses:
     training: list[tuple[int, float]]
     """Pairs of a round and the mean loss of its local training."""
     validation: list[tuple[int, float]]
-    """Pairs of completed rounds and the mean validation loss of the models served then."""
+    """Pairs of a number of completed rounds, and the mean validation loss of the models that are
+    served then."""
     chance: float | None
     """log L, the loss of guessing evenly among L labels; None unless each example has one label."""
 
@@ -39,9 +40,9 @@ class Losses:
 
     @property
     def turning(self) -> tuple[int, float] | None:
-        """Rounds completed at the lowest validation loss, and this loss.
+        """Number of completed rounds at the lowest validation loss, and this loss.
 
-        None if the loss is lowest at the end, or was not evaluated twice.
+        None if the loss is lowest at the end, or was evaluated at most once.
         """
         if len(self.validation) < 2:
             return None
@@ -68,7 +69,7 @@ def losses(run: RunDirectory) -> Losses:
 
 
 def served(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
-    """Return pairs of completed rounds and the scores of the models served then."""
+    """Return pairs of a number of completed rounds and the scores of the models served then."""
     points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
     if (run.path / "summary.json").is_file() and (scores := run.last_scores):
         points.append((len(run.records), scores))
@@ -147,8 +148,8 @@ def _losses(setting: Setting) -> Iterator[Figure]:
         "Loss by round, mean over clients",
         Lines(series, x="rounds completed", y="loss (nats)", floor=None),
         "Validation: loss of the served adapters on examples that clients do not train on. "
-        "Training: mean loss during the round that follows. If training falls while validation "
-        "rises, the adapters learn their examples by heart.",
+        "Training: mean loss during the round that follows. If the training loss falls while the "
+        "validation loss rises, the adapters overfit.",
     )
 
 
@@ -196,8 +197,8 @@ def _scores(setting: Setting) -> Iterator[Figure]:
         ),
         f"The band covers the middle 80 % of the clients of {setting.methods[0].name}."
         + (
-            " finetuned: its score after one more round of local training; if the two are close, "
-            "clients need no finetuning."
+            " finetuned: its score after one more round of local training. If this score is close "
+            "to the score without it, clients need no finetuning."
             if any(line.kind == "second" for line in series)
             else ""
         )

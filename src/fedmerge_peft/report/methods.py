@@ -25,6 +25,7 @@ class Method:
     name: str
     run: RunDirectory
     style: int
+    """Index into the palette's colors and dashes."""
 
     @property
     def scores(self) -> dict[str, Any] | None:

@@ -276,7 +276,7 @@ def _adapters(run: RunDirectory) -> str:
 
 
 def _training_facts(run: RunDirectory) -> dict[str, str]:
-    """Return the learning rate and the epochs, and how the run chose them."""
+    """Return the learning rate and the epochs or steps, and how the run chose them."""
     training, chosen = run.recipe.training, run.decisions
     passes = {"steps": training.steps} if training.steps else {"epochs": training.epochs}
     values: dict[str, Any] = {"learning_rate": training.learning_rate, **passes}

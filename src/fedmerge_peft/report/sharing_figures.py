@@ -58,15 +58,15 @@ def answer(method: Method) -> str:
     ]
     if blocks := run.recipe.strategy.merged_blocks:
         sentences.append(
-            f"Weights differ between blocks of the adapter ({blocks}); these are their means over "
-            "the parameters."
+            f"Weights differ between blocks of the adapter ({blocks}). This page shows their means "
+            "over all parameters."
         )
     if known_groups(run):
         table = sharing(run)
         apart = int(((table["share"] == 1) & (table["others"] == "")).sum())
         sentences.append(
-            f"{apart} of {len(table)} groups have a main adapter of their own, which all of their "
-            "clients and no other group use most."
+            f"{apart} of {len(table)} groups have a main adapter of their own: all clients of the "
+            "group use it most, and it is the main adapter of no other group."
         )
         together = table[table["others"] != ""].groupby("adapter").groups.values()
         shared = [" with ".join(map(str, groups)) for groups in together]
@@ -103,7 +103,7 @@ def _weights(run: RunDirectory, order: NDArray[np.int64], groups: list[str]) -> 
     weights = run.weights
     names = [str(weights.index[row]) for row in order]
     caption = "One row per client; clients with similar weights are adjacent"
-    caption += ", within their groups, which training did not use." if groups else "."
+    caption += " within their known group. Training did not use the groups." if groups else "."
     if len(names) > MAX_ROWS:
         caption += f" With {len(names)} clients, adjacent rows are averaged."
     return Figure(
@@ -143,7 +143,8 @@ def _by_round(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
                 y="clients, in the order of their weights",
                 label="merging weight π (share)",
             ),
-            "Rows are clients in the order of the figure of their weights; columns are adapters.",
+            "Rows are clients, in the order of the figure of their final weights. Columns are "
+            "adapters.",
         )
 
 
@@ -188,9 +189,8 @@ def _similarities(
             "similarity-labels",
             "Similarity of clients by labels",
             _pairs(_shares(counts.to_numpy()[order]), names, groups),
-            "The same pairs by the shares of their labels, which the server did not see. Blocks "
-            "only in the figure of the weights are clients that behave alike although their "
-            "labels differ.",
+            "The same pairs, compared by the shares of their labels. Blocks that appear only in "
+            "the figure of the weights are clients that behave alike although their labels differ.",
         )
 
 

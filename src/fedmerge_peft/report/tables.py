@@ -35,7 +35,7 @@ class Cell:
 
     @classmethod
     def of(cls, value: float | str, *, signed: bool = False) -> Cell:
-        """Return the cell of a number or text."""
+        """Return the cell of a number or text. ``signed`` adds a plus sign to positive numbers."""
         if isinstance(value, str):
             return cls(value, value)
         sign = "+" if signed and value > 0 else ""
@@ -44,7 +44,7 @@ class Cell:
 
 
 def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
-    """Return the columns, and one row per client, the worst score of the first method first.
+    """Return the columns and one row per client. The worst clients of the first method come first.
 
     A row has the client's scores under a few methods, and its gain over the reference. Without a
     metric, there are neither columns nor rows.
@@ -130,7 +130,10 @@ def _count(value: Any) -> Cell:
 
 
 def number(value: float) -> str:
-    """Format a number with up to three decimals, fewer for larger numbers; nan becomes a dash."""
+    """Format a number with up to three decimals, fewer for larger numbers.
+
+    Infinity becomes ∞; nan and -infinity become a dash.
+    """
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     return (

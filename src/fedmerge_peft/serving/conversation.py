@@ -39,7 +39,7 @@ class Conversation:
             raise RunError(
                 f"{run.path}: its examples are not chats (task {run.recipe.task.name}"
                 + (f", format {run.task['format']}" if run.task.get("format") else "")
-                + "), so there is nobody to chat with; run.predict in Python takes single inputs"
+                + "), so its adapters cannot chat; for single inputs, use run.predict in Python"
             )
         if client not in run.client_names:
             raise RunError(f"the run {no_client(client, run.client_names)}")

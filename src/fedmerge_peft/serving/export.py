@@ -3,7 +3,8 @@
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
          (the client's row of π) and, if the model generates text, ``generation_files``'s files
 all      one such folder per client, and clients.json (the folder of each client)
-soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
+soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), with which users merge
+         the adapters after loading
 
 A folder is written whole or not at all, with the SHA-256 sums of its files in ``SHA256SUMS``.
 """
@@ -43,7 +44,10 @@ def export_client(
     base_model_id: str | None = None,
     repo: str | None = None,
 ) -> Path:
-    """Write a client's merged adapter, at the run's rank, with a model card.
+    """Write a client's merged adapter with a model card.
+
+    The adapter has the run's rank. If the run updated the backbone (flora), the update is part of
+    the adapter, whose rank is then higher.
 
     Args:
         run: A run with at least one finished round.
@@ -81,7 +85,7 @@ def export_all(
     repo: str | None = None,
     vllm: bool = False,
 ) -> Path:
-    """Write the adapters of all clients, each to a subfolder named by ``folder_name``.
+    """Write the adapters of all clients, each to a subfolder that ``folder_name`` names.
 
     ``clients.json`` maps each client to its subfolder. With ``vllm``, the script ``serve.sh``
     starts a vLLM server with all adapters.
@@ -123,10 +127,10 @@ def export_soup(
     base_model_id: str | None = None,
     repo: str | None = None,
 ) -> Path:
-    """Write the soup: d adapters, and ``weights.json`` to merge them on load.
+    """Write the soup: d adapters, and ``weights.json``, with which the user merges them.
 
-    Arguments, result and errors are those of ``export_client``. The own parts of the clients are
-    not exported.
+    Arguments, result and errors are those of ``export_client``, except that there is no client. The
+    clients' own parts of the adapters, such as label priors, are not exported.
 
     Raises:
         RunError: As ``export_client``; or parts of the adapters are private to the clients, so that

@@ -70,7 +70,8 @@ class MergedAdapter:
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""
     clients: Tensor | None = None
-    """Weights of the clients' own parts, ``(m,)``; None to leave these parts out."""
+    """Weights ``(m,)`` of the clients' own parts, such as heads or label priors; None to leave
+    these parts out."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:
@@ -188,15 +189,16 @@ class MergedAdapter:
         kind = task_type(recipe.task)
         if not kind.pipeline:
             raise RunError(
-                f"pipeline: transformers {transformers.__version__} has none for "
+                f"pipeline: transformers {transformers.__version__} has no pipeline for "
                 f"{recipe.task.name}; use run.predict or .model()"
             )
         with self._folder() as folder:
             model = self._model(folder, choose_device(device))
             if not isinstance(model.get_base_model(), transformers.PreTrainedModel):
                 raise RunError(
-                    f"pipeline: transformers has none for {type(model.get_base_model()).__name__}, "
-                    "which a Python program passed; use run.predict or .model()"
+                    "pipeline: transformers has no pipeline for "
+                    f"{type(model.get_base_model()).__name__}, which a Python program passed; use "
+                    "run.predict or .model()"
                 )
             defaults = kind.pipeline_options(recipe.task, recipe.backbone, folder)
             if kind.completes:
@@ -259,8 +261,8 @@ def mixed_adapter(
         best: Use the round with the lowest validation loss instead of the last.
 
     Raises:
-        RunError: The shares are invalid, an adapter or client does not exist, or adapters without
-            the clients' private parts are not whole.
+        RunError: The shares are invalid; an adapter or client does not exist; or ``shares`` names
+            an adapter by its number, although parts of the adapters are private to the clients.
     """
     soup, known = run.state(best=best)
     adapters = len(soup)
@@ -276,7 +278,8 @@ def mixed_adapter(
     if soup.own is not None and soup.own.private and any(isinstance(key, int) for key in shares):
         raise RunError(
             f"{run.path}: parts of its adapters are private to the clients "
-            f"({run.recipe.strategy.name}), so that the soup has no whole adapters; name clients"
+            f"({run.recipe.strategy.name}), so that the soup has no whole adapters; give shares "
+            "of clients instead of adapter numbers"
         )
     rows = [
         torch.eye(adapters)[key] if isinstance(key, int) else run.weights_of(key, known)

@@ -78,10 +78,11 @@ _SOUP = _CARD % (
     """\
 {{ adapters }} LoRA adapters of {{ base }}, and the merging weights of {{ clients }} clients in
 `weights.json` ([FedMerge]({{ project }})). A client's adapter is Σ_j π_j Θ_j, tensor by tensor.
-PEFT's `add_weighted_adapter` computes something else, so merge as follows:
 {%- if own %}
-The clients' own parts, such as heads or label priors, are not included; export clients for them.
-{%- endif %}""",
+The clients' own parts, such as heads or label priors, are not included. The folder of a single
+client (`fedmerge export RUN --client NAME`) has them.
+{%- endif %}
+PEFT's `add_weighted_adapter` computes something else, so merge as follows:""",
     """| adapters | {{ adapters }}, of rank {{ rank }} |
 {%- for metric, value in scores.items() %}
 | {{ metric }}, mean over clients | {{ value }} |
@@ -160,10 +161,12 @@ def adapter_card(
         adapter: The adapter.
         place: Arguments, in Python syntax, from which the example loads the adapter.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
-        role: The client's relation to the run; ``{clients}`` becomes a text such as 3 clients.
+        role: The client's relation to the run. ``{clients}`` is replaced by the number of clients,
+            such as "3 clients".
         examples: Number of examples by kind: ``training``, ``validation``, ``test``.
         rank: The LoRA rank of the adapter.
-        own: The part that is added to the merged adapter, if any.
+        own: Name of a part that is added to the merged adapter, such as "the client's own part";
+            None if nothing is added.
     """
     run = adapter.run
     base, hub_base = base_model(run, base_model_id)

@@ -46,8 +46,8 @@ def read_newcomer(
 
     if not 0 <= test_fraction < 1:
         raise DataError(
-            f"test_fraction: {test_fraction:g} leaves no training examples; "
-            "give a number from 0 to below 1"
+            f"test_fraction: found {test_fraction:g}, expected a number of at least 0 and below 1, "
+            "so that training examples remain"
         )
     if isinstance(data, str | Path):
         splits, name = _load(run.recipe, Path(data).expanduser()), name or Path(data).stem

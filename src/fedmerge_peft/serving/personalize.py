@@ -5,8 +5,9 @@ min_w ℓ(softmax(w) Θ). With θ = Σ_j π_j Θ_j the chain rule gives
 ∂ℓ/∂w_j = π_j ⟨Θ_j − θ, ∂ℓ/∂θ⟩. FedMerge's server follows the same gradient (arXiv 2504.06768),
 estimated from a round's update; here it is exact.
 
-The loss ℓ has the run's ``training.logits``. With ``serving.label_prior``, the newcomer's own label
-prior is part of the adapter, as for the clients of the run.
+The recipe's ``training.logits`` selects the logits in ℓ, as in the run. With
+``serving.label_prior``, the newcomer's own label prior is part of its adapter, as it is for the
+clients of the run.
 """
 
 from __future__ import annotations
@@ -101,16 +102,16 @@ def personalize(
         max_train: Limit on training examples, drawn at random. Default: no limit.
         local: Also train an adapter from scratch, for at most the recipe's rounds.
         seed: Seed of the held-out examples and of local training. Default: the recipe's.
-        model: The model that a Python program passed to the run (``federate``), if it is not in
+        model: The run's model, if a Python program passed it to ``federate`` and it is no longer in
             memory.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
         metrics: As in ``federate``, for the scores of all methods.
 
     Raises:
-        RunError: The run has no adapters that a newcomer can merge, they do not fit the model that
-            is loaded now, the model would run its own code without consent (``load_run``), or
-            another model than the run's is passed.
+        RunError: A newcomer cannot merge the adapters of this run; the adapters do not fit the
+            model that is loaded now; the model comes with code to which the caller did not consent
+            (``trust_remote_code`` of ``load_run``); or ``model`` is not the run's model.
         DataError: The data cannot be read, do not fit the task, or contain an unknown label.
         FedMergeError: The model or the device is not available.
     """
@@ -166,7 +167,8 @@ def learn_logits(
         lr: Initial step size, in logits.
 
     Returns:
-        The logits ``(d,)`` float64 with the lowest loss found, including the start, and that loss.
+        The logits ``(d,)`` float64 with the lowest loss of all evaluated logits, and this loss. The
+        initial logits are evaluated too.
     """
     smoothed = (1 - _UNIFORM_SHARE) * start.double() + _UNIFORM_SHARE / len(start)
     logits = smoothed.log().requires_grad_()

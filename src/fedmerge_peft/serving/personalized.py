@@ -28,13 +28,14 @@ class Alternative:
 
     name: str
     detail: str
-    """The adapter or client chosen; may be empty."""
+    """The adapter or client that was chosen, or the number of rounds; may be empty."""
     train_loss: float
     """Mean loss on the training examples, nats."""
     test: Mapping[str, float]
     """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
     seconds: float
-    """Wall time to obtain the adapter, without the test."""
+    """Wall time to obtain the adapter, without its test. The time of the learned weights includes
+    the time of all fixed weights, the best of which are their start."""
 
 
 @dataclass(frozen=True)

@@ -110,15 +110,18 @@ class Predictor:
         """Predict with each client's own adapter.
 
         Args:
-            inputs: Inputs by client: texts, or pairs of texts if the task has pairs; PIL images or
-                paths of image files; for a language model, prompts formatted as in training, or
-                chats, which are lists of messages that the chat template formats.
+            inputs: A list of inputs for each client. The task determines what an input is, such as
+                a text, a pair of texts, a PIL image or the path of an image file. For a language
+                model, it is a prompt formatted as in training, or a chat: a list of messages, which
+                the chat template formats.
             batch_size: Inputs per forward pass. Default: the recipe's ``evaluation.batch_size``.
 
         Returns:
-            Predictions by client, in the order of its inputs: ``{"label": name, "score":
-            probability}`` of the most likely label; for a language model the completion, generated
-            with the recipe's settings. Sampled completions are the same in each call.
+            A list of predictions for each client, in the order of its inputs. A language model
+            returns completions, generated with the recipe's settings. Other tasks return
+            dictionaries (``Task.answers``); a classifier returns the most likely label and its
+            probability, ``{"label": name, "score": probability}``. Sampled completions are the same
+            in each call.
 
         Raises:
             RunError: The run has no such client.
@@ -152,7 +155,7 @@ class Predictor:
         Args:
             client: The client's name.
             prompt: A text, or a list of messages.
-            on_text: Called with each further part of the completion.
+            on_text: Function that receives each new part of the completion.
 
         Returns:
             The completion: all parts joined. Sampling uses torch's random state.
@@ -199,7 +202,7 @@ class Predictor:
     def _passes(
         self, indices_of: Mapping[str, Indices], examples: Examples, batch_size: int
     ) -> Iterator[list[_Chunk]]:
-        """Yield chunks that share a forward pass, the longest first.
+        """Yield the chunks of each forward pass, in the order of decreasing size and length.
 
         Chunks of one pass are similar in size and length, so that little padding is needed.
         """
@@ -275,10 +278,10 @@ class Predictor:
 
     @torch.no_grad()
     def _stacking_error(self) -> str | None:
-        """Compare a shared pass of two inputs and two very different adapters with separate passes.
+        """Check that one pass with two very different adapters gives the logits of two passes.
 
         Returns:
-            The reason why passes cannot be shared, or None if the logits agree.
+            The reason why clients cannot share a pass, or None if the logits agree.
         """
         examples = self._encode(self._kind.probe_inputs(self._recipe.task))
         indices = np.arange(2)
@@ -301,8 +304,8 @@ class Predictor:
                 alone = self._logits(examples, indices)[number]
             if not bool((shared[number] - alone).norm() <= tolerance * alone.norm()):
                 return (
-                    "the model's layers mix the examples of a batch, or apply adapters in a "
-                    "different way"
+                    "the logits of a shared pass differ, because the model's layers mix the "
+                    "examples of a batch or do not apply adapters as PEFT's LoRA layers do"
                 )
         return None
 
@@ -311,8 +314,8 @@ def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """Return the inputs of each client as a list.
 
     Raises:
-        DataError: ``inputs`` is not a mapping, or a client has one input instead of a list. As a
-            list, a text would be its letters, and a table the names of its columns.
+        DataError: ``inputs`` is not a mapping, or a client has one input instead of a list. Python
+            would otherwise split a text into its letters, and a table into its column names.
     """
     if not isinstance(inputs, Mapping):
         raise DataError(

@@ -23,7 +23,7 @@ _GPU_ADAPTERS = 16
 """Limit on adapters in one batch of the server; each adapter reserves GPU memory."""
 
 _SCRIPT = """#!/bin/sh
-# Serves the adapter of each client under the client's name, as `model` of requests.
+# Serves the adapters of all clients. The `model` of a request is the name of a client.
 # Arguments are passed on to vLLM: sh serve.sh --port 8001
 cd "$(dirname "$0")" || exit
 exec vllm serve {base} \\
@@ -39,7 +39,7 @@ def vllm_support(run: RunDirectory) -> str:
         return f"vLLM cannot serve this adapter: {'; '.join(unsupported)}"
     return (
         f"vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank {_slots(run)} "
-        f"(rank {_rank(run)}; with the same base model name)"
+        f"(rank {_rank(run)}; vLLM must serve the base model by the name in adapter_config.json)"
     )
 
 
@@ -48,10 +48,10 @@ def serve_script(
 ) -> str:
     """Return a shell script that serves all clients' adapters with vLLM.
 
-    The script changes to its own folder, which is the folder of the export. It sets the generation
-    settings of the recipe, except stop strings and the maximum number of tokens, which each request
-    contains. vLLM quantizes weights to 4 bits as bitsandbytes does, but not to 8 bits; the adapters
-    of a run with ``quantization: 8bit`` are served on the weights as stored.
+    The script changes to its own folder, which is the folder of the export. It passes on the
+    generation settings of the recipe, except stop strings and the maximum number of tokens. Every
+    request must contain these two. vLLM quantizes weights to 4 bits as bitsandbytes does, but not
+    to 8 bits; the adapters of a run with ``quantization: 8bit`` are served on the weights as stored.
 
     Args:
         run: A run of a language model.
@@ -66,7 +66,9 @@ def serve_script(
     if task is None:
         unsupported.append(f"the task {run.recipe.task.name} does not generate text")
     if is_passed(base) or base.startswith("tiny:"):
-        unsupported.append(f"it cannot load the base model {base}; name it with --base-model-id")
+        unsupported.append(
+            f"the base model {base} has no name that vLLM can load; name it with --base-model-id"
+        )
     if unsupported or task is None:
         raise RunError(f"vLLM cannot serve {run.path}: {'; '.join(unsupported)}")
     model = str(Path(base).expanduser().absolute()) if Path(base).exists() else base

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.tasks import CausalLMRecipe
@@ -60,6 +61,22 @@ def test_a_sample_follows_the_softmax_of_tempered_logits(completed):
     share = np.mean([text == task.processor.decode([likely]).strip() for text in texts])
     deviation = (float(expected[likely]) * (1 - float(expected[likely])) / 400) ** 0.5
     assert abs(share - float(expected[likely])) < 5 * deviation
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_models_generation_config_has_no_effect_but_for_its_tokens(completed, adapted):
+    task, model, examples, expected = completed(PROMPTS)
+    likely = int(task.next_logits(model, examples, np.arange(2), CPU)[0, 0].argmax())
+    values = {"no_repeat_ngram_size": 1, "suppress_tokens": [likely], "num_beams": 3, "top_k": 7}
+    model.generation_config.update(**values, temperature=9.0, do_sample=True, max_length=3)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    before = model.generation_config.to_dict()
+    assert task.complete(model, examples, np.arange(2), CPU) == expected
+    assert model.generation_config.to_dict() == before
+    model.generation_config.eos_token_id = likely
+    (first, _) = task.complete(model, examples, np.arange(2), CPU)
+    assert first == task.processor.decode([likely]) != expected[0]  # it ends after this token
 
 
 def test_a_text_ends_before_the_first_stop_string(completed):

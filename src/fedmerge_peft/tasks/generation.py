@@ -1,8 +1,9 @@
-"""Text generation with a recipe's settings, which override a model's generation config."""
+"""Text generation with a recipe's settings, independent of a model's generation config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 def generation_options(settings: GenerationSettings) -> dict[str, Any]:
     """Return the values of ``GenerationConfig`` that a recipe sets.
 
-    Beam search and the repetition penalty are switched off. A setting that is not in the result,
-    such as ``no_repeat_ngram_size``, keeps its value from the model's ``generation_config.json``.
+    Beam search and the repetition penalty are switched off.
     """
     stop = {"stop_strings": settings.stop_strings} if settings.stop_strings else {}
     return {
@@ -111,22 +111,40 @@ class TextGenerator:
     def _generate(self, model: Any, prompts: Batch, streamer: Any = None, **options: Any) -> Any:
         from transformers import GenerationConfig
 
-        # These override the settings of the model's generation_config.json.
-        neutral = {"num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
         settings = GenerationConfig(
-            **{**neutral, "repetition_penalty": 1.0, **self.options, **options},
+            **{**self.options, **options},
             use_cache=True,
             pad_token_id=self.pad,
             eos_token_id=end_tokens(self.tokenizer, model) or None,
         )
-        return model.generate(
-            **prompts, generation_config=settings, tokenizer=self.tokenizer, streamer=streamer
-        )
+        with _only_special_tokens(model):
+            return model.generate(
+                **prompts, generation_config=settings, tokenizer=self.tokenizer, streamer=streamer
+            )
 
     def _before_stop(self, text: str) -> str:
         """Return the text before the first stop string, or all of it without one."""
         places = (text.find(stop) for stop in self.settings.stop_strings)
         return text[: min((place for place in places if place >= 0), default=None)]
+
+
+@contextmanager
+def _only_special_tokens(model: Any) -> Iterator[None]:
+    """Reduce the model's generation config to its special tokens, such as the decoder's first one.
+
+    transformers takes a value that a passed config does not set, such as ``no_repeat_ngram_size``,
+    from the model's ``generation_config.json``.
+    """
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stored = inner.generation_config
+    tokens = {key: value for key, value in stored.to_dict().items() if key.endswith("_token_id")}
+    inner.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        inner.generation_config = stored
 
 
 class _Stream:

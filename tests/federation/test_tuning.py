@@ -298,6 +298,7 @@ def test_the_choice_is_recorded_and_the_recipe_keeps_auto(whole):
     assert whole.training.learning_rate == entry["value"]
     assert whole.training.epochs == whole.decisions["epochs"]["value"] == 4
     assert len(entry["trials"][0]["validation_loss"]) == 3  # half of six clients
+    assert entry["reduced_loss"] is True
 
 
 def test_baselines_share_the_choice(whole):

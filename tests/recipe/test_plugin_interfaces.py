@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from fedmerge_peft import (
     Callback,
@@ -23,6 +24,7 @@ from fedmerge_peft import (
     register_strategy,
 )
 from fedmerge_peft.data import federate_data
+from fedmerge_peft.data.schemes import assignment_fault
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator
@@ -108,6 +110,21 @@ def test_an_assignment_that_is_none_is_named_with_its_scheme(assigned, message):
     with pytest.raises(DataError, match=r"the scheme 'mine' of .*interfaces returned") as caught:
         federate_data(recipe.data, "queue", 0)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("test", "fault"),
+    [
+        (rows([1], [2]), None),
+        (rows([1], [2])[::-1], "other clients for test than for train, or in another order"),
+        ([ClientRows("c0", np.arange(1)), ClientRows("d", np.arange(1))], "other clients for test"),
+        (rows([1]), "1 clients for test, but 2 for train"),
+    ],
+)
+def test_each_split_has_the_same_clients_in_the_same_order(test, fault):
+    tables = {split: Dataset.from_dict({"text": ["a", "b", "c"]}) for split in ("train", "test")}
+    found = assignment_fault({"train": rows([0], [1, 2]), "test": test}, tables)
+    assert found == fault if fault is None else found.startswith(fault)
 
 
 @pytest.mark.parametrize(

@@ -150,5 +150,5 @@ def family(folder, names, *, groups=None, perplexity=False, tests=20, rounds=8, 
     return load_run(folder)
 
 
-def chosen(reason):
-    return {"learning_rate": {"value": 0.003, "reason": reason}}
+def chosen(reason, reduced_loss):
+    return {"learning_rate": {"value": 0.003, "reason": reason, "reduced_loss": reduced_loss}}

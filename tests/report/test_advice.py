@@ -59,8 +59,9 @@ def advised(write_run, write_records):
     ("overrides", "decisions", "action"),
     [
         ([], None, "leave training.learning_rate at auto"),
-        (["training.learning_rate=auto"], chosen("chosen from 5 rates"), "use more rounds"),
-        (["training.learning_rate=auto"], chosen("the middle of 5"), "check that labels"),
+        (["training.learning_rate=auto"], chosen("between two rates", True), "use more rounds"),
+        (["training.learning_rate=auto"], chosen("the middle of 5", False), "check that labels"),
+        (["training.learning_rate=auto"], chosen("not tested", None), "raise training.learning_"),
     ],
 )
 def test_a_training_loss_near_that_of_guessing_is_found(advised, overrides, decisions, action):

@@ -206,7 +206,7 @@ def test_the_page_shows_learning_rate_and_epochs(run, tmp_path):
     copytree(run.path, tmp_path / "run")
     recipe = run.recipe.replace(["training.learning_rate=auto"])
     checked.write_text(tmp_path / "run" / "recipe.yaml", recipe.to_yaml())
-    checked.write_document(tmp_path / "run" / "decisions.json", chosen("chosen from 5 rates"))
+    checked.write_document(tmp_path / "run" / "decisions.json", chosen("chosen from 5 rates", True))
     assert "0.003, chosen from 5 rates" in Page(render([tmp_path / "run"])).text
 
 

@@ -265,6 +265,13 @@ def test_weights_that_depend_on_other_clients_are_refused_with_noise_on_sums(set
     Recipe.load("smoke", [f"strategy.{setting}", LOCAL])
 
 
+def test_a_sum_of_updates_for_each_block_is_refused_with_noise_on_one_sum():
+    settings = ["strategy.start=independent", "strategy.blocks=head"]
+    with pytest.raises(RecipeError, match="blocks: head uses a sum of updates for each block"):
+        Recipe.load("smoke", [*settings, CENTRAL])
+    Recipe.load("smoke", [*settings, LOCAL])
+
+
 def test_central_noise_and_a_defence_exclude_each_other():
     with pytest.raises(RecipeError, match="remove robustness"):
         Recipe.load("smoke", [CENTRAL, "robustness.norm_multiple=1"])

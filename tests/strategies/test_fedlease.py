@@ -76,7 +76,7 @@ def test_the_rounds_after_the_clustering_go_through_the_server_optimizer(grouped
 
 
 def test_clients_are_clustered_once_enough_have_replied(grouped):
-    strategy = grouped.strategy("fedlease", adapters=5)
+    strategy = grouped.strategy("fedlease", adapters=4)
     grouped.round(strategy, [0, 1, 2])
     assert strategy.warnings() == [
         "until clients are clustered, all are served the initial adapter; clients still needed: 2"
@@ -96,6 +96,16 @@ def test_clients_are_clustered_once_enough_have_replied(grouped):
     assert strategy.clusters[7] == strategy.clusters[1]
     grouped.round(strategy, [1, 7])
     torch.testing.assert_close(strategy.served(4), grouped.centers[[1, 7]].mean(0))
+
+
+def test_as_many_clients_as_experts_are_not_enough_for_a_silhouette(grouped):
+    strategy = grouped.strategy("fedlease", adapters=2)
+    grouped.round(strategy, [0, 1])
+    assert strategy.experts == 1
+    assert strategy.warnings()[0].endswith("clients still needed: 1")
+    grouped.round(strategy, [4])
+    assert strategy.experts == 2
+    torch.testing.assert_close(strategy.served(1), grouped.centers[[1, 4]].mean(0))
 
 
 @pytest.mark.parametrize(("clients", "adapters"), [(1, 5), (2, 5), (4, 1)])

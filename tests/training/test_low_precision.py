@@ -78,6 +78,20 @@ def test_steps_that_are_all_skipped_change_nothing_and_are_reported(
     assert message.startswith("the gradients of 4 of 4 adapters overflowed in fp16 in each step")
 
 
+def test_skipped_steps_are_counted_until_the_loss_scale_is_zero():
+    weight = torch.zeros(2, requires_grad=True)
+    optimizer, steps = torch.optim.SGD([weight], lr=1.0), 200
+    scaler = torch.amp.GradScaler("cpu")
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    group = loop._OptimizerGroup(slice(0, 1), steps, optimizer, schedule, scaler, 2.0**16)
+    scaler.scale(torch.zeros(1))  # creates the scale
+    for _ in range(steps):
+        weight.grad = torch.tensor([math.inf, 1.0])
+        group.step()
+    assert scaler.get_scale() == 0.0
+    assert not group.has_stepped()
+
+
 def test_adapters_in_one_pass_have_8_bit_states_of_their_own(make_bench):
     """With a common state, adapters would share scales, as blocks of numbers span adapters."""
     pytest.importorskip("bitsandbytes")

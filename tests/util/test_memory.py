@@ -39,3 +39,23 @@ def test_ranks_that_do_not_fit_are_refused(make_backbone, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(BackboneError, match=r"lora.r: the factors of rank 4096 need 0.0 GB"):
         make_backbone("bert", {"r": 4096, "target_modules": ["query"]})
+
+
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["value"]},
+        {"rank_pattern": {"value": 1}},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_few_of_the_named_modules_is_not_refused(
+    narrowed, make_backbone, monkeypatch
+):
+    targets = {"r": 4, "target_modules": ["query", "value"]}
+    numbers = sum(entry.size for entry in make_backbone("bert", targets).layout.entries)
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * numbers // 2)
+    with pytest.raises(BackboneError, match=r"lora.r: the factors of rank 4 need"):
+        make_backbone("bert", targets)
+    make_backbone("bert", targets | narrowed)

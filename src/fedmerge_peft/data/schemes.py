@@ -132,6 +132,8 @@ def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | N
         names = [client.name for client in clients]
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             return f"client names for {split} that are not text, or not unique"
+        if names != [client.name for client in assigned["train"]]:
+            return f"other clients for {split} than for train, or in another order"
         for name, rows, _ in clients:
             if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
                 return f"rows of {name} for {split} that are not a 1-d array of integers"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft import distributed
 from fedmerge_peft.federation.callbacks import Callback
+from fedmerge_peft.federation.cohorts import cohort_size
 from fedmerge_peft.plotting.palette import COLORS, method_styles
 from fedmerge_peft.plotting.specs import Line, Lines
 from fedmerge_peft.plotting.svg import draw
@@ -52,6 +53,7 @@ class NotebookProgress(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._display: Any = None
+        self._federation: Federation
         self._records: list[RoundRecord] = []
         self._curves: dict[str, tuple[list[float], list[float]]] = {}
         self._strategy, self._metric = "", "score"
@@ -63,7 +65,8 @@ class NotebookProgress(Callback):
         self._strategy = federation.recipe.strategy.name
         self._metric = str(federation.recipe.task.metrics[0]).replace("_", " ")
         self._done, self._rounds = federation.completed, federation.recipe.rounds
-        self._clients, self._cohort = 0, len(federation.cohort(federation.completed + 1))
+        self._federation = federation
+        self._clients, self._cohort = 0, self._cohort_size(federation.completed + 1)
         self._records = []
         self._curves[self._strategy] = ([], [])
         self._show()
@@ -77,6 +80,7 @@ class NotebookProgress(Callback):
     def on_round(self, record: RoundRecord) -> None:
         """Add the round to the table, and its scores to the curve."""
         self._done, self._clients = record.round, 0
+        self._cohort = self._cohort_size(record.round + 1)
         self._records.append(record)
         if record.served is not None:
             x, y = self._curves[self._strategy]
@@ -92,6 +96,13 @@ class NotebookProgress(Callback):
             x.append(float(len(run.records)))
             y.append(final["mean"])
         self._show()
+
+    def _cohort_size(self, number: int) -> int:
+        """Return the number of clients in a round, or the mean number if the sample is secret."""
+        federation = self._federation
+        if federation.engine.simulated:
+            return len(federation.cohort(number))
+        return round(cohort_size(federation.recipe, len(federation.engine.clients)))
 
     def html(self) -> str:
         """Render the progress of the run as HTML."""

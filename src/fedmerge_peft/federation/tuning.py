@@ -173,11 +173,14 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
                 reason = f"between the best of {tested} and {highest:g}, the bound by training loss"
     else:
         middle = rates.index(ladder[_MIDDLE])
-        value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]
-        reason = f"the middle of {tested}, because no rate reduced the loss"
+        finite = bool(np.isfinite(ratios[middle]).all())
+        value = rates[middle] if finite else rates[best]
+        choice = "the middle" if finite else "the rate with the lowest loss"
+        reason = f"{choice} of {tested}, because no rate reduced the loss"
     return {
         "value": value,
         "reason": reason,
+        "reduced_loss": conclusive,
         "measure": measure,
         **test.document(rates),
         "seconds": time.perf_counter() - begin,

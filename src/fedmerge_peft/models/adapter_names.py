@@ -50,9 +50,9 @@ def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str
 def check_rank(model: Any, lora: LoraRecipe) -> None:
     """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
 
-    The factors of a layer have r · (inputs + outputs) numbers. If the target modules are not a
-    list, the adapted layers are not known here. Only the smallest layer is then counted, so that an
-    adapter that fits is never refused.
+    The factors of a layer have r · (inputs + outputs) numbers. Unless the target modules are a list
+    without exceptions, the adapted layers are not known here. Only the smallest layer is then
+    counted, at the lowest rank, so that an adapter that fits is never refused.
 
     Args:
         model: Transformers model, without an adapter.
@@ -64,9 +64,12 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
         for path, module in model.named_modules()
         if not isinstance(targets, list) or any(_is_named(path, name) for name in targets)
     ]
-    numbers = lora.r * (
-        sum(widths) if isinstance(targets, list) else min(filter(None, widths), default=0)
-    )
+    narrowed = lora.layers_to_transform is not None or lora.exclude_modules or lora.rank_pattern
+    if isinstance(targets, list) and not narrowed:
+        numbers = lora.r * sum(widths)
+    else:
+        lowest = min([lora.r, *lora.rank_pattern.values()])
+        numbers = lowest * min(filter(None, widths), default=0)
     if lack := shortage(numbers):
         raise BackboneError(f"lora.r: the factors of rank {lora.r} {lack}; lower lora.r")
 

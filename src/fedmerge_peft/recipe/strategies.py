@@ -144,19 +144,19 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         return self
 
     def privacy_refusal(self, mode: str) -> str | None:
-        moved = {
-            f"blocks: {self.blocks} changes merging weights": self.blocks is not None,
-            "start: warm groups clients": self.start == "warm",
-            f"rule: {self.rule} changes merging weights": self.rule in ("paper", "gradient"),
-            "reseed_after changes merging weights": self.reseed_after is not None,
-            "balance_rounds changes merging weights": self.balance_rounds > 0,
+        weights = "changes merging weights by the updates of other clients"
+        exposed = {
+            f"blocks: {self.blocks} uses a sum of updates for each block": self.blocks is not None,
+            "start: warm groups clients by the updates of other clients": self.start == "warm",
+            f"rule: {self.rule} {weights}": self.rule in ("paper", "gradient"),
+            f"reseed_after {weights}": self.reseed_after is not None,
+            f"balance_rounds {weights}": self.balance_rounds > 0,
         }
-        for what, applies in moved.items():
-            if applies and mode == "central":
-                return (
-                    f"strategy.{what} by the updates of other clients, which central noise does "
-                    "not protect; use privacy.mode=local, or change this setting"
-                )
+        if mode == "central" and (given := [what for what, applies in exposed.items() if applies]):
+            return (
+                f"strategy.{given[0]}, which central noise does not protect; "
+                "use privacy.mode=local, or change this setting"
+            )
         return super().privacy_refusal(mode)
 
 

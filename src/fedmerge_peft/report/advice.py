@@ -69,13 +69,15 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
                     "use more rounds, or a larger clients.fraction",
                 )
             continue
-        yield Advice(
-            finding,
-            "the weights have not settled, or there are more adapters than the clients need",
-            remedy
-            or "use fewer adapters (strategy.adapters), or let the weights settle: use more rounds "
-            "or another strategy.weights_lr",
-        )
+        if " unused" in finding:
+            cause = "the weights have not settled, or there are more adapters than the clients need"
+            remedy = remedy or (
+                "use fewer adapters (strategy.adapters), or let the weights settle: use more "
+                "rounds or another strategy.weights_lr"
+            )
+        else:
+            cause = f"the strategy {run.recipe.strategy.name} found this after the last round"
+        yield Advice(finding, cause, remedy or "change the settings of the strategy")
 
 
 def only_warm_rounds(run: RunDirectory) -> bool:
@@ -117,7 +119,10 @@ def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
             "leave training.learning_rate at auto, which tests several rates, or raise it; "
             "use more rounds or training.epochs"
         )
-    elif chosen["reason"].startswith("chosen"):
+    elif chosen["reduced_loss"] is None:
+        cause = f"the learning rate {chosen['value']:g} was not tested, and may be too small"
+        action = "raise training.learning_rate, or use more rounds or training.epochs"
+    elif chosen["reduced_loss"]:
         cause = (
             "training was too short; the learning rate is not the cause, because a test chose it"
         )

@@ -112,6 +112,8 @@ class Decision:
 
     value: Number
     reason: Text
+    reduced_loss: bool | None = None
+    """True if the range test found a rate that reduces the loss; None without such a test."""
     measure: Text = ""
     start: Losses | None = None
     trials: list[Trial] = field(default_factory=list)

@@ -49,7 +49,7 @@ def check_trackers(recipe: Recipe) -> None:
         packages = " ".join(name.replace("comet_ml", "comet-ml") for name in missing)
         raise RecipeError(
             f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, "
-            "or remove it from the recipe"
+            f"or remove {'them' if len(missing) > 1 else 'it'} from the recipe"
         )
 
 

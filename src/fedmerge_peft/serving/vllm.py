@@ -51,7 +51,7 @@ def serve_script(
     The script changes to its own folder, which is the folder of the export. It passes on the
     generation settings of the recipe, except stop strings and the maximum number of tokens. Every
     request must contain these two. vLLM quantizes weights to 4 bits as bitsandbytes does, but not
-    to 8 bits; the adapters of a run with ``quantization: 8bit`` are served on the weights as stored.
+    to 8 bits. Adapters of a run with ``quantization: 8bit`` are served on the weights as stored.
 
     Args:
         run: A run of a language model.

@@ -51,6 +51,8 @@ class ServerClustering(Clustering):
     """
 
     state_fields: ClassVar[tuple[str, ...]] = (*Clustering.state_fields, "unclustered")
+    further_clients: ClassVar[int] = 0
+    """Number of clients that must reply in addition to the number of clusters."""
 
     def __init__(self, adapters: int, context: StrategyContext) -> None:
         super().__init__(context.fresh_row(0).repeat(adapters, 1), context)
@@ -62,7 +64,8 @@ class ServerClustering(Clustering):
         known = (
             len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
         )
-        return max(0, min(len(self.soup), len(self.clusters)) - known)
+        wanted = len(self.soup) + self.further_clients
+        return max(0, min(wanted, len(self.clusters)) - known)
 
     def assign_newcomers(self, clients: Tensor, deltas: Tensor, count: int | None = None) -> Tensor:
         """Assign a cluster to each client without one.

@@ -52,11 +52,12 @@ class FedLEASE(ServerClustering):
       weights of the experts for each token. A LoRA adapter has no router, so here a client uses the
       expert of its cluster alone.
     - In the paper, all clients take part in the warm-up. Here clients are clustered once
-      ``adapters`` of them have replied, or all if there are fewer. ``ServerClustering`` describes
-      the clients that join later.
+      ``adapters`` + 1 of them have replied, or all if there are fewer. ``ServerClustering``
+      describes the clients that join later.
     """
 
     state_fields = (*ServerClustering.state_fields, "experts", "server")
+    further_clients = 1  # the silhouette compares fewer clusters than clients
 
     def __init__(self, recipe: recipes.FedLEASERecipe, context: StrategyContext) -> None:
         super().__init__(recipe.adapters, context)

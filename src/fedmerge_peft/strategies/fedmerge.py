@@ -390,7 +390,7 @@ class FedMerge(Strategy):
         if self.recipe.start == "identical":
             return [
                 "all adapters start equal and stay equal, so every client is served FedAvg's "
-                "adapter; use strategy.start=warm"
+                "adapter. Use strategy.start=warm"
             ]
         if self._warming is not None:
             return [

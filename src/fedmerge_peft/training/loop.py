@@ -248,7 +248,7 @@ class _OptimizerGroup:
         if self.scaler is None:
             return True
         lowest = self.first_scale * self.scaler.get_backoff_factor() ** self.steps
-        return self.scaler.get_scale() != lowest
+        return self.scaler.get_scale() != float(np.float32(lowest))  # the scale is in float32
 
 
 def _optimizer_groups(

@@ -324,7 +324,11 @@ def _shuffled_by_class(classes: Indices, count: int, rng: np.random.Generator) -
 
 
 def _merge_parts(parts: Sequence[Sequence[Indices]]) -> list[Indices]:
-    """Merge the parts of each class into the sorted rows of each client."""
+    """Join each client's parts of all classes: ``parts[class][client]`` are row numbers.
+
+    Returns:
+        Sorted row numbers of each client.
+    """
     return [np.sort(np.concatenate(own)) for own in zip(*parts, strict=True)]
 
 

@@ -127,7 +127,12 @@ def run_or_resume(
             resume_run(run, (), engine=engine, callbacks=callbacks)
             return
     except ResumeError as error:
-        log.warning("starting over: %s", error)
+        log.warning(
+            "%s: the unfinished run is removed and started again, because it cannot be resumed "
+            "(%s)",
+            path,
+            error,
+        )
     remove_run(path)
     run_recipe(recipe, path, engine=engine, callbacks=callbacks)
 

@@ -186,7 +186,8 @@ class Recipe(Section):
     """Changes to the served adapters."""
     tracking: list[Tracker] = []
     """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
-    installed. They write files to the folder `tracking` of the run directory."""
+    installed. tensorboard, aim and wandb write files to the folder `tracking` of the run
+    directory."""
     callbacks: list[AnyCallback] = []
     """Callbacks of the run, such as [my_callback] or [{name: my_callback, every: 5}]. Only plugins
     register callbacks."""

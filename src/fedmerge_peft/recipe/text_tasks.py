@@ -162,7 +162,10 @@ class MultipleChoiceRecipe(TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
     def to_predict(self, format: str | None) -> Self:
-        """Return a copy for inputs to predict, whose columns are named like the recipe's keys."""
+        """Return a copy that reads the inputs of predictions.
+
+        Their columns have the names of this section's keys, such as ``context``.
+        """
         own = {key: key for key in ("context", "choices", "label")}
         return self.model_copy(update={**own, "start": self.start and "start"})
 

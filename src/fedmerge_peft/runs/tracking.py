@@ -131,7 +131,7 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
 
     Args:
         recipe: Names the trackers (``tracking``); its values become the tracked configuration.
-        path: The run directory; trackers write files to its folder ``tracking``.
+        path: The run directory. tensorboard, aim and wandb write files to its folder ``tracking``.
         accelerator: The engine's accelerator. The trackers' own accelerator gets the same device
             type and precision.
 

@@ -219,7 +219,10 @@ class RunWriter(RunDirectory):
 
     @rank_zero
     def update_privacy(self, privacy: Mapping[str, Any]) -> None:
-        """Update ε in ``summary.json`` after further releases of the run's clients."""
+        """Replace the entry ``privacy`` of ``summary.json``.
+
+        Called after each baseline, because its updates of the same clients count toward ε.
+        """
         path = self.path / "summary.json"
         checked.write_document(path, {**documents.read(path), "privacy": privacy})
 

@@ -60,16 +60,15 @@ class SavedState:
         if len(saved) != len(strategy.soup):
             strategy.resize(len(saved))
         expected = strategy.soup
-        if (saved.layout, saved.rows.shape, saved.rows.dtype, saved.base.keys()) != (
-            expected.layout,
-            expected.rows.shape,
-            expected.rows.dtype,
-            expected.base.keys(),
-        ):
+        if describe(saved.rows) != describe(expected.rows):
             raise ValueError(
                 f"its soup is {describe(saved.rows)}, but the strategy expects "
-                f"{describe(expected.rows)} with its own layout and updates of the backbone"
+                f"{describe(expected.rows)}"
             )
+        if saved.layout != expected.layout:
+            raise ValueError("its adapters have other tensors than those of the strategy")
+        if saved.base.keys() != expected.base.keys():
+            raise ValueError("it updates other layers of the backbone than the strategy")
         # Clone, because kernels may round differently on memory that torch did not align.
         base = {module: tensor.clone() for module, tensor in saved.base.items()}
         strategy.soup = replace(expected.with_rows(saved.rows, len(saved)), base=base)

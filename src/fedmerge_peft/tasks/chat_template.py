@@ -66,7 +66,8 @@ def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
     system prompt keep it.
 
     Raises:
-        DataError: The tokenizer has no template with the recipe's name.
+        DataError: ``recipe.chat_template`` is a name, and the tokenizer has no template of this
+            name.
     """
     if recipe.chat_template is not None:
         tokenizer.chat_template = resolve_template(tokenizer, recipe.chat_template)

@@ -361,7 +361,13 @@ class ChatTokens:
             )
             end = self._sanitized(row, chat, until)
             if begin is None or ids[: len(end)] != end:
-                raise self.error(row, f"a message contains a special token, and {_NOT_FOUND}")
+                raise self.error(
+                    row,
+                    "a message contains a special token, so the assistant's turns are found by "
+                    "comparing tokens, but the chat template renders these turns differently "
+                    "without the messages after them; remove the special token or the row, or set "
+                    "task.loss=all",
+                )
             labeled[begin : len(end)] = [True] * (len(end) - begin)
         return ids, labeled
 

@@ -153,7 +153,12 @@ def fill_template(template: list[Paragraph], values: Mapping[str, str]) -> str:
 
 
 def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
-    """Create the prompt of each row from the template. Raises ``DataError`` for missing columns."""
+    """Create the prompt of each row from the template.
+
+    Raises:
+        DataError: The column of a field other than ``{input}`` is missing, or the template's braces
+            do not match.
+    """
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}
     for field in dict.fromkeys(

@@ -191,7 +191,10 @@ class Trainer:
         if {name: value.shape for name, value in shared.items()} != {
             name: value.shape for name, value in backbone.shared.items()
         }:
-            raise WireError("the tensors shared by all adapters do not fit this layout")
+            raise WireError(
+                "the server sent tensors shared by all adapters that differ from this site's in "
+                "name or shape; use the same package versions on server and sites"
+            )
         for name, value in shared.items():
             if fault := norm_fault(value.reshape(1, -1)):
                 raise WireError(f"{name} is {fault}")
@@ -295,12 +298,15 @@ class Trainer:
         """Write a client's adapter as a PEFT folder, with the configuration of this site."""
         client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
-            raise WireError(f"an adapter for client {client!r}, which is not at this site")
+            raise WireError(f"the server sent an adapter for {client!r}, which is not at this site")
         expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
             name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
         }
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-            raise WireError("an adapter that does not fit this layout")
+            raise WireError(
+                f"the server sent an adapter for {client} whose tensors differ from this site's "
+                "adapters in name or shape; use the same package versions on server and sites"
+            )
         folder = self.kit / "adapters" / folder_name(client)
         write_adapter(folder, tensors, self._config)
         write_text(folder / "README.md", fields.readme)

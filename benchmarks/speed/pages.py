@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from datetime import UTC, datetime
@@ -14,7 +15,10 @@ from fedmerge_peft.util.processor import processor
 
 
 def stamp() -> str:
-    """Return date, commit, versions and machine of the rows."""
+    """Return date, commit, versions, machine and load of the rows.
+
+    The load is the mean number of busy processes of the last 15 minutes, this one included.
+    """
     source = environment.source(Path(environment.__file__).parent)
     dirty = " (dirty)" if source.get("dirty") else ""
     where = f"commit {source['commit'][:7]}{dirty}" if source else "unknown commit"
@@ -22,7 +26,7 @@ def stamp() -> str:
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, "
-        f"{processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
+        f"{processor()} with {threads} thread{'s' * (threads != 1)}, load {os.getloadavg()[2]:.1f}."
     )
 
 

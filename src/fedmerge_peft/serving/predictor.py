@@ -1,4 +1,4 @@
-"""Predict with many clients' adapters; several clients share a forward pass if that is exact."""
+"""Predict with many clients' adapters; clients share passes if the predictions stay the same."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ class Predictor:
         Shared passes give the same predictions up to rounding.
         """
         if {"none", "alone"} & {self._task.padding, self._task.prompt_padding}:
-            reason: str | None = "the model sees padding, so not all inputs share a pass"
+            reason: str | None = (
+                "the model's outputs depend on padding or on the other inputs of a pass"
+            )
         else:
             reason = stacking_obstacle(self._backbone) or self._stacking_error()
         if reason is not None:

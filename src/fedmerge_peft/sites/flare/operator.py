@@ -66,8 +66,8 @@ def run(
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each event that the operator should see.
-        wait: Seconds to wait for all sites before starting with the connected ones.
-        min_sites: Smallest number of sites to start with.
+        wait: Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice.
+        min_sites: Smallest number of connected sites with which a job starts.
         reconnect_timeout: Seconds to wait for a server that does not respond.
         on_poll: Called at every check; an exception that it raises ends the function.
 

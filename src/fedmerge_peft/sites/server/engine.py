@@ -149,7 +149,7 @@ class RemoteEngine:
         return cls(recipe, federation, roster, transport, task, backbone, absent)
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` if the clients' work differs under this recipe."""
+        """Raise ``RecipeError`` if clients would do other work than under the job's recipe."""
         check_same_work(
             self.recipe,
             recipe,

@@ -150,8 +150,8 @@ def _send_adapters(
     strategy = run.recipe.strategy
     if not strategy.single_adapter or strategy.adds_to_backbone:
         report(
-            f"{strategy.name}: clients have no single adapter of the run's rank; "
-            "use fedmerge export"
+            f"{strategy.name}: clients have no single adapter of the run's rank, so none was sent; "
+            "use fedmerge export RUN --all, or --soup if a client has several adapters"
         )
         return {}
     sent: dict[str, str | None] = {}

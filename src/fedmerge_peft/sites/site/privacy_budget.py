@@ -43,7 +43,7 @@ class PrivacyBudget:
     delta: float
     """δ at which ε is computed."""
     epsilon: float | None
-    """Largest ε of a client. None counts the releases without a bound."""
+    """Largest ε of a client. If it is None, releases are counted but not bounded."""
 
     def spent(self, client: str) -> Spent:
         """Return a client's releases so far. Raises ``FederateError`` if the file is damaged."""

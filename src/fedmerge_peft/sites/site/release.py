@@ -99,7 +99,7 @@ class ReleaseRules:
         if requested is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
-                "but the server requests updates without it"
+                "but the server's request does not clip the update"
             )
         if self.private and not isinstance(plan, Train | InTurn):
             raise RefusedError(

@@ -121,7 +121,7 @@ class Predictor:
             returns completions, generated with the recipe's settings. Other tasks return
             dictionaries (``Task.answers``); a classifier returns the most likely label and its
             probability, ``{"label": name, "score": probability}``. Sampled completions are the same
-            in each call.
+            in each call with the same arguments.
 
         Raises:
             RunError: The run has no such client.

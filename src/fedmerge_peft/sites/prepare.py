@@ -160,7 +160,8 @@ update.
 
 ## The result
 
-After the last round, `adapters/` holds a PEFT folder for each client of the site.
+After the last round, `adapters/` holds a PEFT folder for each client of the site, unless the method
+mixes several adapters per client (`fedem`) or changes the backbone (`flora`, `fedex_lora`).
 """
 
 

@@ -239,8 +239,8 @@ def _follow_job(
 ) -> int:
     """Report a job's events until it ends; return the number of reported lines.
 
-    If a site connects while the job runs, pause the job after its round, so that the site can take
-    part in the next job.
+    If a site connects while the job runs, pause the job after the current round, so that the site
+    can take part in the next job.
 
     Raises:
         NoConnection: The server was restarted after ``server_start``. A restarted server still

@@ -107,8 +107,9 @@ class RemoteEngine:
         Sites that enroll for the first time are added to the roster.
 
         Raises:
-            FederateError: No site can take part; the message lists the reason for each site.
-            FedMergeError: The server cannot load the model.
+            FederateError: No site can take part (the message has the reason for each site); or, in
+                the first job, all examples have one label.
+            FedMergeError: The server cannot load task or model.
         """
         absent = {
             site: "it is not connected" for site in federation.sites if site not in transport.sites

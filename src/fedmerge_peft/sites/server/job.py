@@ -45,7 +45,7 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)
     """Sites that could not take part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
-    """Result for each client whose adapter was sent: None, or the reason if it was not stored."""
+    """Result for each client at the end: None if its site stored the adapter, else the reason."""
 
 
 class _EndOfJob(Exception):  # noqa: N818 (a normal end, not an error)

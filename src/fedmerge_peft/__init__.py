@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, fedmerge_step
     from fedmerge_peft.tasks import Task
 
-# PEFT imports bitsandbytes, which may then ask for a faster kernel that no run needs.
+# PEFT imports bitsandbytes, which may then log advice to install a kernel that no run needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.2.0"

@@ -51,7 +51,8 @@ class Run(RunDirectory):
             best: Use the round with the lowest validation loss instead of the last.
 
         Raises:
-            RunError: The run has no such client or no such round.
+            RunError: The run has no such client or no such round, or its clients have no single
+                adapter (``fedem``).
         """
         return client_adapter(self, name, best=best)
 
@@ -67,8 +68,8 @@ class Run(RunDirectory):
 
         Raises:
             RunError: An adapter or client does not exist, a share is negative or infinite, or all
-                shares are 0; or ``shares`` names an adapter although parts of the adapters are
-                private to the clients.
+                shares are 0; ``shares`` names an adapter although parts of the adapters are
+                private to the clients; or the clients have no single adapter (``fedem``).
         """
         return mixed_adapter(self, shares, best=best)
 
@@ -273,7 +274,7 @@ def sweep(
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Run]:
-    """Run each recipe in ``out/<name>``.
+    """Run several recipes, each in its own run directory ``out/<name>``.
 
     A repeated call continues the sweep: finished runs are kept and interrupted ones are resumed.
     Recipes with the same data and model share them and run one after another, regardless of their

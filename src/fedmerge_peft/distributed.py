@@ -131,6 +131,9 @@ def broadcast(tensor: Tensor, owner: int) -> Tensor:
         tensor: On ``owner``, the tensor to send. On other ranks, a tensor of the same shape and
             dtype, which may be overwritten.
         owner: Rank that sends its tensor.
+
+    Raises:
+        RankError: Another rank has exited.
     """
     if world_size() == 1:
         return tensor

@@ -7,7 +7,7 @@
     ├── BackboneError      the model is missing, or does not support the adapter
     ├── DeviceError        the device, the precision or the number of processes is not available
     ├── RunError           a run directory is missing, unreadable or in another format
-    │   ├── RunExistsError the run directory already contains a run
+    │   ├── RunExistsError the directory already contains a run or other files
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot be resumed
     │   └── SweepError     some recipes of a sweep failed

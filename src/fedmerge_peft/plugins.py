@@ -97,7 +97,7 @@ class Registry:
     Args:
         kind: Singular noun for messages, such as ``partition scheme``.
         plural: Plural of the noun.
-        key: The key of the recipe that contains the name.
+        key: Key under which a section of a recipe names the part, such as ``scheme``.
     """
 
     def __init__(self, kind: str, plural: str, key: str = "name") -> None:

@@ -26,8 +26,8 @@ def test_another_format_is_refused_in_one_sentence(write_run, document, version)
     path = write_run("a", [], [[0.1], [0.2]])
     checked.write_document(path / "environment.json", document)
     text = (
-        f"{path} has run format {version}, but this version reads format {FORMAT}: "
-        "run its recipe again, or read it with the version that wrote it"
+        f"{path} has run format {version}, but this version of fedmerge-peft reads format "
+        f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
     )
     with pytest.raises(RunError, match=f"^{re.escape(text)}$"):
         load_run(path)

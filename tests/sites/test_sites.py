@@ -354,7 +354,7 @@ def test_a_server_cannot_request_less_privacy_than_the_kits_recipe(smoke, federa
         Train(row, privacy=UpdatePrivacy(0.05, 3.0))
     ) == UpdatePrivacy(0.05, 3.0)
     for plan in (Train(row), Choose(row[None])):
-        with pytest.raises(RefusedError, match="the server requests updates without it"):
+        with pytest.raises(RefusedError, match="request does not clip the update"):
             trainers["site-2"].release.update_privacy(plan)
 
 

@@ -56,8 +56,8 @@ def refuse_links(directory: Path) -> None:
     """Raise ``RunError`` if the directory contains links or special files, at any depth.
 
     Links in an untrusted run directory could cause files elsewhere to be read, overwritten or
-    deleted. Links of trackers inside their own folder are accepted. The directory itself may be a
-    link, because its path comes from the user.
+    deleted. Links below a folder ``tracking`` are accepted if their targets are below the same
+    folder. The directory itself may be a link, because its path comes from the user.
     """
     for path in files_in(directory):
         with suppress(FileNotFoundError):  # another process is writing the run
@@ -65,8 +65,9 @@ def refuse_links(directory: Path) -> None:
                 continue
             kind = f"a link to {path.readlink()}" if path.is_symlink() else "not a regular file"
             raise RunError(
-                f"{path} is {kind}; a run directory contains only files and folders. Remove it, or "
-                "replace it by a copy of its target if you trust that"
+                f"{path} is {kind}; a run directory contains only files and folders. Remove "
+                f"{path.name}; if it is a link whose target you trust, replace it by a copy of the "
+                "target"
             )
 
 

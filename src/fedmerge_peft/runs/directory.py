@@ -16,7 +16,7 @@ soup.safetensors        adapters after the last finished round, and updates of t
                         fedex_lora); after the end of the run, both are from the served round
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
-privacy.json            releases of the clients, if the recipe has differential privacy
+privacy.json            how often each round counts toward ε, if the recipe has privacy
 summary.json            at the end: scores after the last, the best and the served round ("final")
 tracking/               files of experiment trackers (tracking.py)
 checkpoint/             the state to resume from (checkpoint.py)

@@ -53,7 +53,7 @@ class PrivacyDocument:
 
 @dataclass(frozen=True)
 class Releases(PrivacyDocument):
-    """``privacy.json``: numbers of releases in each round, by method."""
+    """``privacy.json``: how often each round counts toward ε, by method (``PrivacyLedger``)."""
 
     releases: dict[str, list[Whole]]
 

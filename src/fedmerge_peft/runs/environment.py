@@ -57,7 +57,7 @@ def environment_of(engine: Engine) -> dict[str, Any]:
 
 @cache
 def source(folder: Path) -> dict[str, Any]:
-    """Return the git ``commit`` of a folder, and ``dirty`` if its files differ from that commit.
+    """Return a folder's git ``commit``, and ``dirty``: True if its files differ from that commit.
 
     The result is empty if git does not track the folder. It is cached, because a running process
     does not reload its code.

@@ -24,7 +24,7 @@ def check_format(directory: Path) -> None:
             raise
     if version != FORMAT:
         raise RunError(
-            f"{directory} has run format {version}, but this version reads format "
+            f"{directory} has run format {version}, but this version of fedmerge-peft reads format "
             f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
         )
 

@@ -114,18 +114,18 @@ class RoundRecord:
     rounds: Whole
     """Number of rounds in the recipe."""
     seconds: Number
-    """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
-    take almost no time."""
+    """Wall time of the round, including evaluation. Training and evaluation take almost no time if
+    the engine has cached their results."""
     train_loss: Number | None
-    """Mean loss of local training, nats, weighted by the clients' number of examples. None if no
-    client reports it, as in a federation of private sites."""
+    """Mean loss of local training, nats, weighted by the clients' numbers of training examples.
+    None if no client reports it, as in a federation of private sites."""
     served: Scores | None
     """Scores of the models served at the start of this round; for most methods these are the
     adapters as sent, before any local training. None in rounds without evaluation."""
     finetuned: Scores | None
     """Scores after this round's local training; the difference from ``served`` is the gain of
-    finetuning. None for methods whose training does not start from the served model
-    (``fedavg_ft``)."""
+    finetuning. None in rounds without evaluation, and for methods whose training does not start
+    from the served model (``fedavg_ft``)."""
     gap: Number
     """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter that it
     would be sent next, mean over clients. For flora, fedex_lora and flexlora the distance is

@@ -17,7 +17,7 @@ _ALWAYS = ("environment.json", "clients.json", "task.json", "adapter_config.json
 
 
 def verify(path: Path) -> int:
-    """Verify a run directory with its baselines and exports, or an export.
+    """Verify a run directory, including its baselines and exports, or a single export.
 
     Files of experiment trackers and temporary files of interrupted writes are not verified.
 

@@ -185,7 +185,7 @@ class RunWriter(RunDirectory):
             stopped: Reason for an end before the planned rounds; None after all rounds.
 
         Returns:
-            Scores of the round that is served.
+            Scores of the round that is served; None if there are none.
         """
         records = self.records
         last = {
@@ -221,7 +221,7 @@ class RunWriter(RunDirectory):
     def update_privacy(self, privacy: Mapping[str, Any]) -> None:
         """Replace the entry ``privacy`` of ``summary.json``.
 
-        Called after each baseline, because its updates of the same clients count toward ε.
+        Called after each baseline, because its rounds add to the ε of the run's clients.
         """
         path = self.path / "summary.json"
         checked.write_document(path, {**documents.read(path), "privacy": privacy})

@@ -1,10 +1,10 @@
 """Export adapters as plain PEFT folders with model cards, to disk or to the Hugging Face hub.
 
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
-         (the client's row of π) and, if the model generates text, ``generation_files``'s files
+         (the client's row of π) and, if the model generates text, the files of ``generation_files``
 all      one such folder per client, and clients.json (the folder of each client)
-soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), with which users merge
-         the adapters after loading
+soup     a folder for each adapter (adapter-0, adapter-1, ...), weights.json (each client's row of
+         π), README.md with code that merges the adapters, and the files of ``generation_files``
 
 A folder is written whole or not at all, with the SHA-256 sums of its files in ``SHA256SUMS``.
 """
@@ -129,12 +129,14 @@ def export_soup(
 ) -> Path:
     """Write the soup: d adapters, and ``weights.json``, with which the user merges them.
 
-    Arguments, result and errors are those of ``export_client``, except that there is no client. The
+    The arguments and the result are those of ``export_client``, except that there is no client. The
     clients' own parts of the adapters, such as label priors, are not exported.
 
     Raises:
-        RunError: As ``export_client``; or parts of the adapters are private to the clients, so that
-            the soup has no whole adapters; or the merging weights differ between blocks.
+        RunExistsError, BackboneError: As ``export_client``.
+        RunError: The round does not exist, or the folder cannot be written; parts of the adapters
+            are private to the clients, so that the soup has no whole adapters; or the merging
+            weights differ between blocks.
     """
     folder = Path(folder)
     soup, weights = run.state(best=best)

@@ -39,7 +39,7 @@ def carries_tokenizer(run: RunDirectory) -> bool:
 
 
 def usage_code(run: RunDirectory) -> str:
-    """Return Python code that generates text, for model cards; empty if the task does not."""
+    """Return Python code that generates text, for model cards; empty if the task generates none."""
     task = run.recipe.task.to_complete()
     if task is None:
         return ""

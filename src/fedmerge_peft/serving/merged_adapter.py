@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = {"training": "train", "validation": "validation", "test": "test"}
 """Columns of ``run.clients``, by kind of example."""
+_OWN_PARTS = "the own parts of the clients in the mixture"
 
 
 class _ModelHead(NamedTuple):
@@ -70,8 +71,8 @@ class MergedAdapter:
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""
     clients: Tensor | None = None
-    """Weights ``(m,)`` of the clients' own parts, such as heads or label priors; None to leave
-    these parts out."""
+    """Weights over the clients, ``(m,)``. They mix the clients' own parts, such as heads or label
+    priors, and their weights by block; None to leave both out."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:
@@ -141,7 +142,7 @@ class MergedAdapter:
             row = self.run.clients.loc[self.name]
             examples = {part: int(row[column]) for part, column in _EXAMPLES.items()}
         else:
-            role, own = "a mixture from a federated fine-tuning run of {clients}", "the own parts"
+            role, own = "a mixture from a federated fine-tuning run of {clients}", _OWN_PARTS
             examples = {}
         return adapter_card(
             self,
@@ -262,7 +263,8 @@ def mixed_adapter(
 
     Raises:
         RunError: The shares are invalid; an adapter or client does not exist; or ``shares`` names
-            an adapter by its number, although parts of the adapters are private to the clients.
+            an adapter by its number, although parts of the adapters are private to the clients; or
+            the clients have no single adapter (``fedem``).
     """
     soup, known = run.state(best=best)
     adapters = len(soup)
@@ -271,7 +273,8 @@ def mixed_adapter(
         bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0
     ):
         raise RunError(
-            f"{dict(shares)} is not a valid mixture: give shares of at least 0, not all of them 0"
+            f"{dict(shares)} is not a valid mixture: give finite shares of at least 0, not all of "
+            "them 0"
         )
     if unknown := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
         raise RunError(f"{run.path} has no adapter {unknown[0]}; it has 0 to {adapters - 1}")

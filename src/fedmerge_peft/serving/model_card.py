@@ -234,7 +234,8 @@ def soup_card(
 def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str, str | None]:
     """Return the base model's name, and its hub id or None.
 
-    The hub id is None for a local folder and for a generated model.
+    The hub id is None for a local folder, and for a model that is generated or that a Python
+    program passed.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

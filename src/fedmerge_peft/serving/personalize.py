@@ -112,7 +112,8 @@ def personalize(
         RunError: A newcomer cannot merge the adapters of this run; the adapters do not fit the
             model that is loaded now; the model comes with code to which the caller did not consent
             (``trust_remote_code`` of ``load_run``); or ``model`` is not the run's model.
-        DataError: The data cannot be read, do not fit the task, or contain an unknown label.
+        DataError: The data cannot be read, do not fit the task, contain an unknown label, or leave
+            no training examples; or ``test_fraction`` is negative or at least 1.
         FedMergeError: The model or the device is not available.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
@@ -306,13 +307,13 @@ class _Comparison:
 
 def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     strategy = run.recipe.strategy
+    sections = STRATEGIES.sections().items()
+    mergeable = " or ".join(name for name, section in sections if section.shared_soup)
     if soup.own is not None and soup.own.private:
         raise RunError(
             f"{run.path}: parts of its adapters are private to the clients ({strategy.name}), and "
-            "a new client has none; use a run with strategy.head: shared"
+            f"a new client has none; use a run of {mergeable} with strategy.head: shared"
         )
-    sections = STRATEGIES.sections().items()
-    mergeable = " or ".join(name for name, section in sections if section.shared_soup)
     if strategy.shared_soup:
         return
     if len(soup) == 1:

@@ -34,8 +34,8 @@ class Alternative:
     test: Mapping[str, float]
     """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
     seconds: float
-    """Wall time to obtain the adapter, without its test. The time of the learned weights includes
-    the time of all fixed weights, the best of which are their start."""
+    """Wall time to obtain the adapter, without its test. For the learned weights, it includes the
+    evaluation of all fixed weights, because learning starts from the best of them."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Predict with many clients' adapters; several clients share a forward pass if that is exact."""
+"""Predict with many clients' adapters; clients share passes if the predictions stay the same."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Predictor:
             returns completions, generated with the recipe's settings. Other tasks return
             dictionaries (``Task.answers``); a classifier returns the most likely label and its
             probability, ``{"label": name, "score": probability}``. Sampled completions are the same
-            in each call.
+            in each call with the same arguments.
 
         Raises:
             RunError: The run has no such client.
@@ -181,7 +181,9 @@ class Predictor:
         Shared passes give the same predictions up to rounding.
         """
         if {"none", "alone"} & {self._task.padding, self._task.prompt_padding}:
-            reason: str | None = "the model sees padding, so not all inputs share a pass"
+            reason: str | None = (
+                "the model's outputs depend on padding or on the other inputs of a pass"
+            )
         else:
             reason = stacking_obstacle(self._backbone) or self._stacking_error()
         if reason is not None:

@@ -70,7 +70,7 @@ def serve_script(
             f"the base model {base} has no name that vLLM can load; name it with --base-model-id"
         )
     if unsupported or task is None:
-        raise RunError(f"vLLM cannot serve {run.path}: {'; '.join(unsupported)}")
+        raise RunError(f"vLLM cannot serve an adapter of {run.path}: {'; '.join(unsupported)}")
     model = str(Path(base).expanduser().absolute()) if Path(base).exists() else base
     sampling = {
         "temperature": task.temperature if task.do_sample else 0.0,

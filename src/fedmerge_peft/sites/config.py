@@ -50,7 +50,7 @@ KIT_VARIABLE = "FEDMERGE_KIT"
 SETTINGS_VARIABLE = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
 PERMANENT_FAILURE = 2
-"""Exit code of a child process that has reported an error, which a restart cannot fix."""
+"""Exit code of a child process that has reported an error that a restart cannot fix."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _RESERVED_NAMES = ("server", "operator", "authority", "sites")
 _SERVER_KEYS = (
@@ -124,8 +124,9 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
     for site in sites:
         if not _NAME.fullmatch(site) or site in _RESERVED_NAMES:
             raise FederateError(
-                f"--sites: {site!r} is not a valid site name; use at most 63 letters, digits, "
-                f"- and _, and none of the names {', '.join(_RESERVED_NAMES)}"
+                f"--sites: {site!r} is not a valid site name; use at most 63 of the characters "
+                "a-z, A-Z, 0-9, - and _, a letter or digit first, and none of the names "
+                f"{', '.join(_RESERVED_NAMES)}"
             )
     clients = [client for site_clients in sites.values() for client in site_clients]
     if repeated := sorted({name for name in clients if clients.count(name) > 1}):

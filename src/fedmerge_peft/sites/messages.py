@@ -335,7 +335,7 @@ class _Reader:
             size = "" if columns is None else f" with {columns} columns"
             raise WireError(
                 f"{name} is {describe(tensor)}, expected {dimensions} dimension(s) of "
-                f"{str(dtype).removeprefix('torch.')}{size}"
+                f"{str(dtype).removeprefix('torch.')}{size}, not empty"
             )
         if tensor.is_floating_point() and (
             fault := norm_fault(tensor.reshape(-1, tensor.shape[-1]))

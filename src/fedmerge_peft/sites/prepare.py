@@ -130,8 +130,9 @@ as {site}. Keep the folder on the machine that trains, readable by one user.
 ## The task
 
 Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the
-examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer refuses a recipe
-whose model, adapter, task, training, evaluation or privacy differs from it.
+examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer, which is the
+process that reads the data, refuses a recipe of the server whose model, adapter, task, training,
+evaluation or privacy differs from it.
 Task: {task.name}{f", columns {columns}" if columns else ""}.
 
 ## The commands
@@ -159,7 +160,8 @@ update.
 
 ## The result
 
-After the last round, `adapters/` holds a PEFT folder for each client of the site.
+After the last round, `adapters/` holds a PEFT folder for each client of the site, unless the method
+mixes several adapters per client (`fedem`) or changes the backbone (`flora`, `fedex_lora`).
 """
 
 
@@ -167,13 +169,14 @@ def _installation(digest: str | None) -> str:
     """Return the README's text on the installation of the package."""
     if digest is None:
         return """Install the package from the wheel that the organizers of the federation give you.
-First compare the wheel's SHA-256 sum with the sum that they tell you."""
+First compare the wheel's SHA-256 sum with the sum that they give you."""
     return f"""Install the package from the wheel in this folder. Its SHA-256 sum is
 
     {digest}
 
-Compare it with the sum that the organizers tell you through another channel, such as by
-telephone. `sha256sum` then compares the file with it (on macOS: `shasum -a 256`)."""
+Compare it with the sum that the organizers give you through another channel, such as by
+telephone, and with the sum in `{SUMS}`. `sha256sum --check` then compares the wheel with `{SUMS}`
+(on macOS: `shasum -a 256 --check`)."""
 
 
 def _plugins(recipe: Recipe) -> str:
@@ -190,17 +193,16 @@ set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-co
 def _leaving(recipe: Recipe) -> str:
     """Return the README's text on the data that leaves a site, by the recipe's privacy."""
     if recipe.privacy.mode == "local":
-        return """At the start of each job, which is a segment of rounds: the names of the clients,
-columns and labels, and the format of the texts. In each round: a clipped update of the adapter of
-each client, with noise. `privacy.json` counts these updates; the site refuses more when its budget
-(`privacy.epsilon` in `site.yaml`) is spent."""
-    return """At the start of each job, which is a segment of rounds: the names and groups of the
+        return """At the start of each job, which runs some of the rounds: the names of the clients,
+columns and labels, and the format of the texts. In each round, for each client: a clipped update of
+its adapter, with noise. `privacy.json` counts these updates; the site sends no more updates of a
+client whose budget (`privacy.epsilon` in `site.yaml`) is spent."""
+    return """At the start of each job, which runs some of the rounds: the names and groups of the
 clients, the names of the columns and labels, the format of the texts, the numbers of each client's
 training, validation and test examples, and the number of its training examples with each label. In
-each round: an update of the adapter of each client, the number of its training examples, its
-training time, its training and validation losses, and its scores. Some strategies also request the
-client's choice of an adapter, or its weights of several adapters. If a request fails, the reason is
-sent."""
+each round, for each client: an update of its adapter, its number of training examples, its training
+time, its training and validation losses, and its scores. Some strategies also request the client's
+choice of an adapter, or its weights of several adapters. If a request fails, the reason is sent."""
 
 
 _SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.

@@ -110,8 +110,8 @@ def run_rehearsal(
         out: The folder that ``prepare_rehearsal`` wrote.
         federation: The federation that ``prepare_rehearsal`` returned.
         report: Called with a line of text for each event.
-        wait: Seconds to wait for all sites before starting with the connected ones.
-        min_sites: Smallest number of sites to start with. Default: all sites.
+        wait: Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice.
+        min_sites: Smallest number of connected sites with which a job starts. Default: all sites.
 
     Raises:
         FederateError: A process exited, the server is unreachable, or jobs left no outcome.

@@ -100,8 +100,8 @@ def _pack(packages: Path, wheel: Path) -> bool:
             digest = _record_digest(content)
             if file.hash is None or (file.hash.mode, file.hash.value) != ("sha256", digest):
                 raise FederateError(
-                    f"{packages / name} has changed since the package was installed; install it "
-                    "again before it goes to other sites"
+                    f"{packages / name} has changed since the package was installed; install the "
+                    "package again before you give it to other sites"
                 )
             _add(archive, name, content)
             record.append((name, f"sha256={digest}", len(content)))

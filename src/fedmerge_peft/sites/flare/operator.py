@@ -66,8 +66,8 @@ def run(
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each event that the operator should see.
-        wait: Seconds to wait for all sites before starting with the connected ones.
-        min_sites: Smallest number of sites to start with.
+        wait: Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice.
+        min_sites: Smallest number of connected sites with which a job starts.
         reconnect_timeout: Seconds to wait for a server that does not respond.
         on_poll: Called at every check; an exception that it raises ends the function.
 
@@ -239,8 +239,8 @@ def _follow_job(
 ) -> int:
     """Report a job's events until it ends; return the number of reported lines.
 
-    If a site connects while the job runs, pause the job after its round, so that the site can take
-    part in the next job.
+    If a site connects while the job runs, pause the job after the current round, so that the site
+    can take part in the next job.
 
     Raises:
         NoConnection: The server was restarted after ``server_start``. A restarted server still

@@ -3,8 +3,9 @@
 In NVIDIA FLARE's client, the server chooses the client function that a command runs, the names of
 the files that a download writes, and the folder of the result, which is then moved and removed. A
 hostile server could write, upload and remove any file of the operator. Here the server chooses none
-of these. The only command that handles files uploads the job that the operator has written. A
-download writes one file in a temporary folder, from which one document is read.
+of these. Of FLARE's commands that handle files, only one remains, which uploads the job that the
+operator has written. A download writes one file in a temporary folder, from which one document is
+read.
 """
 
 from __future__ import annotations

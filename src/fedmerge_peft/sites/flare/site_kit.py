@@ -113,7 +113,8 @@ def _refuse_links(kit: Path, data: Path | None) -> None:
             if path.is_symlink() and (own is None or own not in (place, *place.parents)):
                 raise FederateError(
                     f"{path} is a link to {path.readlink()}; a kit contains only files and "
-                    "folders. Remove it, or replace it by a copy of its target if you trust that"
+                    "folders. Remove the link, or replace it by a copy of its target if you trust "
+                    "the target"
                 )
 
 

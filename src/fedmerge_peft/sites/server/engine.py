@@ -107,8 +107,9 @@ class RemoteEngine:
         Sites that enroll for the first time are added to the roster.
 
         Raises:
-            FederateError: No site can take part; the message lists the reason for each site.
-            FedMergeError: The server cannot load the model.
+            FederateError: No site can take part (the message has the reason for each site); or, in
+                the first job, all examples have one label.
+            FedMergeError: The server cannot load task or model.
         """
         absent = {
             site: "it is not connected" for site in federation.sites if site not in transport.sites
@@ -149,7 +150,7 @@ class RemoteEngine:
         return cls(recipe, federation, roster, transport, task, backbone, absent)
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` if the clients' work differs under this recipe."""
+        """Raise ``RecipeError`` if clients would do other work than under the job's recipe."""
         check_same_work(
             self.recipe,
             recipe,

@@ -32,8 +32,8 @@ def agree_and_load(
     the task refuses are added too, so that they do not end the job.
 
     Raises:
-        FederateError: No site can take part.
-        FedMergeError: The server cannot load the model.
+        FederateError: No site can take part; or, in the first job, all examples have one label.
+        FedMergeError: The server cannot load task or model.
     """
     first = not roster.columns
     while True:

@@ -45,7 +45,7 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)
     """Sites that could not take part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
-    """Result for each client whose adapter was sent: None, or the reason if it was not stored."""
+    """Result for each client at the end: None if its site stored the adapter, else the reason."""
 
 
 class _EndOfJob(Exception):  # noqa: N818 (a normal end, not an error)
@@ -150,8 +150,8 @@ def _send_adapters(
     strategy = run.recipe.strategy
     if not strategy.single_adapter or strategy.adds_to_backbone:
         report(
-            f"{strategy.name}: clients have no single adapter of the run's rank; "
-            "use fedmerge export"
+            f"{strategy.name}: clients have no single adapter of the run's rank, so none was sent; "
+            "use fedmerge export RUN --all, or --soup if a client has several adapters"
         )
         return {}
     sent: dict[str, str | None] = {}

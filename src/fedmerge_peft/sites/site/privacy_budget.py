@@ -43,7 +43,7 @@ class PrivacyBudget:
     delta: float
     """δ at which ε is computed."""
     epsilon: float | None
-    """Largest ε of a client. None counts the releases without a bound."""
+    """Largest ε of a client. If it is None, releases are counted but not bounded."""
 
     def spent(self, client: str) -> Spent:
         """Return a client's releases so far. Raises ``FederateError`` if the file is damaged."""
@@ -95,8 +95,8 @@ class PrivacyBudget:
             return {name: _entry(entry) for name, entry in document["clients"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FederateError(
-                f"{path}: damaged ({type(error).__name__}); without it the site cannot tell what "
-                "its clients have released. Restore the file from a backup"
+                f"{path}: damaged ({type(error).__name__}), so the budget that the site's clients "
+                "have spent is unknown; restore the file from a backup"
             ) from error
 
     @contextmanager

@@ -2,8 +2,8 @@
 
 A site is private if the kit's recipe has ``privacy.mode: local``, or if ``site.yaml`` sets noise.
 A private site adds noise to all updates, which its budget counts. It sends no losses, scores,
-times, choices or causes of failures. With ``privacy.mode: local``, it also sends no numbers of
-examples and no label counts.
+times, choices or causes of failures. With ``privacy.mode: local``, it also sends no groups, no
+numbers of examples and no label counts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ReleaseRules:
         if requested is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
-                "but the server requests updates without it"
+                "but the server's request does not clip the update"
             )
         if self.private and not isinstance(plan, Train | InTurn):
             raise RefusedError(

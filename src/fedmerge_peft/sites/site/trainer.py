@@ -283,8 +283,8 @@ class Trainer:
             agreed = getattr(training, key)
             if value is not None and agreed != "auto":
                 raise RefusedError(
-                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}; "
-                    "run the recipe of the kits on the server"
+                    f"training.{key} is {agreed} in the kit's recipe, so the server must not send "
+                    f"a value for it; it sent {value}. Run the recipe of the kits on the server"
                 )
             if value is None and agreed == "auto" and not (key == "epochs" and training.steps):
                 raise WireError(

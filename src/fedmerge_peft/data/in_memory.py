@@ -1,4 +1,4 @@
-"""Convert the examples that a Python program passes into splits, as if they came from files.
+"""Convert examples from a Python program to splits, as if they came from files.
 
 The examples are one table, the splits of a table, or a mapping from clients to their tables. Tables
 are checked and converted like files. A recipe refers to the examples by their fingerprint.
@@ -47,14 +47,17 @@ def take_data(
     Args:
         recipe: Names of the splits, and the partition.
         data: The examples.
-        label: Label column of the task. Errors about missing labels then name the client.
+        label: Label column of the task. If it is given, errors about missing labels name the
+            client.
 
     Returns:
         The recipe with the fingerprint of the examples as ``path``, and the splits by name.
 
     Raises:
-        DataError: A table has an unsupported type, invalid columns or no rows; or the tables of
-            clients differ in columns or splits. The message names the client.
+        DataError: A table has an unsupported type or invalid columns; there are no rows, or a
+            client has no training rows; keys are missing, not unique or names of splits; the tables
+            of clients differ in columns or splits, or name other clients; labels are missing. The
+            message names the client.
     """
     with no_progress_bars():
         if isinstance(data, Mapping) and not _is_dataset_dict(data):

@@ -37,10 +37,10 @@ def federate_data(
     """Load the data of a recipe and partition them among clients.
 
     Validation and test splits are partitioned like the training split: a client gets the same
-    fraction of each class as in training. There are two exceptions. With the natural scheme, a
-    client gets the rows whose value in the column ``by`` belongs to this client. With iid, all
-    clients get equally many rows. If a split is missing, a fraction of each client's training rows
-    replaces the split (``partition.split_off``).
+    fraction of each class as in training. Some schemes divide these splits by their own rule. With
+    natural, the rows with a value of the column ``by`` go to the clients of this value. With iid,
+    all clients get about equally many rows. If a split is missing, a fraction of each client's
+    training rows replaces the split (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
@@ -55,8 +55,9 @@ def federate_data(
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:
-        Table with training rows first, and the clients in the order of the partition scheme. Every
-        row belongs to a client. A client may have no validation or test rows.
+        Table with the rows of the training split first, and the clients in the order of the
+        partition scheme. Every row belongs to a client. A client may have no validation or test
+        rows.
 
     Raises:
         DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of

@@ -72,7 +72,7 @@ def no_client(name: object, names: Iterable[str]) -> str:
 
 
 def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
-    """Log a warning if names differ only in case, spaces or invisible characters.
+    """Log a warning if names differ only in case, spaces, invisible characters or Unicode form.
 
     Args:
         names: Names of labels or clients.

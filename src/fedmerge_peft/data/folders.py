@@ -48,7 +48,8 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     Raises:
         DataError: A file or folder has the name of an evaluation split, such as ``test.csv``, or
             names end with both the training split and an evaluation split, but other names lack a
-            split; or only some of several subfolders have splits.
+            split; or a subfolder contains an evaluation split, but another file or subfolder is
+            without splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 

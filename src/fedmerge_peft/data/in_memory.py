@@ -1,7 +1,8 @@
 """Convert examples from a Python program to splits, as if they came from files.
 
-The examples are one table, the splits of a table, or a mapping from clients to their tables. Tables
-are checked and converted like files. A recipe refers to the examples by their fingerprint.
+The examples are one table, the splits of a table, or a mapping from clients to their tables. Pandas
+frames and Arrow tables are checked and converted like files; a ``datasets.Dataset`` is used as it
+is. A recipe refers to the examples by their fingerprint.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[s
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 sum of all values.
 
-    The sum does not depend on the order of columns or on Arrow types. A path counts as text; its
-    file is not read.
+    The sum does not depend on the order of columns, or on differences of Arrow types that do not
+    change Python values, such as string and large_string. A path counts as text; its file is not
+    read.
     """
     digest = sha256()
     for split, table in sorted(splits.items()):

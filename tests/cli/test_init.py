@@ -198,7 +198,7 @@ def test_a_first_line_that_is_an_example_is_reported(table, here):
     write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS if row != ROWS[0]])
     assert reported in init("bare.csv", "--yes").stdout
     write(here / "equal.csv", ROWS[0][:3], [row[:3] for row in ROWS])
-    assert "or add a line of column names" in str(init("equal.csv", "--yes").exception)
+    assert "add a row of column names before it" in str(init("equal.csv", "--yes").exception)
     write(here / "numbers.csv", ["1", "2.5"], [("a word", 3.5), ("another", 1.5)] * 8)
     assert reported in init("numbers.csv", "--yes").stdout
     assert reported not in init(table, "--yes").stdout

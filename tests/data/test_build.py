@@ -224,8 +224,8 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
 def test_a_client_in_two_groups_is_refused(recipe):
     fault = faults(recipe(partition={"scheme": "natural", "by": "domain", "group": "task"}))
     assert fault.startswith(
-        "data.partition.group: domain speech has rows of several task (snips, trec6), "
-        "but a client belongs to one group"
+        "data.partition.group: the rows of domain speech have several values of task "
+        "(snips, trec6), but a client belongs to one group"
     )
 
 
@@ -318,7 +318,7 @@ def test_whole_numbers_are_inferred_from_all_splits(tmp_path):
 def test_numbers_that_stand_for_several_integers_are_refused(tmp_path):
     with pytest.raises(DataError, match="to which several integers are rounded"):
         labeled([2.0**53, 1.0])(tmp_path / "rows")
-    with pytest.raises(DataError, match="has inf, which is not a value of a class"):
+    with pytest.raises(DataError, match="has inf, which cannot be a class"):
         labeled([float("inf"), 1.0])(tmp_path / "infinite")
 
 

@@ -93,7 +93,7 @@ def test_all_images_are_read_with_the_names_of_their_folders(tmp_path, paths, la
 
 def test_images_without_a_label_are_refused(tmp_path):
     write(tmp_path, "train/0.png", "test/0.png")
-    with pytest.raises(DataError, match=r"have no labels, such as .*0\.png"):
+    with pytest.raises(DataError, match=r"such as .*0\.png, have no labels"):
         load(tmp_path)
     write(tmp_path, "train/cat/0.png")
     with pytest.raises(DataError, match="files lie at different depths"):

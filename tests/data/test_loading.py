@@ -114,7 +114,7 @@ def test_split_names_that_differ_only_in_case_or_spaces_are_refused(tmp_path, fi
     path.write_text("".join(f'{{"split": "{name}"}}\n' for name in (first, second, "test")))
     assert faults(path, split_column="split") == (
         f"data.split_column: the column split has both {first!r} and {second!r}, which would be "
-        "two splits; write one name in all rows"
+        "two splits; write the name of a split in the same way in all rows"
     )
 
 

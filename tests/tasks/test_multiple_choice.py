@@ -253,7 +253,7 @@ def test_labels_that_may_be_several_choices_are_refused(task_of, choices, label)
             {"choices": ["a", "b"]},
             r"row 1 .*a, b has 1 choice",
         ),
-        ({"a": ["x", "y"]}, {"choices": ["a", "a"]}, r"task.choices: names column 'a' twice"),
+        ({"a": ["x", "y"]}, {"choices": ["a", "a"]}, r"task.choices: column 'a' is named twice"),
         ({"context": ["x", None]}, {}, r"row 1 .*'context' is empty"),
         ({}, {"start": "sent2"}, r"task.start: there is no column 'sent2'"),
     ],

@@ -37,30 +37,35 @@ def federate_data(
     """Load the data of a recipe and partition them among clients.
 
     Validation and test splits are partitioned like the training split: a client gets the same
-    fraction of each class as in training. With the natural scheme, a client gets the rows with its
-    value of the column; with iid, it gets an equal part. If a split is missing, a fraction of each
-    client's training rows replaces the split (``partition.split_off``).
+    fraction of each class as in training. Some schemes divide these splits by their own rule. With
+    natural, the rows with a value of the column ``by`` go to the clients of this value. With iid,
+    all clients get about equally many rows. If a split is missing, a fraction of each client's
+    training rows replaces the split (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
         label: Label column of the task, or None if examples have no label.
-        seed: Seed of the recipe. The clients depend on the seed only, not on random numbers drawn
-            in training.
-        media: Column with images or audio of the task, or None. Relative paths in it are resolved
-            against the folder of the table if the file exists there.
+        seed: Seed of the recipe. It determines all random draws of the partition; random numbers
+            that are drawn in training do not change the clients.
+        media: Column with images or audio of the task, or None. A relative path in this column is
+            resolved against the folder of the table if it leads to a file there.
         whole: True if the data are those of all clients. They must then have several labels, and
-            each split must share labels with training. False for the data of a single site.
+            each split must share a label with the training split. False for the data of a single
+            site.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:
-        Table with training rows first, and the clients in the order of the partition scheme. Every
-        row belongs to a client. A client may have no validation or test rows.
+        Table with the rows of the training split first, and the clients in the order of the
+        partition scheme. Every row belongs to a client. A client may have no validation or test
+        rows.
 
     Raises:
         DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of
-            the splits differ; all training examples have one label; no label of a split occurs in
-            training; there are fewer examples than clients; a client has no training rows;
-            the validation and test fractions leave no training rows.
+            the splits differ; all training examples have the same label; no label of a split occurs
+            in training; there are fewer examples than clients; a client has no training rows; the
+            validation and test fractions leave no training rows; the scheme cannot divide the rows,
+            or returns an invalid assignment.
+        PluginError: A scheme from a plugin fails.
     """
     splits = load_splits(recipe, media, splits)
     _check_columns(splits)
@@ -159,8 +164,8 @@ def _reject_one_label(names: Sequence[str], label: str) -> None:
 def _check_unseen_labels(numbers: Mapping[str, Indices], label: str, *, reject: bool) -> None:
     """Log a warning for labels that no training example has.
 
-    With ``reject``, raise ``DataError`` if a split has only such labels. The splits of a single
-    site may be so small that they have no label in common.
+    With ``reject``, raise ``DataError`` if a split has only such labels. ``reject`` is False for a
+    single site, because its splits may be so small that they have no label in common.
     """
     for split, labels in numbers.items():
         unseen = int((labels < 0).sum())

@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 
 def is_pattern(path: Path) -> bool:
-    """Return True if a path has wildcards and no file has exactly this name."""
+    """Return True if a path has wildcards, and is not itself the path of a file or folder."""
     return any(character in str(path) for character in "*?[") and not path.exists()
 
 
 def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read one file or folder per client; the client's name is the file name without suffixes.
+    """Read one file or folder per client.
 
-    A column that names the client of each row is added (``client_column``). Folders are read
-    with ``read_local``; labels of images or audio become text.
+    A client has the name of its folder, or of its file without the suffix, such as ``.csv.gz``. A
+    column that names the client of each row is added (``client_column``). Folders are read with
+    ``read_local``; class numbers, such as the labels of images, are replaced by class names.
 
     Raises:
-        DataError: No file matches; a file is not a table, cannot be read or has no rows; two
-            clients have the same name, or differ in splits or columns.
+        DataError: Nothing matches the pattern; a file is not a table; a file or folder cannot be
+            read or has no rows; two clients have the same name, or differ in splits, columns or
+            types; a row names another client.
     """
     paths = _matches(pattern)
     if all(path.is_dir() for path in paths.values()):

@@ -39,7 +39,8 @@ def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Data
     """Join the tables of clients by split, and add a column that names the client of each row.
 
     Raises:
-        DataError: Clients have different splits or columns, or a row names another client.
+        DataError: Clients have different splits or columns; a column has no common type; in the
+            tables of a client, ``column`` exists and names another client.
     """
     from datasets import concatenate_datasets
 
@@ -60,7 +61,7 @@ def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Data
 
 
 def column_values(table: Dataset, column: str) -> Iterator[list[Any]]:
-    """Yield the values of a column in batches. Images are not decoded."""
+    """Yield the values of a column, as one list per batch of rows. Images are not decoded."""
     for batch in table.select_columns([column]).with_format("arrow").iter(_BATCH):
         yield batch.column(column).to_pylist()
 
@@ -71,15 +72,18 @@ def _with_client(table: Dataset, column: str, client: ClientTables) -> Dataset:
         for values in column_values(table, column):
             if others := [value for value in values if str(value) != client.name]:
                 raise DataError(
-                    f"{client.source}: the column {column} has {others[0]!r}; it names the client, "
-                    f"so write {client.name!r} in all rows, or remove the column"
+                    f"{client.source}: the column {column} names the client, but it has "
+                    f"{others[0]!r}; write {client.name!r} in all rows, or remove the column"
                 )
         return table
     return table.add_column(column, [client.name] * len(table))
 
 
 def _aligned(tables: Mapping[tuple[str, str], Dataset]) -> dict[tuple[str, str], Dataset]:
-    """Convert all tables to common column types. Raises ``DataError`` if a column has none."""
+    """Convert all tables to common column types.
+
+    Raises ``DataError`` if tables have different columns, or a column has no common type.
+    """
     from datasets import Features
 
     sources = {

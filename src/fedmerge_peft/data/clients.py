@@ -25,7 +25,8 @@ class Client:
     validation: Indices
     test: Indices
     group: str = ""
-    """Property shared with other clients, such as a domain. Used in reports, never in training."""
+    """Property shared with other clients, such as a domain; empty if there is none. Reports use it,
+    training never does."""
 
     @property
     def size(self) -> int:

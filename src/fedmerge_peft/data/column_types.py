@@ -39,7 +39,8 @@ def type_texts(texts: Any) -> Any:
 def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -> Any:
     """Convert the JSON values of a column to an Arrow array of one type.
 
-    Lists and objects whose contents have different types become text, as JSON.
+    If the contents of lists or objects have different types, all values of the column become JSON
+    text.
 
     Args:
         values: Values of all rows; None is a missing value.
@@ -66,17 +67,17 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
     except (pa.ArrowException, OverflowError, UnicodeError) as error:
         if expected == "a number":
             row = max(range(len(values)), key=lambda row: abs(values[row] or 0))
-            fault = f"has {_shown(values[row])}, which is too large for an exact number"
+            fault = (
+                f"has {_shown(values[row])}, which is too large for an exact number; correct the "
+                "value, or write the column as text"
+            )
         elif expected == "text":
             row = next(row for row, text in enumerate(values) if text and not is_encodable(text))
-            fault = "has half of a character (an unpaired surrogate)"
+            fault = "has half of a character (an unpaired surrogate); correct the value"
         else:
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string())
-        raise DataError(
-            f"data.path: {place(row)}: the column {name!r} {fault}; correct the value, or write "
-            "the column as text"
-        ) from error
+        raise DataError(f"data.path: {place(row)}: the column {name!r} {fault}") from error
 
 
 def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
@@ -87,7 +88,8 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
     Other extension types become their storage type.
 
     Raises:
-        DataError: A JSON column has values of different types (``json_column``).
+        DataError: ``json_column`` rejects the values of a JSON column, such as values of different
+            types.
     """
     if isinstance(column.type, pa.JsonType):
         texts = column.cast(column.type.storage_type).to_pylist()

@@ -47,7 +47,7 @@ def is_number(text: str) -> bool:
 
 
 def did_you_mean(wrong: object, names: Iterable[object]) -> str:
-    """Return `` (did you mean x?)`` with the closest name, or an empty string."""
+    """Return `` (did you mean x?)`` with the closest name; an empty string if no name is close."""
     close = closest(str(wrong), map(str, names))
     if close is None:
         return ""
@@ -57,7 +57,7 @@ def did_you_mean(wrong: object, names: Iterable[object]) -> str:
 
 
 def check_column(table: Dataset, name: str, key: str) -> None:
-    """Raise ``DataError`` if a table has no such column, which the recipe's ``key`` names."""
+    """Raise ``DataError``, which begins with the recipe key ``key``, if a table lacks a column."""
     if name not in table.column_names:
         raise DataError(
             f"{key}: there is no column {name!r}{did_you_mean(name, table.column_names)}; "
@@ -72,7 +72,7 @@ def no_client(name: object, names: Iterable[str]) -> str:
 
 
 def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
-    """Log a warning if names differ only in case, spaces or invisible characters.
+    """Log a warning if names differ only in case, spaces, invisible characters or Unicode form.
 
     Args:
         names: Names of labels or clients.
@@ -124,7 +124,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def value_name(dataset: Dataset, column: str, value: object) -> str:
-    """Return the display name of a value: the name of a ClassLabel, or the value as text."""
+    """Return the display name of a value: its class name in a ClassLabel, else its text."""
     names = getattr(dataset.features[column], "names", None)
     known = names is not None and isinstance(value, int) and 0 <= value < len(names)
     return str(names[value]) if names is not None and known else str(value)
@@ -169,10 +169,11 @@ def encode_classes(
             blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(entries)), 0)
             missing += pc.sum(blank).as_py() or 0
         if missing:
+            # Rows are divided by data.split_column before data.filter is applied.
+            hint = "" if key == "data.split_column" else " (data.filter selects rows by value)"
             raise DataError(
                 f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} "
-                f"{split} rows; fill in the values, or remove the rows "
-                "(data.filter selects rows by value)"
+                f"{split} rows; fill in the values, or remove the rows{hint}"
             )
     columns = dict(zip(columns, whole_numbers(list(columns.values())), strict=True))
     for entries in columns.values():
@@ -233,8 +234,8 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
         infinite = entries.filter(pc.is_inf(entries))
         if len(infinite):
             raise DataError(
-                f"{key}: the column {column} has {infinite[0].as_py()!r}, which is not a value "
-                "of a class; correct it, or remove its rows"
+                f"{key}: the column {column} has {infinite[0].as_py()!r}, which cannot be a "
+                "class; correct the value, or remove its rows"
             )
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):
@@ -247,7 +248,7 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
 def matching_rows(
     dataset: Dataset, column: str, values: Sequence[Scalar], key: str
 ) -> tuple[Indices, set[Scalar]]:
-    """Find the rows whose column has one of ``values``.
+    """Find the rows whose value in ``column`` is one of ``values``.
 
     Values are converted to the column's type: ``3`` matches the text "3", and the name of a
     ClassLabel matches its number.

@@ -44,7 +44,7 @@ class DescribedFiles:
     separator: str | None
     """Character between fields; None for a comma or a format without separators."""
     features: Features | None
-    """Declared types of the columns of csv files."""
+    """Declared types of the columns of csv files; None if there are none."""
 
 
 def described_files(source: str, config: str | None, revision: str | None) -> DescribedFiles | None:

@@ -107,7 +107,8 @@ def _reject_repeated_header(path: Path, header: _Record, rows: Sequence[_Record]
         if [field.removeprefix("\ufeff") for field in row.fields] == header.fields:
             raise DataError(
                 f"data.path: {path}:{row.first}: the row equals the first one, which names the "
-                "columns; remove it if files were joined, or add a line of column names"
+                "columns; remove this row if files were joined, or, if the first row is data, add "
+                "a row of column names before it"
             )
 
 
@@ -143,18 +144,19 @@ def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Reco
                 records.append(_Record(first, last, fields))
                 if len(records) == 1 and len(fields) == 1:
                     _reject_other_separator(path, first, fields[0], separator)
-                _check_width(path, records, separator)
+                _check_width(path, records, separator, quoted=quoted)
 
 
-def _check_width(path: Path, records: Sequence[_Record], separator: str) -> None:
-    """Raise ``DataError`` if the first and the last row differ in their number of fields."""
+def _check_width(path: Path, records: Sequence[_Record], separator: str, *, quoted: bool) -> None:
+    """Raise ``DataError`` if the row that was read last has more or fewer fields than the first."""
     names, row = records[0].fields, records[-1]
     if len(row.fields) != len(names):
+        quote = f"enclose fields that contain {separator!r} in quotation marks, " if quoted else ""
         raise DataError(
             f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
-            f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); enclose "
-            f"fields that contain {separator!r} in quotation marks, set data.separator (such as "
-            'data.separator=";"), or remove lines that are not rows'
+            f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); "
+            f'{quote}set data.separator (such as data.separator=";"), or remove lines that are not '
+            "rows"
         )
 
 

@@ -38,14 +38,18 @@ def walk(folder: Path) -> Iterator[Path]:
 def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     """Assign tables to splits by the names of the files and folders directly in a folder.
 
-    Each name must begin or end with the name of a split (``train.csv``, ``test/``,
-    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). If none does, the same rule is applied
-    within each subfolder (``en/train.csv``, ``de/train.csv``). If no subfolder has an evaluation
-    split either, all files form the training split.
+    If every name begins or ends with the name of a split (``train.csv``, ``test/``,
+    ``tickets_train.csv``, ``train-00000-of-00002.parquet``), the names determine the splits.
+    Otherwise, the same rule is applied within each subfolder (``en/train.csv``, ``de/train.csv``),
+    unless one of the names is simply that of the training split. If this leads to no evaluation
+    split, all files form the training split. If a folder contains nothing but a subfolder that is
+    not named as a split, the subfolder takes its place.
 
     Raises:
-        DataError: Some files or folders are named as evaluation splits, but other files or folders
-            are not named as splits.
+        DataError: A file or folder has the name of an evaluation split, such as ``test.csv``, or
+            names end with both the training split and an evaluation split, but other names lack a
+            split; or a subfolder contains an evaluation split, but another file or subfolder is
+            without splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 
@@ -79,7 +83,7 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
     """Join the splits of the subfolders; return None if none of them has an evaluation split.
 
     Raises:
-        DataError: Some subfolders have evaluation splits, but other entries have no splits.
+        DataError: A subfolder has an evaluation split, but another file or subfolder has no splits.
     """
     within = {
         entry: (_split_within(folder / entry, files) if (folder / entry).is_dir() else None)
@@ -140,9 +144,9 @@ def media_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str
         )
     if 1 in depths:
         raise DataError(
-            f"data.path: the files in {folder} have no labels, such as {depths[1]}; put each into "
-            "a folder that is named by its label, or add a metadata.csv with the columns file_name "
-            "and label"
+            f"data.path: the files in {folder}, such as {depths[1]}, have no labels; put each "
+            "into a folder that is named by its label, or add a metadata.csv with the columns "
+            "file_name and label"
         )
     return {split: [path.parent.name for path in paths] for split, paths in splits.items()}
 

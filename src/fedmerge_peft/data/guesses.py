@@ -127,7 +127,7 @@ def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -
 def guess_column(
     usual: UsualColumn, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str] = ()
 ) -> str | None:
-    """Return the column that most likely fits a task's description; None if there is none."""
+    """Return the column that most likely fits the description ``usual``; None if none fits."""
     free = _free(columns, taken)
     match usual.kind:
         case "image":
@@ -184,10 +184,11 @@ def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str
 def guess_any(
     kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
 ) -> str | None:
-    """Return a column of a kind; None if there is none, or no clear one.
+    """Return a column of a kind, whatever its name; None if there is none, or no clear one.
 
-    A column of lists or fractions is returned if it is the only one. ``guess_label`` chooses among
-    columns of other kinds.
+    For ``list``, this is the only column of lists. For ``number``, it is the only column of
+    fractions; without fractions, ``guess_label`` chooses among the columns of whole numbers. For
+    other kinds, ``guess_label`` chooses among all columns.
     """
     free = _free(columns, taken)
     match kind:
@@ -218,7 +219,7 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 
 
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of clients: one with a usual name, else the text with the most values.
+    """Return the column of clients: one with a usual name, else the texts with the most values.
 
     Candidates have at least four rows per value on average, or only two values. Return None if
     there is none.
@@ -233,7 +234,10 @@ def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[st
 
 
 def guess_split(table: Dataset) -> str | None:
-    """Return the column whose values are names of splits; None if there is none."""
+    """Return the column that names the split of each row; None if there is none.
+
+    Its name contains ``split``, and all its values are names of splits, including ``train``.
+    """
     for name in table.column_names:
         if "split" in name.lower() and (values := _values(table, name)) is not None:
             splits = {str(value).lower() for value in values.unique().to_pylist()}

@@ -1,7 +1,8 @@
-"""Convert the examples that a Python program passes into splits, as if they came from files.
+"""Convert examples from a Python program to splits, as if they came from files.
 
-The examples are one table, the splits of a table, or a mapping from clients to their tables. Tables
-are checked and converted like files. A recipe refers to the examples by their fingerprint.
+The examples are one table, the splits of a table, or a mapping from clients to their tables. Pandas
+frames and Arrow tables are checked and converted like files; a ``datasets.Dataset`` is used as it
+is. A recipe refers to the examples by their fingerprint.
 """
 
 from __future__ import annotations
@@ -47,14 +48,17 @@ def take_data(
     Args:
         recipe: Names of the splits, and the partition.
         data: The examples.
-        label: Label column of the task. Errors about missing labels then name the client.
+        label: Label column of the task. If it is given, errors about missing labels name the
+            client.
 
     Returns:
         The recipe with the fingerprint of the examples as ``path``, and the splits by name.
 
     Raises:
-        DataError: A table has an unsupported type, invalid columns or no rows; or the tables of
-            clients differ in columns or splits. The message names the client.
+        DataError: A table has an unsupported type or invalid columns; there are no rows, or a
+            client has no training rows; keys are missing, not unique or names of splits; the tables
+            of clients differ in columns or splits, or name other clients; labels are missing. The
+            message names the client.
     """
     with no_progress_bars():
         if isinstance(data, Mapping) and not _is_dataset_dict(data):
@@ -89,8 +93,9 @@ def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[s
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 sum of all values.
 
-    The sum does not depend on the order of columns or on Arrow types. A path counts as text; its
-    file is not read.
+    The sum does not depend on the order of columns, or on differences of Arrow types that do not
+    change Python values, such as string and large_string. A path counts as text; its file is not
+    read.
     """
     digest = sha256()
     for split, table in sorted(splits.items()):

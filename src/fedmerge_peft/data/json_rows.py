@@ -42,8 +42,8 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
         )
     if len(values) == 1 and _has_columns(values[0]):
         raise DataError(
-            f"data.path: {path} has one object of columns, not of one row; write one object per "
-            "row (in pandas: to_json(path, orient='records'))"
+            f"data.path: {path} has one object of columns, not an object for each row; write one "
+            "object per row (in pandas: to_json(path, orient='records'))"
         )
     for value, place in zip(values, places, strict=True):
         if not isinstance(value, dict):

@@ -46,7 +46,7 @@ IN_MEMORY = "memory"
 """Start of ``data.path`` if a Python program passes the examples: ``memory:FINGERPRINT``."""
 
 _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
-"""Suffixes of other files than tables. A path with one of them is not a hub id."""
+"""Suffixes that, besides those of tables, mark a path as a local file instead of a hub id."""
 
 
 def load_splits(
@@ -57,14 +57,14 @@ def load_splits(
     """Load the data of a recipe, select its splits, and apply its filter.
 
     If the recipe does not name an evaluation split, the data's split ``validation`` or ``test`` is
-    used. It is not used if it already serves as the other evaluation split, or if the filter
-    removes all of its rows. If the result lacks an evaluation split, ``federate_data`` replaces the
-    split by a fraction of the training examples.
+    used. It is not used if the recipe names it as another split, or if the filter removes all of
+    its rows. If the result lacks an evaluation split, ``federate_data`` replaces the split by a
+    fraction of the training examples.
 
     Args:
         recipe: Source of the examples.
-        media: Column with images or audio. Relative paths in it are resolved against the folder of
-            the table if the file exists there.
+        media: Column with images or audio. A relative path in this column is resolved against the
+            folder of the table if it leads to a file there.
         splits: Splits in memory, instead of those at ``recipe.path``.
 
     Returns:
@@ -73,7 +73,9 @@ def load_splits(
 
     Raises:
         DataError: The data do not exist or cannot be read; a split or column of the recipe does not
-            exist; the filter removes all training rows, or names a value that does not occur.
+            exist; the training split is also an evaluation split, or has no rows; data with several
+            splits have a ``split_column``, too; the filter removes all rows of a split that the
+            recipe names, or names a value that does not occur.
     """
     if splits is None:
         with no_progress_bars():
@@ -156,7 +158,7 @@ def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Da
         if (first := seen.setdefault(name.strip().casefold(), name)) != name:
             raise DataError(
                 f"data.split_column: the column {column} has both {first!r} and {name!r}, which "
-                "would be two splits; write one name in all rows"
+                "would be two splits; write the name of a split in the same way in all rows"
             )
     return {
         name: table.select(np.flatnonzero(numbers["train"] == number))

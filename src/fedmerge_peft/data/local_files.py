@@ -33,11 +33,13 @@ def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, D
     Args:
         path: File or folder.
         recipe: Configuration name, and separator, quoting and encoding of text files.
-        media: Column with images or audio. Relative paths in it are resolved against the folder of
-            the table if the file exists there.
+        media: Column with images or audio. A relative path in this column is resolved against the
+            folder of the table if it leads to a file there.
 
     Raises:
-        DataError: The files cannot be read. The message names the file and, for text, the line.
+        DataError: A file cannot be read; the message then names the file and, for text, the line.
+            Or the folder has no suitable files; a table exists in two formats; the names of files
+            do not define splits or labels; no card names the files of ``recipe.config``.
     """
     import datasets
 
@@ -167,7 +169,7 @@ def _image_suffixes() -> set[str]:
 
 
 def _media_files(files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """Return the name of the media column, and the images, or the audio if there are none."""
+    """Return the name of the media column, and the images, or without images the audio files."""
     for column, suffixes in (("image", _image_suffixes()), ("audio", AUDIO_SUFFIXES)):
         if matches := [path for path in files if path.suffix.lower() in suffixes]:
             return column, matches
@@ -195,7 +197,7 @@ def _read_media(
 
 
 def _describes_media(path: Path) -> bool:
-    """Return True for a table such as ``metadata.csv``, which contains the column ``file_name``."""
+    """Return True for a table that describes images or audio by its name, such as metadata.csv."""
     return path.name.partition(".")[0] == "metadata"
 
 

@@ -31,7 +31,10 @@ class ClientRows(NamedTuple):
 
 
 def generator(seed: int, stream: Stream, client: int = 0) -> np.random.Generator:
-    """Create the generator of a stream. It is independent of random numbers drawn in training."""
+    """Create the random generator for one purpose (``stream``) and client.
+
+    Random numbers that are drawn in training do not change it.
+    """
     return np.random.default_rng(
         np.random.SeedSequence([seed, 0xDA7A, _STREAMS.index(stream), client])
     )
@@ -278,7 +281,7 @@ def split_off(
     validation rows are drawn from these. Without ``max_train``, training : validation : test is
     (1 - validation - test) : validation : test. If a client has three or more rows, at least one
     row is drawn for each nonzero fraction, except that ``max_train=1`` leaves no validation row. If
-    it has fewer rows, all of them are training rows.
+    it has fewer rows, none is drawn for validation or test.
 
     Args:
         rows: Row numbers of the client.

@@ -1,8 +1,9 @@
 """Partition schemes by their names in recipes.
 
 A scheme takes its recipe section and the ``Splits``. It returns, for each split, the ``ClientRows``
-of each client, in the same order for all splits. If a scheme returns only ``train``,
-``partition_alike`` partitions the other splits. The module ``partition`` draws the partitions.
+of each client, in the same order for all splits. If a scheme does not return all splits, only its
+training split is used, and ``partition_alike`` partitions the others. The module ``partition``
+draws the partitions.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Splits:
         """Class number of each row of each split, from 0; -1 for classes without training rows.
 
         Classes are the values of the column ``by``, or of the label column. Raises ``DataError`` if
-        the column does not exist, or a value is missing.
+        there is neither, if the column does not exist, or if a value is missing.
         """
         return self._numbered[0]
 
@@ -216,8 +217,8 @@ def _groups(
         value = values[counts.argmax()]
         several = join_values(group_names[number] for number in pairs[pairs[:, 0] == value, 1])
         raise DataError(
-            f"data.partition.group: {by} {names[value]} has rows of several {group} ({several}), "
-            "but a client belongs to one group; name a column that is the same for all of its "
-            "rows, or remove data.partition.group"
+            f"data.partition.group: the rows of {by} {names[value]} have several values of "
+            f"{group} ({several}), but a client belongs to one group; name a column with the same "
+            "value in all rows of a client, or remove data.partition.group"
         )
     return [group_names[number] for number in pairs[:, 1]]

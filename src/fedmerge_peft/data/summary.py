@@ -119,7 +119,7 @@ def _short_name(name: str) -> str:
 
 
 def _bars(counts: NDArray[np.int64], top: int) -> str:
-    """Draw one block per count: blank for 0, the lowest block for 1, the full block for ``top``."""
+    """Draw one block per count: blank for 0, full for ``top``, rounded up between them."""
     heights = np.where(counts > 0, np.ceil(counts / top * (len(_BARS) - 1)), 0).astype(int)
     return "".join(_BARS[height] for height in heights)
 

@@ -51,7 +51,7 @@ def read_tables(
     Args:
         files: One or more files with a suffix in ``TABLES``.
         recipe: Separator, quoting and encoding of text files.
-        texts: Columns of csv and tsv files whose types are not inferred; they stay text.
+        texts: Columns that stay text in csv and tsv files, without inference of their types.
 
     Returns:
         Table of each file, all with the same schema.
@@ -172,7 +172,7 @@ def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
         path: File or name of the table, for error messages.
 
     Raises:
-        DataError: A JSON column has values of different types.
+        DataError: The values of a JSON column are invalid (``plain_column``).
     """
     from datasets import Features
 
@@ -221,10 +221,13 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
 
 
 def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
-    """Return the schema to which all files can be converted.
+    """Return the schema to which all tables can be converted.
+
+    Args:
+        schemas: Schemas by file or name, for error messages.
 
     Raises:
-        DataError: Files have different columns, or the types of a column have no common type.
+        DataError: Tables have different columns, or the types of a column have no common type.
     """
     (first, schema), *others = schemas.items()
     for path, other in others:

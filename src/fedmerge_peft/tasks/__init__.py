@@ -64,7 +64,8 @@ def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
 
     Raises:
         DataError: The data do not match the recipe.
-        RecipeError: The recipe names a label that the data do not have.
+        RecipeError: The recipe names a label that the data do not have, or a metric or loss that
+            does not suit them.
         BackboneError: The tokenizer or image processor cannot be loaded.
     """
     task = task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)

@@ -119,8 +119,9 @@ class AudioClassificationTask(Classification, MediaTask):
         """Stack examples, padded with zeros.
 
         Returns:
-            ``input_values`` float32 ``(batch, samples)``, or the feature extractor's spectrograms;
-            ``attention_mask`` ``(batch, samples)`` if lengths differ; and ``labels`` ``(batch,)``.
+            ``input_values`` float32 ``(batch, samples)``, or the feature extractor's spectrograms
+            ``(batch, frames, ...)``; ``attention_mask`` ``(batch, samples)`` or ``(batch, frames)``
+            if lengths differ; and ``labels`` ``(batch,)``.
         """
         inputs = [examples.columns[self._input_name][index] for index in indices]
         labels = torch.stack([examples.columns["labels"][index] for index in indices])

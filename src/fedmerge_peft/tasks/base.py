@@ -260,7 +260,7 @@ class Task(ABC):
     def outputs(
         self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Mapping[str, Compared]:
-        """Return the result of ``predict``. Tasks whose outputs need the examples override it."""
+        """Return the result of ``predict``. A task that also needs the examples overrides this."""
         return self.predict(logits, labels)
 
     def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class CausalLMTask(TextGeneration, TokenTask):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: The columns match no format, or a length exceeds the model's limit.
+        DataError: The columns match no format; a length exceeds the model's limit; or the
+            recipe's ``template`` or ``chat_template`` is invalid.
         RecipeError: The metrics need generated text, but the data have no prompts; or ``loss`` does
             not match the format of the data.
         BackboneError: The tokenizer or the model's configuration cannot be loaded.

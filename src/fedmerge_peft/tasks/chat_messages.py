@@ -89,7 +89,7 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
 
     Args:
         recipe: Names of the columns, and the system prompt.
-        table: Rows with ``chat_columns``.
+        table: Rows with the columns that ``chat_columns`` returns.
 
     Raises:
         DataError: A message is invalid (``parse_messages``); a system prompt is not text; tools are
@@ -214,10 +214,12 @@ def _joined(parts: Sequence[Any], column: str, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text" or not isinstance(text, str):
-            raise DataError(
-                f"{where}a message in {column!r} has a part of the type {kind!r}; only parts of "
-                "text are supported"
+            fault = (
+                f"without a text: {_shown(part)}"
+                if kind == "text"
+                else f"of the type {kind!r}; only parts of text are supported"
             )
+            raise DataError(f"{where}a message in {column!r} has a part {fault}")
         texts.append(text)
     return "".join(texts)
 

@@ -116,7 +116,7 @@ def check_contents(
     if lost:
         logger.warning(
             "in %d of %d chats the chat template leaves out or changes the text of messages "
-            "(first: row %d); fedmerge data RECIPE --show 3 shows what became of them",
+            "(first: row %d); fedmerge data RECIPE --show 3 shows chats as the model reads them",
             len(lost),
             len(chats),
             lost[0],

@@ -44,7 +44,7 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOT_FOUND = (
     "the chat template renders the assistant's turns differently without the messages after them, "
     "so they are not found in the chat; put {% generation %} and {% endgeneration %} around them "
-    "in task.chat_template, or set task.loss=all"
+    "in task.chat_template, which task.loss=assistant reads, or set task.loss=all"
 )
 
 

@@ -69,7 +69,7 @@ def read_right(
 def _labels(table: Dataset, column: str) -> list[Any]:
     """Return labels as texts or integers.
 
-    A ``ClassLabel`` is replaced by its name, unless all names are numbers.
+    Numbers of a ``ClassLabel`` are replaced by their names, unless all names are numbers.
     """
     (values,) = whole_numbers([read_column(table, column, "task.label")])
     reject_nulls(values, column)
@@ -112,7 +112,10 @@ def _only(
             label, count = labels[row], len(choices[row])
             shown = shortened(repr(label), 80)
             fault = f"matches more than one ({join_values(places)})" if places else "is none"
-            remedy = f"write the number of the right choice, from 0 to {count - 1}"
+            remedy = (
+                f"write all labels as numbers (in this row from 0 to {count - 1}), or all as "
+                "letters or texts of the choices"
+            )
             if names is not None:
                 remedy = f"write the name of the right choice: one of {join_values(names[row])}"
             if str(label).strip() in ("", "-1"):

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def read_rows(
     table: Dataset, recipe: MultipleChoiceRecipe
 ) -> tuple[list[str], list[list[str]], list[int]]:
-    """Read contexts, choices (each preceded by the row's start), and indices of the right choices.
+    """Read contexts, choices, and indices of the right choices.
 
-    Raises ``DataError`` if the columns do not match the recipe.
+    If the recipe names a column of starts, each choice is preceded by its row's start. Raises
+    ``DataError`` if the columns do not match the recipe.
     """
     contexts = read_texts(table, recipe.context, "task.context")
     choices, names = read_choices(table, recipe.choices)
@@ -54,7 +55,7 @@ def read_choices(
     names = None
     if not isinstance(columns, str):
         if twice := [name for place, name in enumerate(columns) if name in columns[:place]]:
-            raise DataError(f"task.choices: names column {twice[0]!r} twice; name each choice once")
+            raise DataError(f"task.choices: column {twice[0]!r} is named twice; name it once")
         texts = zip(*(_texts(table, column, "task.choices") for column in columns), strict=True)
         rows = [_without_missing(row, own, columns) for row, own in enumerate(texts)]
     elif {f"{columns}.text", f"{columns}.label"} <= {*_parts(table, columns).column_names}:

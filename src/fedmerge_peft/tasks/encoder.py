@@ -60,7 +60,8 @@ class EncoderTask(TokenTask):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: The labels do not match the recipe, or ``max_length`` exceeds the model's limit.
+        DataError: The labels do not match the recipe; ``max_length`` exceeds the model's limit, or
+            leaves no room for texts.
         BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 

@@ -130,7 +130,7 @@ class TextGenerator:
 
 @contextmanager
 def _only_special_tokens(model: Any) -> Iterator[None]:
-    """Reduce the model's generation config to its special tokens, such as the decoder's first one.
+    """Reduce a model's generation config to its special tokens, inside the context.
 
     transformers takes a value that a passed config does not set, such as ``no_repeat_ngram_size``,
     from the model's ``generation_config.json``.

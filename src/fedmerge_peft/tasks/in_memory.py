@@ -132,7 +132,10 @@ def passed_model(name: str) -> PassedModel | None:
 
 
 def passed_processor(name: str) -> Any:
-    """Return a copy of the processor of a model in memory; None for a folder or a hub id."""
+    """Return a copy of the processor of a model in memory; None for a folder or a hub id.
+
+    Raises ``BackboneError`` if ``memory:DIGEST`` names a model that is not in memory.
+    """
     passed = passed_model(name)
     if passed is None:
         return None

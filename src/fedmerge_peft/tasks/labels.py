@@ -122,7 +122,8 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     """Convert labels to ids, int64 ``(rows,)``.
 
     Raises:
-        DataError: A label is not in ``labels``. The message names row, value and column.
+        DataError: A label is not in ``labels``; the message names row, value and column. Or the
+            column does not exist, or has nulls, or negative or fractional numbers.
     """
     values = _label_column(table, column)
     if not is_text(values.type):
@@ -245,12 +246,13 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
 
 def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
     """Create label names ``0`` to the largest id; warn of ids that do not occur."""
-    row = int(ids.argmax())
-    if num_labels is None and ids[row] >= max(MANY_LABELS, len(ids)):
+    row, limit = int(ids.argmax()), max(MANY_LABELS, len(ids))
+    if num_labels is None and ids[row] >= limit:
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
-            f"label {ids[row]} in column {column!r} is too large "
-            "for a label id; if it is correct, set task.num_labels"
+            f"label {ids[row]} in column {column!r} is too large for a label id, which is less "
+            f"than {limit:,} (the number of rows, but at least {MANY_LABELS:,}); correct it, or "
+            "store the labels as text"
         )
     names = [str(label) for label in range(int(ids[row]) + 1)]
     if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):

@@ -125,8 +125,8 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
 def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> list[list[int]]:
     """Convert lists of labels to ids.
 
-    Texts are looked up by name. So are the ids of a ``ClassLabel`` whose names are not ``labels``.
-    Other integers are ids in ``labels``.
+    Texts are looked up by name. Integers are ids in ``labels``, except those of a ``ClassLabel``
+    with other names: they are looked up by the name of the class.
 
     Raises:
         DataError: See ``read_lists``; or a label is not in ``labels``.

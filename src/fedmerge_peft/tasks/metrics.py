@@ -100,7 +100,10 @@ def _compute(name: str, *arguments: Any) -> float:
 
 
 def greater_is_better(name: str) -> bool:
-    """Return True if larger values of a metric, or of ``loss``, are better."""
+    """Return True if larger values of a metric, or of ``loss``, are better.
+
+    For a metric that is not registered, larger values count as better.
+    """
     if name == "loss":
         return False
     return name not in METRICS or bool(METRICS[name].facts.get("greater_is_better", True))

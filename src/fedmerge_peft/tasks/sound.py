@@ -41,7 +41,8 @@ def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        DataError: A value is missing, too short, or not a sound. The message names the row.
+        DataError: A value is missing or too short, or ``read_sound`` rejects it. The message names
+            the row.
     """
     values = table.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
     reject_nulls(values, column)

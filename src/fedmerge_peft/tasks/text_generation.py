@@ -26,7 +26,8 @@ DEFAULT_LENGTH = 1024
 class TextGeneration(Task):
     """Task whose predictions are generated texts.
 
-    Encoded examples have the column ``prompt``, and ``reference`` if a metric compares texts.
+    Examples that are completed have the column ``prompt`` and, if a metric compares the completions
+    with references, the column ``reference``.
     """
 
     completes: ClassVar[bool] = True

@@ -52,7 +52,9 @@ class TextTokens:
                 )
             (ids,) = self.rows([text], special=False)
             if special.count(ids):
-                raise DataError(f"{where}, which this tokenizer does not read as characters")
+                raise DataError(
+                    f"{where}, which this tokenizer does not read as characters; remove it"
+                )
 
     def rows(
         self, texts: Sequence[str], *, special: bool = True, end: bool = False

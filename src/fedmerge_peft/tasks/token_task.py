@@ -59,7 +59,7 @@ class TokenTask(Task):
         )
 
     def check_ids(self, rows: Sequence[list[int]]) -> None:
-        """Check the token ids of rows, and warn of texts whose words the tokenizer does not know.
+        """Check the token ids of rows, and warn if many of them are the unknown token.
 
         Raises ``DataError`` for a token without an embedding.
         """

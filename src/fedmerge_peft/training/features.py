@@ -91,6 +91,9 @@ def class_statistics(runtime: Runtime, row: Tensor, indices: Indices, batch_size
 
     Returns:
         ``(classes, d + 2)`` float32 on the CPU: number of examples, Σ ‖f‖², and Σ f.
+
+    Raises:
+        RecipeError: As in ``captured_features``.
     """
     backbone = runtime.backbone
     backbone.eval()

@@ -137,6 +137,9 @@ class PrefixCache:
         Args:
             rows: Rows of the table.
             packing: Mapping of the batch to packed rows; None for a padded batch.
+
+        Raises:
+            RecipeError: As in ``prepare``.
         """
         self.prepare(rows)
         prefix = self._backbone.prefix

@@ -55,7 +55,7 @@ class TaskInfo(Protocol):
 
     @property
     def format(self) -> str | None:
-        """Format of the texts; None if the task has only one."""
+        """Format of the texts, such as ``messages``; None if the task has only one format."""
 
     @property
     def padding(self) -> Padding:

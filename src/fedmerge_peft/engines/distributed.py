@@ -43,7 +43,7 @@ class RankedEngine(LocalEngine):
     compute identically. Clients that share a pass of the model stay on one rank.
 
     Each trained adapter takes 4 · P bytes of traffic to each rank. Plans are not sent: each rank
-    creates the plans of its own clients.
+    creates them itself.
     """
 
     def train_clients(
@@ -126,12 +126,12 @@ class RankedEngine(LocalEngine):
 
     @cached_property
     def automatic_epochs(self) -> int:
-        """Passes per round for ``training.epochs: auto``, to estimate the clients' work."""
+        """Epochs per round with ``training.epochs: auto``, to estimate the clients' work."""
         sizes = [client.size for client in self.clients]
         return automatic_epochs(self.recipe.training, self.recipe.rounds, sizes)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
-        """Count a client's training tokens; with ``scored``, its validation and test tokens."""
+        """Count a client's training tokens; with ``scored``, validation and test tokens instead."""
         parts = self.clients[client]
         rows = np.concatenate([parts.validation, parts.test]) if scored else parts.train
         return float(self.runtime.examples.lengths[rows].sum())

@@ -121,7 +121,7 @@ class LocalEngine:
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
-        """Load the model for clients and examples in memory."""
+        """Load the model for clients and examples in memory; errors as in ``from_recipe``."""
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
@@ -175,8 +175,10 @@ class LocalEngine:
         )
 
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
-        """Return an engine for ``recipe`` with this data and model; None if it needs other ones.
+        """Return an engine for ``recipe`` that reuses this engine's data and model.
 
+        Return None if the two recipes differ in the seed, the data, the model, the device, or in a
+        setting of passes such as packing.
         Engines that share a model must be used one at a time.
         """
         sections = ("seed", "task", "backbone", "lora", "data")

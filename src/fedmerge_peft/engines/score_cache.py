@@ -12,8 +12,8 @@ from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.util.digest import digest
 
 _SCORES_PER_CLIENT = 8
-"""Maximum number of cached scores per client. It suffices for one run that scores three rounds,
-each before and after training, and its final adapters."""
+"""Maximum number of cached scores per client. It suffices for a run that scores three rounds, each
+before and after training, and the final adapters."""
 
 
 class ScoreCache:
@@ -35,7 +35,7 @@ class ScoreCache:
         return dict(known[key])
 
     def store(self, client: str, key: bytes, scores: Mapping[str, float]) -> None:
-        """Store the client's scores; discard the scores that were not used for longest."""
+        """Store the client's scores; if too many are stored, discard the least recently used."""
         known = self._scores.setdefault(client, {})
         known[key] = dict(scores)
         if len(known) > _SCORES_PER_CLIENT:

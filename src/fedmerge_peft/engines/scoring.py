@@ -92,8 +92,8 @@ class Scorer:
         Names of scores begin with ``validation_`` or ``test_``.
 
         Args:
-            turns: Triples of a value of any type, which is yielded with the scores, a client, and
-                the model that the client is served.
+            turns: Triples (turn, client, model): any value, which is yielded again with the scores;
+                the client; and the model that the client is served.
         """
         waiting: deque[Turn] = deque()
 
@@ -111,11 +111,13 @@ class Scorer:
     def losses(
         self, turns: Sequence[tuple[Sequence[Tensor], Indices]]
     ) -> list[list[float] | Exception]:
-        """Return mean losses (nats) for each turn, or the exception that ended their computation.
+        """Return a list for each turn, with the mean loss (nats) of each of its adapters.
+
+        An exception that ended the computation takes the place of the turn's list.
 
         Args:
-            turns: Pairs of adapters, ``(P,)`` each, and the rows of the table on which all of them
-                are evaluated.
+            turns: Pairs (adapters, rows): adapters ``(P,)``, and the rows of the table on which
+                each of these adapters is evaluated.
         """
         work = (_Work(row, {"": indices}) for rows, indices in turns for row in rows)
         with timed("evaluate"):

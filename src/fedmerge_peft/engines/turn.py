@@ -16,7 +16,7 @@ from fedmerge_peft.util.vectors import all_finite
 
 _NOT_FINITE = (
     "its adapter is not finite after training; "
-    "lower training.learning_rate or set training.max_grad_norm"
+    "lower training.learning_rate, and set training.max_grad_norm if it is null"
 )
 
 

@@ -145,11 +145,12 @@ def _check_layers(
     """Raise ``BackboneError`` unless each listed layer has a target module."""
     named = (path for path in modules if any(_is_named(path, target) for target in targets))
     layers = sorted({layer for layer in map(_layer, named) if layer is not None})
+    wanted = f"from {join_values(layers)}" if layers else "other modules"
     for layer in _listed(lora):
         if layer not in layers:
             raise BackboneError(
                 f"lora.layers_to_transform: {name} has no layer {layer} with "
-                f"{join_values(targets)}; choose from {join_values(layers) or 'other modules'}"
+                f"{join_values(targets)}; choose {wanted}"
             )
 
 

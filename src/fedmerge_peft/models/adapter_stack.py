@@ -19,10 +19,10 @@ Forward = Callable[..., Tensor]
 class AdapterStack:
     """K adapters on one frozen model, each applied to one of K equal, consecutive parts of a batch.
 
-    Frozen weights process the whole batch at once. Adapted layers, that is LoRA layers and the
-    layers of a head, apply K matrices in one ``bmm``. An example passes only through the adapter of
-    its part. Therefore, with respect to one adapter, the gradient of the sum of the parts' losses
-    equals the gradient of the loss of the adapter's part.
+    Frozen weights process the whole batch at once. Adapted linear layers, with LoRA or in a head,
+    apply K matrices in one ``bmm``. An example passes only through the adapter of its part.
+    Therefore, with respect to one adapter, the gradient of the sum of the parts' losses equals the
+    gradient of the loss of the adapter's part.
 
     Args:
         backbone: Model for which ``stacking_obstacle`` returns None.

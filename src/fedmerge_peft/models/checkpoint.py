@@ -1,4 +1,4 @@
-"""Checks of a checkpoint against its configuration: missing, mismatched and unused tensors.
+"""Checks of a model's weights against its configuration: missing, mismatched and unused tensors.
 
 Transformers initializes missing tensors at random, and ignores tensors that the model does not use.
 Both are right for heads, and wrong for all other modules.

@@ -101,7 +101,10 @@ def linear_layers(model: nn.Module, heads: Sequence[str]) -> list[str]:
 
 
 def output_layer(model: nn.Module, labels: int) -> str | None:
-    """Return the path of the last linear layer, the head, if it has one output per label."""
+    """Return the path of the last linear layer, the head.
+
+    Return None if this layer does not have one output per label, or if there is none.
+    """
     path, layer = next(reversed(list(_linear(model))), (None, None))
     return path if getattr(layer, "out_features", None) == labels else None
 

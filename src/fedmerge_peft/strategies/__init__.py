@@ -34,6 +34,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
             or the soup does not fit into memory.
         PluginError: A plugin's strategy cannot be constructed, is not a ``Strategy``, has no soup,
             has weights of the wrong shape, or names state that is missing or cannot be saved.
+        RunError: The disk has no space for the soup.
     """
     _check_memory(recipe, context)
     if recipe.private_head:

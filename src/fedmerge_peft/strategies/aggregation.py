@@ -70,7 +70,7 @@ class Aggregator:
     def __init__(self, recipe: RobustnessRecipe | None = None) -> None:
         self.recipe = recipe or RobustnessRecipe()
         self.norms: list[float] = []
-        """Median of ‖δ_i‖₂ in each completed round. A resumed run restores it from its records."""
+        """Median of ‖δ_i‖₂ in each round so far. A resumed run restores it from its records."""
         self.update_norms = torch.empty(0)
         """‖δ_i‖₂ of this round's updates after clipping, ``(k,)`` float64, with relative error
         10⁻⁶."""
@@ -92,11 +92,12 @@ class Aggregator:
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
     def votes(self, sizes: Tensor) -> Tensor:
-        """Return the clients' votes ``(k,)``: their sizes n, which a defense limits to the median.
+        """Return the clients' votes ``(k,)``: their sizes n, limited to the median by a defense.
 
-        The server cannot verify the number of examples that a client declares. Without a defense,
-        a client can therefore outvote all others. As long as most clients declare their true
-        sizes, the median is at most the largest true size.
+        A defense is clipping, or any rule other than the mean. The server cannot verify the number
+        of examples that a client declares. Without a defense, a client can therefore outvote all
+        others. As long as most clients declare their true sizes, the median is at most the largest
+        true size.
         """
         return sizes.clamp_max(sizes.median()) if self.recipe.defends else sizes
 
@@ -112,6 +113,9 @@ class Aggregator:
             sizes: n, ``(k,)``, in any unit. They are first replaced by the result of ``votes``.
             normalize: If True, q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1. Otherwise
                 q_ij = π_ij n_i / Σ_i' n_i'.
+
+        Raises:
+            PluginError: A plugin's rule fails, or its result has the wrong shape or is not finite.
         """
         votes = self.votes(sizes)
         shares = (votes / votes.sum()).double()

@@ -64,9 +64,10 @@ class Reply:
     original training."""
     served: dict[str, float] | None = None
     """Scores of the adapter that the client was served, before training, such as ``test_accuracy``.
-    None in rounds without evaluation."""
+    None in rounds without evaluation, and from a private site."""
     finetuned: dict[str, float] | None = None
-    """Scores after local training."""
+    """Scores after local training. None if ``served`` is None, or if the recipe sets
+    ``evaluation.finetuned: false``."""
     choice: int = 0
     """Index of the trained adapter, if the plan offered a choice."""
     weights: Tensor | None = None

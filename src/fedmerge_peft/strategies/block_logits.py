@@ -67,7 +67,7 @@ class BlockLogits(Stateful):
         return self._mean(self.weights())
 
     def offsets(self) -> BlockWeights:
-        """Return the differences of π from ``mean``, which the soup applies to merged adapters."""
+        """Return the differences between π and ``mean``, for the soup, which stores them."""
         weights = self.weights()
         return BlockWeights(self.blocks, weights - self._mean(weights)[:, None])
 

@@ -87,8 +87,8 @@ def epsilon_spent(recipe: PrivacyRecipe, releases: int, rate: float = 1.0) -> fl
     Each release is a Gaussian mechanism with noise multiplier z, so all releases together are μ-GDP
     with μ² = releases / z² (``util.gaussian_privacy``). If each round draws a secret Poisson
     sample, opacus's accountant composes the privacy loss distributions of the sampled mechanism
-    (Gopi et al. 2021, arXiv 2106.02848). The result is then the smaller of this ε and the
-    accountant's upper bound.
+    (Gopi et al. 2021, arXiv 2106.02848). The result is then the smaller of two numbers: ε from
+    μ-GDP, and the accountant's upper bound.
 
     Args:
         recipe: Noise and δ.

@@ -19,11 +19,12 @@ from fedmerge_peft.training.plan import Plan, Train
 
 
 class FedALT(OneHotStrategy):
-    """One slot of rank r with two adapters, B A = B_R A_R + B_i A_i.
+    """One LoRA of rank r that contains two adapters, B A = B_R A_R + B_i A_i.
 
-    The first half of the ranks is the rest of the world, the second half is the client's own. In
-    each round a client continues to train (B_i, A_i) with (B_R, A_R) frozen. For each client i, the
-    server then averages the adapters of the n other clients that have taken part at least once:
+    The first half of the ranks is (B_R, A_R), for the rest of the world. The second half is
+    (B_i, A_i), the client's own. In each round a client continues to train (B_i, A_i) with
+    (B_R, A_R) frozen. For each client i, the server then averages the adapters of the n other
+    clients that have taken part at least once:
 
         A_R ← 1/n Σ_{k ≠ i} A_k,    B_R ← 1/n Σ_{k ≠ i} B_k
 

@@ -21,14 +21,14 @@ from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
 class FedDPA(OneHotStrategy):
-    """One slot of rank r with a global and a private adapter, B A = B_g A_g + B_i A_i.
+    """One LoRA of rank r that contains a global and a private adapter, B A = B_g A_g + B_i A_i.
 
     The first half of the ranks is global, the second half is private. In each round a client trains
     (FedDPA-T in the paper):
 
         1. (B_g, A_g) and a global head, with B_i = 0. Their mean over the clients is the next
            global adapter.
-        2. (B_i, A_i) and its private head, with (B_g, A_g) as sent. Both stay at the client.
+        2. (B_i, A_i) and its private head, which stay at the client, with (B_g, A_g) as sent.
 
     The client is served B_g A_g + B_i A_i and its private head. The rows of the soup are the global
     adapter with B_i = 0, then one row for each client.

@@ -43,13 +43,13 @@ class FedMerge(Strategy):
 
     ``logit_steps.py`` defines the step for each rule. ``rule: gradient`` has another soup step.
 
-    With ``start: warm``, the first ``warm_rounds`` rounds are FedAvg: all adapters are equal. The
-    server then groups the clients by the directions of their updates. The updates also determine
-    the number of groups, unless the recipe sets it. The soup step of the same round uses the new π
-    and gives each group its own adapter.
+    With ``start: warm``, the first ``warm_rounds`` rounds are FedAvg: all adapters are equal. At
+    the end of the last of them, the server groups the clients by the directions of their updates.
+    The updates also determine the number of groups, unless the recipe sets it. The soup step of
+    that round uses the new π and gives each group its own adapter.
 
-    If the clients of a group have different labels, each client also gets an own head
-    (``own_head.py``): a second block of merging weights, for the columns of the head.
+    If the clients of a group have different distributions of labels, each client also gets an own
+    head (``own_head.py``): a second block of merging weights, for the columns of the head.
 
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
@@ -119,7 +119,7 @@ class FedMerge(Strategy):
             Reseeding(recipe.reseed_after, adapters, context.seed) if recipe.reseed_after else None
         )
         self.by_block: BlockLogits | None = None
-        """Logits by block, in place of ``merging``; None without blocks and before the grouping."""
+        """Logits by block, in place of ``merging``; None without blocks, or before the grouping."""
         if self.blocks is not None and self._warming is None:
             self._begin_blocks(self.blocks)
 
@@ -262,7 +262,7 @@ class FedMerge(Strategy):
             before: π of these clients when they trained, ``(k, d)`` float64.
             deltas: δ, ``(k, P)``.
             sizes: n, ``(k,)``.
-            columns: The columns.
+            columns: The w columns.
         """
         deltas = deltas[:, columns]
         chain_rule = self.recipe.rule == "gradient"
@@ -389,7 +389,7 @@ class FedMerge(Strategy):
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
             return [
-                "all adapters start equal and stay equal, so every client is served FedAvg's "
+                "all adapters start equal and stay equal, so every client is served the same "
                 "adapter. Use strategy.start=warm"
             ]
         if self._warming is not None:

@@ -32,10 +32,10 @@ class FedPAC(PartlyShared):
         h_i on ℓ_i(φ, h) with φ as sent,
         then φ on ℓ_i(φ, h_i) + λ · mean over examples (x, y) of 1/d ‖f_φ(x) − c_y‖²
 
-    Each of the two steps lasts for the duration of ``training``. d is the number of features, and
-    c_y the centroid of class y. Let n_ik be client i's number of examples of class k, n_i = Σ_k
-    n_ik, and Σ_{x∈k} the sum over a client's examples of class k. The server averages the bodies
-    and the centroids (equations 4 and 5),
+    Each of the two steps runs all epochs (or optimizer steps) of ``training``. d is the number of
+    features, and c_y the centroid of class y. Let n_ik be client i's number of examples of class k,
+    n_i = Σ_k n_ik, and Σ_{x∈k} the sum over a client's examples of class k. The server averages the
+    bodies and the centroids (equations 4 and 5),
 
         φ ← φ − η Σ_i ρ_i δ_i,    c_k ← Σ_i Σ_{x∈k} f_i(x) / Σ_i n_ik
 

@@ -36,7 +36,7 @@ class FeMAM(OneHotStrategy):
     At the end of a level between 1 and L, a client drops its model of this level unless its
     validation loss is lower than at the start of the level.
 
-    The levels share one slot of rank r: level l has its own part of the ranks, so that
+    The levels share one LoRA of rank r: level l has its own part of the ranks, so that
     B A = Σ_l B_l A_l. Each level also adds to the head and all other parameters. k-means compares
     the directions of the heads, or of the levels' whole models if there is no head. The soup has
     one row for each client, the sum of its levels. A client that pauses keeps its model of the
@@ -137,7 +137,10 @@ class FeMAM(OneHotStrategy):
                 (self.last_loss if known else self.first_loss)[reply.client] = loss
 
     def _end_level(self, level: int) -> None:
-        """Drop the level's model of clients without a gain, except in level 1; begin the next."""
+        """End a level, in which clients without a gain drop their model, and begin the next one.
+
+        No client drops its model of level 1.
+        """
         worse = self.last_loss >= self.first_loss  # False if one of them is unknown
         if level > 0:
             self.soup.rows = torch.where(worse[:, None], self.before, self.soup.rows)

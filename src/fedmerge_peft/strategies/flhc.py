@@ -22,8 +22,8 @@ class FLHC(ServerClustering):
 
     The server clusters the clients once (algorithm 1):
 
-    before the clustering:  θ ← θ − Σ_i n_i δ_i / Σ_i n_i
-    from that round on:     Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i
+    before the clustering:   θ ← θ − Σ_i n_i δ_i / Σ_i n_i
+    from the clustering on:  Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i
 
     The round of the clustering is also the first round of each cluster's own FedAvg, because all
     clusters start from the same θ. The sums run over the clients that replied in the round. A
@@ -32,7 +32,7 @@ class FLHC(ServerClustering):
     Differences from the paper:
 
     - In the paper, all clients train for the clustering. Here the clustering uses the last update
-      of each client that took part in a warm round.
+      of each client that has taken part by then.
     - The paper cuts the tree at a distance. Here the number of clusters is given, which makes
       methods comparable.
     """

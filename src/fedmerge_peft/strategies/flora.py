@@ -22,7 +22,7 @@ class FLora(HeterogeneousRanks):
 
         ΔW ← ΔW + s Σ_i ρ_i B_i A_i = ΔW + s [ρ_1 B_1 … ρ_m B_m] [A_1; …; A_m]
 
-    The sum has none of the cross terms that averaging A and B introduces. s is the slot's scaling,
+    The sum has none of the cross terms that averaging A and B introduces. s is LoRA's scaling,
     and ρ_i = n_i / n over the clients that replied. ΔW is added to the backbone of all clients. The
     next round starts from fresh factors, which follow from the seed and are the same for all
     clients. Heads and all other parameters that are not factors are averaged and kept.
@@ -108,10 +108,10 @@ class FedExLora(FLora):
 
         A ← Σ_i ρ_i A_i,    B ← Σ_i ρ_i B_i,    ΔW ← ΔW + s (Σ_i ρ_i B_i A_i − B A)
 
-    s is the slot's scaling, and ρ_i = n_i / n over the clients that replied. W + ΔW + s B A is
+    s is LoRA's scaling, and ρ_i = n_i / n over the clients that replied. W + ΔW + s B A is
     therefore the exact mean of the clients' models, and the next round continues from A and B.
-    Heads and all other parameters that are not factors are averaged. All clients have the rank of
-    the slot.
+    Heads and all other parameters that are not factors are averaged. All clients have the same
+    rank r.
 
     With the averaged A and B, the added matrix is s Σ_i ρ_i (B_i − B) (A_i − A). For k clients its
     rank is at most (k − 1) r, and it is sent as factors of this rank. A client is sent the adapter

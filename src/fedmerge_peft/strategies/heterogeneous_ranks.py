@@ -1,4 +1,4 @@
-"""Base class of strategies whose clients have different ranks in one slot."""
+"""Base class of strategies whose clients have different LoRA ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fedmerge_peft.training.plan import Plan, Train
 
 
 class HeterogeneousRanks(OneHotStrategy):
-    """Strategy in which a client of rank r_i uses the first r_i of the slot's r ranks.
+    """Strategy in which a client of rank r_i uses the first r_i of the r ranks of LoRA.
 
-    The client's other ranks are zero and do not train. The slot's scaling (alpha / r) applies to
-    all clients and does not depend on r_i. The soup has one row for each distinct r_i.
+    The client's other ranks are zero and do not train. LoRA's scaling (alpha / r) applies to all
+    clients and does not depend on r_i. The soup has one row for each distinct r_i.
     """
 
     averages = False
@@ -42,7 +42,7 @@ class HeterogeneousRanks(OneHotStrategy):
         except ValueError as error:
             raise RecipeError(
                 f"strategy.name: {recipe.name} cannot use this adapter: {error}; "
-                "use plain LoRA with lora.merge: factor"
+                "use plain LoRA on linear layers, with lora.merge: factor"
             ) from error
         max_rank = max((layer.rank for layer in self.factors), default=0)
         ranks = recipe.ranks or [max_rank]

@@ -177,8 +177,8 @@ class FedRep(PrivateHeads):
 
         h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
 
-    Each of the two steps lasts for the duration of ``training``. Source: Collins et al. 2021, arXiv
-    2102.07078, algorithm 1.
+    Each of the two steps runs all epochs (or optimizer steps) of ``training``. Source: Collins et
+    al. 2021, arXiv 2102.07078, algorithm 1.
     """
 
     def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:

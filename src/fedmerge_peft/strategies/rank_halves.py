@@ -1,4 +1,4 @@
-"""Division of a slot's ranks into several adapters that are active at the same time."""
+"""Division of LoRA's ranks into several adapters that are active at the same time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rank_parts(strategy: str, layout: AdapterLayout, count: int) -> list[Tensor]
     except ValueError as error:
         raise RecipeError(
             f"strategy.name: {strategy} cannot split this adapter: {error}; "
-            "use plain LoRA with lora.merge: factor"
+            "use plain LoRA on linear layers, with lora.merge: factor"
         ) from error
     if small := [layer for layer in layers if layer.rank < count]:
         raise RecipeError(

@@ -13,10 +13,11 @@ from fedmerge_peft.util.stateful import Stateful
 class Reseeding(Stateful):
     """Reassignment of an unused adapter to some clients of the most used adapter.
 
-    If an adapter has been unused for ``patience`` rounds, all clients of the most used adapter that
-    replied are split in two by the directions of their updates, as clustered federated learning
-    splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a copy of
-    the most used adapter, and the smaller part of these clients moves to it.
+    The reassignment happens once an adapter has been unused for ``patience`` rounds. The clients
+    that replied, and whose largest weight is that of the most used adapter, are split in two by the
+    directions of their updates, as clustered federated learning splits a cluster (Sattler et al.
+    2020, arXiv 1910.01991). The unused adapter becomes a copy of the most used adapter, and the
+    smaller part of these clients moves to it. Fewer than two such clients are not split.
     """
 
     state_fields = ("idle",)

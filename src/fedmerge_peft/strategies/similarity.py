@@ -17,7 +17,8 @@ from fedmerge_peft.util.row_storage import column_chunks, in_chunks, read
 _MIN_EXCESS = 0.12
 """Smallest excess of the agreement within groups over the agreement of unrelated clients."""
 _MIN_FURTHER = 0.25
-"""Smallest excess for dividing a group: fewer clients have more agreement by chance."""
+"""Smallest excess for dividing a group. It is larger than ``_MIN_EXCESS``, because the excess that
+arises by chance is larger among few clients."""
 _CONFLICT = 0.3
 """Smallest ratio of the excess to the agreement of the whole updates of all clients."""
 _FEWEST = 6

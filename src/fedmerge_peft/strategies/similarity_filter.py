@@ -23,7 +23,7 @@ the other clients, as in the cosine filter (``aggregation.py``):
 Similar clients still support each other with the vote that they share. A small group of honest
 clients can therefore still determine its own adapter if the adapter has few other users.
 
-With fewer than three users no client can be outvoted, and the result is their weighted mean.
+With fewer than three users no client can be outvoted, and the result is the weighted mean.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def make_soup(
 
     Raises:
         RecipeError: A soup in bfloat16 or on disk is computed in chunks of columns, but the
-            aggregation rule compares whole updates, or noise protects the sum of the updates.
+            aggregation rule compares whole updates, or ``privacy.mode: central`` adds noise to the
+            sum of whole updates.
         RunError: The disk has no space for the soup.
     """
     storage = _storage(recipe, context)
@@ -65,7 +66,8 @@ def make_server(
 class StoredSGD(Stateful):
     """SGD on a soup in bfloat16 or on disk, in chunks of columns. It has no state.
 
-    Θ_j ← Θ_j − η Δ_j in float32, rounded at random to bfloat16 (``StochasticRounding``).
+    Θ_j ← Θ_j − η Δ_j is computed in float32. In a soup in bfloat16, the result is rounded at random
+    (``StochasticRounding``).
     """
 
     def __init__(self, lr: float, storage: RowStorage, seed: int) -> None:

@@ -108,12 +108,12 @@ class OwnTrial(Stateful):
 class CommonTrial(Stateful):
     """Comparison of the adapters of groups with one adapter for all clients.
 
-    Updates of clients may differ in aspects that do not matter for their predictions, such as the
-    topic of a review for its sentiment. Each group then needlessly learns from only a part of the
-    examples. In the rounds after the grouping, each client is also sent the mean of all merged
-    adapters. It does not train the mean, and reports both validation losses. In experiments with
-    real groups, the mean was worse by 6 to 150 % in the first round, and by more in the next. In
-    other experiments, it was worse by about 1 %.
+    Updates of clients may differ in aspects that do not matter for predictions, such as the topics
+    of reviews, if the clients predict only the sentiment. Each group then needlessly learns from
+    only a part of the examples. In the rounds after the grouping, each client is also sent the mean
+    of all merged adapters. It does not train the mean, and reports both validation losses. In
+    experiments with real groups, the mean was worse by 6 to 150 % in the first round, and by more
+    in the next. In other experiments, it was worse by about 1 %.
     """
 
     state_fields = ("rounds",)

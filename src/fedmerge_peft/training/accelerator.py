@@ -70,7 +70,7 @@ def _rank_device(requested: str) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         error = DeviceError(
             f"training.device: rank {distributed.rank()} has no separate GPU: this machine has "
-            f"{count} GPU(s); start at most one rank per GPU"
+            f"{count} GPU(s); start at most one rank per GPU, or use training.device=cpu"
         )
         error.rank = distributed.rank()
         raise error

@@ -1,4 +1,4 @@
-"""Number of adapters that share a forward pass, determined by a trial."""
+"""Number of adapters that share a forward pass, and the trial that decides whether they can."""
 
 from __future__ import annotations
 

@@ -232,9 +232,9 @@ def _replace_tensors(model: nn.Module) -> None:
 def _rows(training: TrainingRecipe, clients: int) -> float:
     """Return the number of float32 vectors ``(P,)`` on the device: parameters, gradients, states.
 
-    The slot has parameters and a gradient. A single client trains in the slot. Each of several
-    clients has a row, a gradient, and a copy of the gradient while gradients are added. In 8 bits,
-    each of AdamW's two moments counts as a quarter of a vector.
+    The model's own adapter has parameters and a gradient, and a single client trains it. Each of
+    several clients has a row, a gradient, and a copy of the gradient while gradients are added. In
+    8 bits, each of AdamW's two moments counts as a quarter of a vector.
     """
     if training.optimizer == "sgd":
         states = float(training.momentum > 0)

@@ -272,7 +272,7 @@ def losses_together(runtime: Runtime, rows: Tensor, indices: Sequence[Indices]) 
 def confusion(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> list[list[int]]:
-    """Count examples or tokens with a label by true and predicted class.
+    """Count labeled examples, or labeled tokens, by true and predicted class.
 
     Args:
         runtime: Model, examples, and a task with ``names_classes``.

@@ -32,8 +32,8 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
         (features,) = inputs
         if features.ndim != 2:
             raise RecipeError(
-                "strategy: needs one feature vector per example, but the head of this model "
-                f"reads a tensor of {features.ndim} dimensions; use an encoder for "
+                "strategy: this strategy needs one feature vector per example, but the head of "
+                f"this model reads a tensor of {features.ndim} dimensions; use an encoder for "
                 "classification, or another strategy"
             )
         vectors.append(features)
@@ -53,8 +53,8 @@ def last_layer(backbone: Backbone) -> nn.Module:
     entry = backbone.layout.classifier
     if entry is None:
         raise RecipeError(
-            "strategy: needs a head, but this adapter has none; name one in lora.modules_to_save, "
-            "or use another strategy"
+            "strategy: this strategy needs a head, but this adapter has none; name one in "
+            "lora.modules_to_save, or use another strategy"
         )
     weight = backbone.trainable[backbone.layout.entries.index(entry)]
     modules: Iterator[nn.Module] = backbone.model.modules()
@@ -91,6 +91,9 @@ def class_statistics(runtime: Runtime, row: Tensor, indices: Indices, batch_size
 
     Returns:
         ``(classes, d + 2)`` float32 on the CPU: number of examples, Σ ‖f‖², and Σ f.
+
+    Raises:
+        RecipeError: As in ``captured_features``.
     """
     backbone = runtime.backbone
     backbone.eval()

@@ -1,4 +1,4 @@
-"""Trial of the cut of the last layer to the first token (``models/first_token.py``)."""
+"""Trial that decides whether the last layer may be cut to one token (``models/first_token.py``)."""
 
 from __future__ import annotations
 

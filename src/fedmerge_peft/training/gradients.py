@@ -47,6 +47,9 @@ def accumulate(
 
     Returns:
         The mean losses (nats) without penalties, ``(K,)``.
+
+    Raises:
+        RecipeError: There are alignments, and an error of ``captured_features`` occurs.
     """
     weights = example_weights or [None] * len(steps)
     aligned = alignments or [None] * len(steps)

@@ -1,4 +1,7 @@
-"""Trial of a decoder's output layer at the labeled positions only (``models/labeled_head.py``)."""
+"""Trial that decides if a decoder's logits may be computed at labeled positions only.
+
+``models/labeled_head.py`` computes these logits.
+"""
 
 from __future__ import annotations
 

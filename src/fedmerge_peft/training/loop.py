@@ -101,6 +101,10 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
 
     Returns:
         The outcome of each job, in the same order.
+
+    Raises:
+        RecipeError: As in ``client_offset``, ``captured_features`` and ``PrefixCache.prepare``.
+        ValueError: A key of ``training`` is auto, and a job has no value for it.
     """
     backbone = runtime.backbone
     if runtime.cache is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def count_steps(examples: int, training: TrainingRecipe) -> int:
-    """Return the number of optimizer steps of one client in one round.
+    """Return the number of optimizer steps of one client in one phase of local training.
 
     Raises:
         ValueError: ``training.epochs`` is auto (``hyperparameters.py``).
@@ -147,7 +147,7 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, steps: int) -> Any:
-    """Return the learning-rate schedule within one round."""
+    """Return the learning-rate schedule of one phase of local training."""
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if training.schedule == "constant" else training.schedule

@@ -44,7 +44,7 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     chunk = order[[0, -1, len(order) // 2, 0]]
     labels, inputs = runtime.to_device(runtime.collate(chunk))
     if set(inputs) != {"input_ids", "attention_mask"}:
-        return f"its inputs are {', '.join(sorted(inputs))}, and not tokens alone"
+        return f"the model's inputs are {', '.join(sorted(inputs))}, and not tokens alone"
     inside = inputs["attention_mask"].bool()
     runtime.backbone.eval()
 
@@ -55,7 +55,7 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     expected = logits(False)
     by_token = expected.shape[:2] == inside.shape
     if not by_token and runtime.head is None:
-        return "it has one output for each example, and not for each token"
+        return "the model has one output for each example, and not for each token"
     for adapters in (1, 2):
         try:
             outputs = logits(True, adapters)

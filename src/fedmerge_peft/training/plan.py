@@ -159,7 +159,7 @@ class Train(Plan):
     alignment: Alignment | None = None
     """Penalty on the features; None if there is none."""
     logits: Logits | None = None
-    """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
+    """``training.logits`` for this job (``label_logits.py``); None for the recipe's value."""
     compared: Tensor | None = None
     """Another adapter ``(P,)`` whose validation loss the client also reports, or None."""
 

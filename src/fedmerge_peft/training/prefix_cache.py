@@ -87,7 +87,7 @@ class PrefixCache:
             for example training.
         gigabytes: Largest size of the states in memory, in GB (10⁹ bytes), on the model's device.
         disk: Cache of states on the disk, which runs share; None to keep states in memory only.
-        dtype: Format in which states are stored; None for the model's.
+        dtype: Number format in which states are stored; None for the model's.
     """
 
     def __init__(
@@ -137,6 +137,9 @@ class PrefixCache:
         Args:
             rows: Rows of the table.
             packing: Mapping of the batch to packed rows; None for a padded batch.
+
+        Raises:
+            RecipeError: As in ``prepare``.
         """
         self.prepare(rows)
         prefix = self._backbone.prefix
@@ -277,8 +280,8 @@ class PrefixCache:
             needed = int(self._lengths[held].sum()) * states.shape[2] * size / 1e9
             if needed > self._max_gigabytes:
                 log.warning(
-                    "the frozen layers' states need %.2g GB, "
-                    "but training.prefix_cache allows %.2g GB; raise it for faster training",
+                    "the frozen layers' states need %.4g GB, more than the %.4g GB that "
+                    "training.prefix_cache allows; raise it for faster training",
                     needed,
                     self._max_gigabytes,
                 )

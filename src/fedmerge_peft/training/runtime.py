@@ -79,7 +79,7 @@ class Runtime:
         return self.task.collate(self.examples, rows)
 
     def parts(self, rows: Indices) -> list[Indices]:
-        """Split a batch into the parts that may share a pass (``task.padding``)."""
+        """Split a batch into parts. The examples of a part may share a pass (``task.padding``)."""
         return split_batch(self.task.padding, self.examples, rows)
 
     def batches(self, rows: Indices, batch_size: int) -> list[Indices]:

@@ -290,7 +290,7 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
             reports = "; ".join(f"{row.path} reports {row.metric}" for row in first.itertuples())
             raise RunError(
                 f"the runs of {setting} report different metrics: {reports}. Choose one that all "
-                "runs have, with --metric"
+                "runs have: fedmerge compare --metric, or metric= in Python"
             )
 
 

@@ -123,5 +123,5 @@ def _read(path: Path | None) -> dict[str, list[int]]:
     try:
         times: dict[str, list[int]] = documents.read(path)["releases"]
     except RunError as error:
-        raise RunError(f"{error}; without it ε is unknown") from error
+        raise RunError(f"{error}; ε is unknown without this file") from error
     return times

@@ -48,8 +48,9 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
         there are no baselines, the recipe keeps its own name.
 
     Raises:
-        RecipeError: A key has no values or is given twice, two combinations are the same recipe, or
-            a recipe is invalid. The error lists each fault once.
+        RecipeError: An override is not of this form, a key or a value is given twice, there are
+            more than ``MOST`` combinations, two combinations are the same recipe, or a recipe is
+            invalid. The error lists each fault once.
     """
     keys, choices = _parsed(overrides)
     varied = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]

@@ -87,7 +87,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     """Return the path of a shipped recipe, given by its name, or of a file, given by its path.
 
     A bare name refers to the shipped recipe; ``name.yaml`` refers to a file of that name, or to the
-    shipped recipe if there is none. Raises ``RecipeError`` if neither exists.
+    shipped recipe if there is none. Raises ``RecipeError`` if neither exists, or if ``source`` is
+    neither a text nor a path.
     """
     check_source(source)
     text = os.fspath(source)
@@ -221,7 +222,7 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
 
 
 def dump(recipe: Section) -> str:
-    """Return the recipe as YAML with all defaults; ``load`` returns an equal recipe from it."""
+    """Return the recipe as YAML with all defaults; ``loads`` returns an equal recipe from it."""
     return yaml_document.write(recipe.model_dump())
 
 

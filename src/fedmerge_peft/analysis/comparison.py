@@ -207,7 +207,8 @@ def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDir
     _log_skipped("finished without any score", [run.path for run in ended if run not in scored])
     if not scored:
         raise RunError(
-            "no finished run to compare; create some with fedmerge run or fedmerge sweep"
+            "no finished run to compare; finish one with fedmerge resume, or create one with "
+            "fedmerge run or fedmerge sweep"
         )
     return scored
 

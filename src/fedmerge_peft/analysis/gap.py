@@ -25,10 +25,9 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
         One row per round, with the columns ``distance``, ``loss`` and the run's metric, such as
         ``test_accuracy``. The distance is ‖θ_i(trained) − θ_i(sent next)‖₂; flora, fedex_lora and
         flexlora measure it between updates instead of adapters. The loss is next minus trained, in
-        nats, and the metric is trained minus next. Both are means over the clients that
-        were evaluated after training and when served next, and nan if there are none
-        (``evaluation.every``, ``evaluation.finetuned``). Before the first round, the frame is
-        empty.
+        nats, and the metric is trained minus next. Both are means over the clients with both
+        scores, and nan if there are none (``evaluation.every``, ``evaluation.finetuned``). Without
+        a completed round, the frame is empty.
     """
     import pandas
 

@@ -166,7 +166,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
-    """Return ``key=value,...`` as a folder name; the recipe's own name if there are none."""
+    """Return settings as a folder name, ``key=value,...``; without settings, the recipe's name."""
     name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
         recipe.name
     )

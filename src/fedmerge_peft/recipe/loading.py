@@ -216,7 +216,10 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
     )
     if after not in (None, before):
         where = ("strategy", "preset")
-        text = "has no effect on a complete recipe; set it when the recipe is loaded"
+        text = (
+            "has no effect on a complete recipe; set it in the recipe's file, or as an override of "
+            "fedmerge run or Recipe.load"
+        )
         raise refuse([Fault(COMMAND_LINE, where, text)])
     return result
 

@@ -247,8 +247,8 @@ class CausalLMRecipe(CompletionRecipe):
     output: str = "output"
     """Column with the answer to an instruction, which is the completion."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Template of the prompt, with the fields {instruction} and {input} in Python's format syntax.
-    A paragraph whose only field is empty is omitted."""
+    """Template of the prompt in Python's format syntax. Fields are {instruction}, {input} and the
+    names of other columns. A paragraph whose only field is empty is omitted."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. Metrics of generated text, such as rougeL, take
     longer."""

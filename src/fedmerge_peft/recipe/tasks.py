@@ -55,7 +55,10 @@ def _template_text(value: str, info: ValidationInfo) -> str:
             )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{value} cannot be read as text ({error})") from error
-    raise ValueError(f"{path.absolute()} is not a file; name a file with a chat template in Jinja")
+    raise ValueError(
+        f"{path.absolute()} does not exist or is not a file; name a file with a chat template in "
+        "Jinja"
+    )
 
 
 _TEMPLATE_NAME = re.compile(r"\w[\w-]*")

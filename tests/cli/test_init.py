@@ -258,7 +258,7 @@ def test_the_task_is_inferred_from_the_columns(here, task):
 def test_a_task_without_its_columns_names_the_usual_ones(here):
     write(here / "t.csv", ["body", "topic"], [row[1:3] for row in ROWS])
     reported = fault("t.csv", "--yes", "--task", "question-answering")
-    assert "Column for task.question is not clear from the table; give a column named" in reported
+    assert "Column for task.question: there is no suggestion; give the table a column" in reported
 
 
 def test_every_task_has_a_model_and_columns_of_its_section():

@@ -126,9 +126,7 @@ def test_columns_of_another_kind_are_not_recognized_by_their_names(here, columns
 def test_tables_that_may_be_for_several_tasks_need_an_answer(here, columns):
     Image.new("RGB", (4, 4)).save(here / "a.png")
     reported = fault(made(here, columns), "--yes")
-    assert reported.startswith(
-        "init: Task is not clear from the table; give --task, one of sequence-"
-    )
+    assert reported.startswith("init: Task: there is no suggestion; give --task, one of sequence-")
     asked = init("t.jsonl", answers="\n")
     assert "Task, one of sequence-classification, causal-lm" in asked.output
     assert not (here / "t.yaml").exists()

@@ -198,11 +198,11 @@ def test_the_training_loss_decides_if_the_validation_loss_cannot(validation):
     assert (entry["start"] is None) == (validation == 0)
 
 
-def test_if_no_rate_learns_the_middle_is_used():
+def test_if_no_rate_learns_the_default_is_used():
     engine = FormulaEngine([lambda rate: 1.0] * 8)
     assert chosen(engine) == (
         5e-3,
-        "the middle of 7 rates on 4 clients, because no rate reduced the loss",
+        "the default, because none of 7 rates on 4 clients reduced the loss",
     )
 
 

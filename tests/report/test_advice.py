@@ -60,7 +60,7 @@ def advised(write_run, write_records):
     [
         ([], None, "leave training.learning_rate at auto"),
         (["training.learning_rate=auto"], chosen("between two rates", True), "use more rounds"),
-        (["training.learning_rate=auto"], chosen("the middle of 5", False), "check that labels"),
+        (["training.learning_rate=auto"], chosen("none of 5 rates", False), "check that labels"),
         (["training.learning_rate=auto"], chosen("not tested", None), "raise training.learning_"),
     ],
 )

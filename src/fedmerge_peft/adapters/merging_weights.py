@@ -75,7 +75,7 @@ def weight_warnings(weights: Tensor) -> list[str]:
     if float((weights - 1 / adapters).abs().max()) < 0.01:
         return [
             "the merging weights are still uniform: all clients get the same adapter. "
-            "Raise strategy.weights_lr, or use strategy.rule=normalized"
+            "Raise strategy.weights_lr, or use strategy.rule=normalized if another rule is set"
         ]
     return unused_warning(weights)
 

@@ -207,7 +207,8 @@ def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDir
     _log_skipped("finished without any score", [run.path for run in ended if run not in scored])
     if not scored:
         raise RunError(
-            "no finished run to compare; create some with fedmerge run or fedmerge sweep"
+            "no finished run to compare; finish one with fedmerge resume, or create one with "
+            "fedmerge run or fedmerge sweep"
         )
     return scored
 
@@ -290,7 +291,7 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
             reports = "; ".join(f"{row.path} reports {row.metric}" for row in first.itertuples())
             raise RunError(
                 f"the runs of {setting} report different metrics: {reports}. Choose one that all "
-                "runs have, with --metric"
+                "runs have: fedmerge compare --metric, or metric= in Python"
             )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
-    """Return the gap after each round, mean over the clients that took part and were evaluated.
+    """Return the gap after each round, mean over the clients that took part in the round.
 
     Loss and score compare a client's model after local training in round t with the model served at
     the start of round t + 1, or with the final model after the last round. They are measured on
@@ -25,8 +25,9 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
         One row per round, with the columns ``distance``, ``loss`` and the run's metric, such as
         ``test_accuracy``. The distance is ‖θ_i(trained) − θ_i(sent next)‖₂; flora, fedex_lora and
         flexlora measure it between updates instead of adapters. The loss is next minus trained, in
-        nats, and the metric is trained minus next. Both are nan for rounds without evaluation
-        (``evaluation.every``, ``evaluation.finetuned``).
+        nats, and the metric is trained minus next. Both are means over the clients with both
+        scores, and nan if there are none (``evaluation.every``, ``evaluation.finetuned``). Without
+        a completed round, the frame is empty.
     """
     import pandas
 

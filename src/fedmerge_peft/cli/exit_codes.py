@@ -21,7 +21,7 @@ def errors_as_messages() -> Iterator[None]:
     the environment, the error is raised instead. Ctrl-C exits with code 130, and a closed pipe with
     code 1. Other exceptions are raised.
 
-    Commands set two further codes themselves: 1 after a failed check, and 143 after SIGTERM.
+    Commands themselves exit with code 1 after a failed check, and with code 143 after SIGTERM.
     """
     try:
         try:

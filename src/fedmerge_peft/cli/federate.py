@@ -93,13 +93,13 @@ def prepare(
     folder = shlex.quote(str(out))
     print(
         printable(
-            f"wrote {out}: server, operator, sites; authority holds the key that signs "
-            "certificates: keep it off the network"
+            f"wrote {out} with the folders server, operator, sites and authority; keep authority "
+            "off the network, because it holds the key that signs certificates"
         )
     )
     if digest is None:
-        print("no kit has a wheel of this package, because hatchling is not installed: install it")
-        print("and prepare again, or give the sites the wheel that make dist builds")
+        print("no kit has a wheel: hatchling, or this package's record of its files, is missing;")
+        print("give the sites the wheel that make dist builds in a checkout of this package")
     else:
         print(f"each kit has the wheel of this package; tell the sites its SHA-256 sum: {digest}")
     print("\nnext:")

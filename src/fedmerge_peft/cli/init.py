@@ -27,7 +27,7 @@ _NONE = "none"
 
 
 class _Questions:
-    """Answers to the questions: options, else answers at the terminal, or suggestions.
+    """Answers to the questions, from options, from the terminal, or from suggestions.
 
     Args:
         ask: True to ask at the terminal, False to take the suggestions.
@@ -63,7 +63,7 @@ class _Questions:
         if not self._ask:
             if suggested is None:
                 wanted = f"{option}{among if option.startswith('--') else ''}"
-                raise RecipeError(f"init: {question} is not clear from the table; give {wanted}")
+                raise RecipeError(f"init: {question}: there is no suggestion; give {wanted}")
             return suggested
         if suggested is None and among:
             print(f"{question}{among}")
@@ -272,7 +272,9 @@ def _columns(
         name, question = _ASKED.get(usual.kind, (key, f"Column for task.{key}"))
         if suggested is None and usual.kind in ("number", "list", "label"):
             suggested = guess_any(usual.kind, columns, rows, taken)
-        option = f"--{name}" if name in given else f"a column named {usual.names.split()[0]}"
+        option = f"--{name}"
+        if name not in given:
+            option = f"the table a column named {usual.names.split()[0]}"
         roles[key] = questions.choice(option, question, given.get(name), suggested, names)
     return roles
 

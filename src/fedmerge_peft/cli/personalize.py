@@ -35,7 +35,8 @@ def personalize(
         typer.Option(help="A new folder for the adapter. Default: RUN/personalized/NAME."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the new client. Default: the file's name.")
+        str | None,
+        typer.Option(help="Name of the new client. Default: the file's name without its suffix."),
     ] = None,
     best: Annotated[
         bool,

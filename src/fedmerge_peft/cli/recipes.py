@@ -219,7 +219,7 @@ def _summary(recipe: Recipe) -> str:
     count = strategy.requested_adapters
     adapters = "" if count is None else f" with {count} adapters"
     if count == "auto":
-        adapters = " with as many adapters as it finds groups"
+        adapters = " with an automatic number of adapters"
     clients = data.partition.summary()
     names = ", ".join(baseline.name for baseline in recipe.baselines)
     baselines = f"; baselines {names}" if names else ""

@@ -145,7 +145,7 @@ class _Progress:
             case "ended":
                 result, fresh = details
                 # Other processes may find a run finished before the process that ran it reports it.
-                # Wait for the latter report, which is fresh and contains the seconds.
+                # Wait for the report of the latter process, which also states the seconds.
                 if name not in self.ended and (fresh or name not in self._running):
                     self.ended.add(name)
                     self._show.ended(name, result)

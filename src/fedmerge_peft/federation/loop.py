@@ -103,7 +103,7 @@ class Federation:
         if recipe.clients.min_clients > max(1, selected):
             raise RecipeError(
                 f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected:g} "
-                "clients of a round; lower it, or raise clients.fraction"
+                "clients of a round; lower it, or raise clients.fraction if it is below 1"
             )
 
     def _new_strategy(self) -> Strategy:
@@ -267,9 +267,9 @@ class Federation:
         return collector.close()
 
     def _assignment(self, client: int, scored: bool) -> Assignment:
-        """Return the client's plan with the privacy of its update.
+        """Return the assignment of a client: its plan, with the privacy of its update.
 
-        If ``scored``, the assignment also has the client's served model.
+        If ``scored``, the assignment also has the model that the client is served.
         """
         with timed("server"):
             plan = self.strategy.plan(client)

@@ -85,7 +85,7 @@ class PrivacyLedger:
 
     @property
     def epsilon(self) -> float:
-        """ε of the client selected most often; the same for all clients if the sample is secret."""
+        """ε of the client for which most rounds were counted (``_cohort``)."""
         rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
         return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)), rate)
 
@@ -105,7 +105,10 @@ class PrivacyLedger:
         return selected
 
     def _cohort(self, round: int) -> list[int]:
-        """Return the clients for which a round is counted; all clients if the sample is secret."""
+        """Return the clients for which a round is counted.
+
+        If the sample is secret, or ε is computed as if it were, these are all clients.
+        """
         secret = self._recipe.clients.sampling == "poisson" and not self._simulated
         if secret or amplified(self._recipe):
             return list(range(self._clients))
@@ -123,5 +126,5 @@ def _read(path: Path | None) -> dict[str, list[int]]:
     try:
         times: dict[str, list[int]] = documents.read(path)["releases"]
     except RunError as error:
-        raise RunError(f"{error}; without it ε is unknown") from error
+        raise RunError(f"{error}; ε is unknown without this file") from error
     return times

@@ -61,7 +61,7 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
             _check(part, earlier[name])
             reused[name] = earlier[name]
         else:
-            log.info("%s has no run of %s to reuse, so it runs now", run.path, name)
+            log.info("%s has no run of %s to reuse, so this baseline runs now", run.path, name)
     if not reused:
         raise RecipeError(
             f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
@@ -113,7 +113,10 @@ def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str,
 
 
 def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) -> None:
-    """Raise ``RecipeError`` if clients, examples or adapters differ from the earlier runs'."""
+    """Raise ``RecipeError`` if clients, examples or adapters differ from those of the earlier runs.
+
+    Also raised if the engine has no digest of its examples to compare.
+    """
     own = metadata(recipe, engine) if reused else {}
     if reused and "examples.json" not in own:
         raise RecipeError(

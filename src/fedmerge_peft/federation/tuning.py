@@ -175,8 +175,8 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
         middle = rates.index(ladder[_MIDDLE])
         finite = bool(np.isfinite(ratios[middle]).all())
         value = rates[middle] if finite else rates[best]
-        choice = "the middle" if finite else "the rate with the lowest loss"
-        reason = f"{choice} of {tested}, because no rate reduced the loss"
+        choice = "the default" if finite else "the rate with the lowest loss"
+        reason = f"{choice}, because none of {tested} reduced the loss"
     return {
         "value": value,
         "reason": reason,

@@ -115,7 +115,10 @@ def scale(low: float, high: float, start: float, stop: float, *, log: bool = Fal
 
 
 def ticks(low: float, high: float, ceiling: float | None = None) -> list[float]:
-    """Return four to seven round numbers that enclose a range; omit numbers above ``ceiling``."""
+    """Return round numbers that enclose a range: four to seven, or two if the range is one point.
+
+    Numbers above ``ceiling`` are omitted.
+    """
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span / 5)

@@ -25,8 +25,8 @@ class BackboneRecipe(Section):
     """Attention implementation. Default: chosen by transformers."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Quantize the frozen weights to 8 bits, or to 4 bits as in QLoRA (NF4, computed in bfloat16).
-    Requires the extra `quantization` (bitsandbytes), and a CUDA GPU or a CPU. On a CPU, it saves
-    memory and costs time. With 8 bits, clients train one at a time."""
+    Requires the extra `quantization` (bitsandbytes), and a CUDA GPU or a CPU. On a CPU,
+    quantization saves memory and costs time. With 8 bits, clients train one at a time."""
     double_quantization: Boolean = True
     """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
     per weight."""

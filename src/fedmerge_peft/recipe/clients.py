@@ -13,7 +13,8 @@ class ClientsRecipe(Section):
     """Participation of clients in a round, and the treatment of failures."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Fraction of the clients that is drawn at random for each round; at least one client."""
+    """Fraction of the clients that is drawn at random for each round. With `sampling: fixed`, at
+    least one client is drawn."""
     sampling: Literal["fixed", "poisson"] = "fixed"
     """fixed: each round has the same number of clients. poisson: each client is drawn independently
     with the probability `fraction`. A round may then have no clients; such a round changes nothing,

@@ -32,7 +32,7 @@ def required(annotation: Any) -> Any:
 
 
 class Kinds(NamedTuple):
-    """Kinds of a section, and the key that selects one: ``scheme`` selects ``iid``, for example."""
+    """Kinds of a section, such as ``iid``, and the key that holds the kind, such as ``scheme``."""
 
     what: str
     key: str

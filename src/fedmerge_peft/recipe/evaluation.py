@@ -25,8 +25,8 @@ class EvaluationRecipe(Section):
     adapters fit their clients."""
     serve: Literal["last", "best"] = "last"
     """Round whose adapters and scores are the result of the run. last: the last round. best: the
-    round with the lowest mean validation loss over all clients; it requires validation examples,
-    and all clients in each round."""
+    round with the lowest mean validation loss over all clients; it requires validation examples
+    and `clients.fraction: 1`."""
 
 
 class ServingRecipe(Section):

@@ -48,8 +48,9 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
         there are no baselines, the recipe keeps its own name.
 
     Raises:
-        RecipeError: A key has no values or is given twice, two combinations are the same recipe, or
-            a recipe is invalid. The error lists each fault once.
+        RecipeError: An override is not of this form, a key or a value is given twice, there are
+            more than ``MOST`` combinations, two combinations are the same recipe, or a recipe is
+            invalid. The error lists each fault once.
     """
     keys, choices = _parsed(overrides)
     varied = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]
@@ -165,7 +166,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
-    """Return ``key=value,...`` as a folder name; the recipe's own name if there are none."""
+    """Return settings as a folder name, ``key=value,...``; without settings, the recipe's name."""
     name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
         recipe.name
     )

@@ -22,19 +22,20 @@ ClassWeights = Annotated[
 
 
 class ImbalanceSettings(Section):
-    """Weights of labels in the training loss. Evaluation uses the unweighted loss."""
+    """Weights of labels, and the focal loss. Evaluation uses neither of them."""
 
     class_weights: ClassWeights | None = None
     """Weights of the labels in the training loss, by name. Labels that are not listed have weight
-    1. The loss of a step is divided by the sum of its weights. balanced: weights that are inversely
-    proportional to the frequencies of the labels in each client's training examples. In tasks with
-    several labels per example, a weight applies to the examples with the label, relative to those
-    without it."""
+    1. The loss of a step is a weighted mean. balanced: weights that are inversely proportional to
+    the frequencies of the labels in each client's training examples. In tasks with several labels
+    per example, a weight multiplies the loss of a label only for the examples that have it, and the
+    loss of a step is not divided by the weights. There, balanced is the number of a client's
+    training examples without the label, divided by the number with it."""
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Exponent γ of the focal loss, which multiplies the training loss -log p by (1 - p)^γ, so that
     easy examples count less. 2 is usual; 0 gives the plain loss."""
 
     @property
     def imbalance(self) -> ImbalanceSettings:
-        """Weights of the labels in the training loss: this section."""
+        """Settings of the training loss for labels that differ in frequency: this section."""
         return self

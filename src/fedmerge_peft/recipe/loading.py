@@ -87,7 +87,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     """Return the path of a shipped recipe, given by its name, or of a file, given by its path.
 
     A bare name refers to the shipped recipe; ``name.yaml`` refers to a file of that name, or to the
-    shipped recipe if there is none. Raises ``RecipeError`` if neither exists.
+    shipped recipe if there is none. Raises ``RecipeError`` if neither exists, or if ``source`` is
+    neither a text nor a path.
     """
     check_source(source)
     text = os.fspath(source)
@@ -215,13 +216,16 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
     )
     if after not in (None, before):
         where = ("strategy", "preset")
-        text = "has no effect on a complete recipe; set it when the recipe is loaded"
+        text = (
+            "has no effect on a complete recipe; set it in the recipe's file, or as an override of "
+            "fedmerge run or Recipe.load"
+        )
         raise refuse([Fault(COMMAND_LINE, where, text)])
     return result
 
 
 def dump(recipe: Section) -> str:
-    """Return the recipe as YAML with all defaults; ``load`` returns an equal recipe from it."""
+    """Return the recipe as YAML with all defaults; ``loads`` returns an equal recipe from it."""
     return yaml_document.write(recipe.model_dump())
 
 

@@ -66,7 +66,10 @@ def with_preset(recipe: Any) -> Any:
 
 
 def resolved(recipe: Any) -> dict[str, Any]:
-    """Return the recipe's values of all keys that its preset sets, by dotted key; {} if none."""
+    """Return the recipe's values of all keys that its preset sets, by dotted key.
+
+    The result is empty without a preset.
+    """
     preset = PRESETS.get(recipe.strategy.chosen_preset or "", {})
     return {
         f"{section}.{key}".lstrip("."): getattr(

@@ -12,7 +12,9 @@ from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 
 
 class PrivacyRecipe(Section):
-    """Client-level differential privacy of the updates or of the adapters, over all rounds."""
+    """Client-level differential privacy over all rounds: of the updates (mode local), or of the
+    adapters (mode central).
+    """
 
     mode: Literal["none", "local", "central"] = "none"
     """local: each client clips its update and adds noise before sending it; the server is not

@@ -24,7 +24,7 @@ for _name, _about in _RULES.items():
 AGGREGATIONS.add(
     "similarity_filter",
     "fedmerge_peft.strategies.similarity_filter:similarity_filter",
-    about="The cosine filter, with one vote for clients with unusually similar updates.",
+    about="The cosine filter; clients whose updates are unusually similar share one vote.",
 )
 
 _BY_COLUMN = ("mean", "median", "trimmed_mean")

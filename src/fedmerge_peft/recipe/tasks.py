@@ -25,18 +25,22 @@ ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
-    """Return the text of a chat template, from a file if ``value`` names one, or a template's name.
+    """Return a chat template in Jinja, or the name of one of the tokenizer's templates, unchanged.
 
-    The recipe contains the text itself, so that a run does not depend on the file. A recipe from an
-    untrusted source may not name a file, because exports and messages would contain its content.
-    Raises ``ValueError``.
+    Any other ``value`` is the name of a file; return its text. The recipe then contains the text
+    itself, so that a run does not depend on the file. A recipe from an untrusted source may not
+    name a file, because exports and messages would contain its content.
+
+    Raises:
+        ValueError: The file does not exist, cannot be read or contains no chat template, or the
+            recipe comes from an untrusted source.
     """
     if "{" in value or _TEMPLATE_NAME.fullmatch(value):
         return value
     if (info.context or {}).get(FOREIGN):
         raise ValueError(
             "in a run directory or a site's kit, a recipe contains the text of the template and "
-            "names no file"
+            "names no file; write the text instead of the file's name"
         )
     path = Path(value).expanduser()
     try:
@@ -51,7 +55,10 @@ def _template_text(value: str, info: ValidationInfo) -> str:
             )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{value} cannot be read as text ({error})") from error
-    raise ValueError(f"{path.absolute()} does not exist; name a file with a chat template in Jinja")
+    raise ValueError(
+        f"{path.absolute()} does not exist or is not a file; name a file with a chat template in "
+        "Jinja"
+    )
 
 
 _TEMPLATE_NAME = re.compile(r"\w[\w-]*")
@@ -92,7 +99,7 @@ class TaskRecipe(Section):
 
     @property
     def imbalance(self) -> ImbalanceSettings:
-        """Weights of the labels in the training loss."""
+        """Settings of the training loss for labels that differ in frequency."""
         return ImbalanceSettings()
 
     @property
@@ -120,9 +127,9 @@ class TaskRecipe(Section):
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def of_one_sequence(self) -> TaskRecipe:
-        """Return the section of the task on single sequences of this task's examples.
+        """Return the section of the task that encodes single sequences of this task's examples.
 
-        By default, this is the section itself (``sequences`` is 1).
+        For pairs of completions, this is a section of ``causal-lm``. Default: the section itself.
         """
         return self
 
@@ -243,8 +250,8 @@ class CausalLMRecipe(CompletionRecipe):
     output: str = "output"
     """Column with the answer to an instruction, which is the completion."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Template of the prompt, with the fields {instruction} and {input} in Python's format syntax.
-    A paragraph whose only field is empty is omitted."""
+    """Template of the prompt in Python's format syntax. Fields are {instruction}, {input} and the
+    names of other columns. A paragraph whose only field is empty is omitted."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. Metrics of generated text, such as rougeL, take
     longer."""

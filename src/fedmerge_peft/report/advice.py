@@ -162,8 +162,8 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
                 f"{own['mean']:.3f}",
                 f"{run.recipe.strategy.name} loses more by sharing adapters, or by dividing the "
                 "clients into groups, than it gains; or the difference is chance",
-                "try more rounds, or another strategy.warm_rounds or strategy.weights_lr; "
-                f"otherwise use {name}",
+                "try more rounds, or other settings of the strategy, such as fedmerge's "
+                f"warm_rounds and weights_lr; if this does not help, use {name}",
             )
         if not baseline.recipe.strategy.federated:
             yield from _below_local(run, own, other, sign, name)
@@ -214,7 +214,8 @@ def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
             f"one round of local training still {change} the {readable(metric)} by {gain:.3g} in "
             f"round {record['round']}",
             "the served adapters have not converged, or are too few to fit every client",
-            "use more rounds or more adapters (strategy.adapters), or finetune at the clients",
+            "use more rounds, more adapters if the strategy has the key strategy.adapters, or "
+            "finetune at the clients",
         )
 
 

@@ -64,7 +64,7 @@ def answer(setting: Setting) -> str:
     if not others:
         return (
             f"This page has no method to compare {first.name} with. Run the recipe with "
-            "baselines=[local, fedavg] to see which clients it helps."
+            f"baselines=[local, fedavg] to see which clients {first.name} helps."
         )
     own = np.array(first.values(metric, setting.clients))
     sign = 1 if setting.greater_is_better else -1

@@ -115,12 +115,12 @@ def answer(setting: Setting) -> str:
     if curves.turning is not None:
         rounds, best = curves.turning
         sentences.append(
-            f"Its validation loss was lowest after round {rounds} ({best:.2f}) and is "
+            f"The validation loss was lowest after round {rounds} ({best:.2f}) and is "
             f"{curves.validation[-1][1]:.2f} at the end."
         )
     elif len(curves.validation) > 1:
         first, last = curves.validation[0][1], curves.validation[-1][1]
-        sentences.append(f"Its validation loss fell from {first:.2f} to {last:.2f}.")
+        sentences.append(f"The validation loss fell from {first:.2f} to {last:.2f}.")
     return " ".join(sentences)
 
 

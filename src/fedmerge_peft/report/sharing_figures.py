@@ -25,7 +25,7 @@ _MAX_ROUNDS = 6
 
 
 def sharing_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield the figures of π; none if the run has one adapter."""
+    """Yield the figures of π; none if the run has one adapter, or no round yet."""
     if not run.records or run.weights.shape[1] < 2:
         return
     weights = run.weights.to_numpy()

@@ -35,8 +35,8 @@ def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
     """Return the first line of an error's message.
 
-    A line that ends with a colon is joined with the next one. The type precedes the messages
-    of builtin errors other than ``OSError`` and ``ValueError``, which are unclear without it. If
+    A line that ends with a colon is joined with the next one. The messages of most builtin errors
+    are unclear without the type, so it precedes them, except for ``OSError`` and ``ValueError``. If
     there is no message, the type is the reason.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

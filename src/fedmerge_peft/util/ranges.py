@@ -49,7 +49,7 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=2**62)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Loss = Annotated[float, real(-MAX_SCORE, MAX_SCORE)]
-"""Loss in nats; negative for densities."""
+"""Loss in nats; it may be negative, as the negative logarithm of a density."""
 Seconds = Annotated[float, real(0.0, MAX_SECONDS)]
 
 

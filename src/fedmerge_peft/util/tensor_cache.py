@@ -148,7 +148,7 @@ class TensorCache:
         return self.folder / f"{key}.safetensors"
 
     def _discard(self, path: Path, reason: str) -> None:
-        log.warning("%s is damaged and will be replaced: %s", path, reason)
+        log.warning("%s is damaged or not trusted, and will be replaced: %s", path, reason)
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -77,6 +78,18 @@ def test_each_folder_of_images_is_a_client(tmp_path):
     assert table[0]["image"].size == (2, 2)
 
 
+def test_class_numbers_without_a_name_become_missing_values(tmp_path):
+    names = datasets.ClassLabel(names=["ann", "bob"])
+    features = datasets.Features(text=datasets.Value("string"), label=names, by=names)
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, 0], "by": [1, -1, None]}
+    for client in ("x", "y"):
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / client / "train.parquet")
+    read = load_splits(recipe(tmp_path / "*"))
+    assert read["train"]["label"][:] == ["ann", "bob", "ann"] * 2
+    assert read["train"]["by"][:] == ["bob", None, None] * 2
+
+
 @pytest.mark.parametrize(
     ("files", "fault"),
     [
@@ -85,7 +98,7 @@ def test_each_folder_of_images_is_a_client(tmp_path):
         ({"a_csv": ROWS, "b_txt": "x"}, "b.txt, which is not a table"),
         ({"a_csv": ROWS, "b_csv": "text\nx\n"}, r"different columns \(queue"),
         ({"a_csv": ROWS, "b_csv": "text,queue\n"}, "b.csv has no rows"),
-        ({"a_csv": "client,text\nz,x\n"}, "a.csv: the column client has 'z'"),
+        ({"a_csv": "client,text\nz,x\n"}, "a.csv: the column client names the client, but it has 'z'"),
     ],
 )
 def test_faults_name_the_file(write, files, fault):

@@ -82,6 +82,19 @@ def test_the_names_of_classes_are_kept_and_compared(tmp_path):
         load(tmp_path)
 
 
+def test_names_of_classes_that_differ_late_are_told_apart(tmp_path):
+    for name, more in (("a", ["x"]), ("b", ["y"]), ("c", [])):
+        names = ["p", "q", "r", "s", "t", "u", *more]
+        features = datasets.Features(label=datasets.ClassLabel(names=names))
+        table = datasets.Dataset.from_dict({"label": [0, 1]}, features=features)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"7 names, from 0; name 6 is x\).*; name 6 is y\) in"):
+        load(tmp_path)
+    (tmp_path / "b.parquet").unlink()
+    with pytest.raises(DataError, match=r"name 6 is x\) in .*\(6 names, from 0; no name 6\) in"):
+        load(tmp_path)
+
+
 def test_types_of_several_files_must_have_a_common_type(tmp_path):
     parquet.write_table(pa.table({"x": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
     parquet.write_table(pa.table({"x": pa.array([2], pa.int64())}), tmp_path / "b.parquet")

@@ -48,11 +48,27 @@ def test_a_run_at_rest_stops_and_has_ended(engine, tmp_path):
         "planned": 9,
     }
     assert run.summary["last"]["after_round"] == 3
-    with pytest.raises(ResumeError, match=r"after 3 of 9 rounds.*rounds=N stop.patience=null"):
+    with pytest.raises(
+        ResumeError, match=r"after 3 of 9 rounds.*stop.patience=null, and rounds=N for more than 9"
+    ):
         resume(run.path, engine=engine)
     longer = resume(run.path, ["rounds=4", "stop.patience=null"], engine=engine)
     assert len(longer.records) == 4
     assert longer.summary["stopped"] is None
+
+
+def test_a_run_that_stopped_goes_on_to_the_planned_rounds_with_another_condition(engine, tmp_path):
+    resting = [*RESTING, "rounds=6", "baselines=[local]"]
+    run = federate(recipe(*resting), tmp_path / "run", engine=engine)
+    assert len(run.records) == 3
+    local = len(run.baselines["local"].records)
+    patient = resume(run.path, ["stop.patience=4"], engine=engine)
+    assert (len(patient.records), patient.summary["stopped"]["planned"]) == (5, 6)
+    whole = resume(run.path, ["stop.patience=null"], engine=engine)
+    assert len(whole.records) == len(whole.baselines["local"].records) == 6 >= local
+    assert whole.summary["stopped"] is None
+    with pytest.raises(ResumeError, match=r"all of its 6 rounds are done.*rounds=N$"):
+        resume(run.path, engine=engine)
 
 
 @pytest.mark.equality

@@ -313,7 +313,10 @@ def test_the_same_seed_gives_the_same_choice(whole, auto, engine, caplog):
         entry.pop("seconds", None)
     assert again == whole.decisions
     value, reason = (again["learning_rate"][key] for key in ("value", "reason"))
-    assert caplog.messages[-1] == f"learning rate {value:g}, {reason}"
+    assert caplog.messages[-2:] == [
+        f"epochs {again['epochs']['value']}, from the clients' median size",
+        f"learning rate {value:g}, {reason}",
+    ]
 
 
 def test_a_run_with_the_chosen_values_by_hand_is_the_same(whole, auto, tmp_path):

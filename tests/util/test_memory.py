@@ -1,6 +1,7 @@
 """A soup that does not fit into memory is refused with both sizes, before it is allocated."""
 
 import pytest
+import torch
 
 from fedmerge_peft import AdapterLayout, BackboneError, RecipeError
 from fedmerge_peft.strategies import StrategyContext, make_strategy
@@ -33,6 +34,18 @@ def test_soups_that_do_not_fit_are_refused_before_they_are_made(name, key, monke
     context = StrategyContext(5, layout, fresh_row)
     with pytest.raises(RecipeError, match=rf"strategy.{key}: 1000 adapters of 6 numbers need"):
         make_strategy(strategy_recipe(name, **{key: 1000}), context)
+
+
+@pytest.mark.parametrize("name", ["local", "ditto", "fedavg_ft", "fedalt", "femam"])
+def test_adapters_of_all_clients_that_do_not_fit_are_refused(name, monkeypatch):
+    layout = AdapterLayout.from_tensors(
+        [("a.lora_A.weight", (4, 3), "lora"), ("a.lora_B.weight", (3, 4), "lora")]
+    )
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 24 * 50)
+    many, few = (StrategyContext(m, layout, lambda _: torch.zeros(24)) for m in (100, 10))
+    make_strategy(strategy_recipe(name), few)
+    with pytest.raises(RecipeError, match=f"{name} keeps .* 24 numbers for each of 100 clients"):
+        make_strategy(strategy_recipe(name), many)
 
 
 def test_ranks_that_do_not_fit_are_refused(make_backbone, monkeypatch):

@@ -205,7 +205,7 @@ def run(
         ),
     ] = 600,
     min_sites: Annotated[
-        int, typer.Option(min=1, help="Smallest number of sites to start with.")
+        int, typer.Option(min=1, help="Minimum of connected sites to start with.")
     ] = 1,
     reconnect_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a server that does not respond.")

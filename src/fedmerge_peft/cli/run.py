@@ -93,7 +93,8 @@ def resume(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides of rounds, stop, evaluation.every or tracking."
+            metavar="KEY=VALUE",
+            help="Overrides of rounds, stop, evaluation.every, tracking, callbacks or plugins.",
         ),
     ] = None,
     quiet: Annotated[

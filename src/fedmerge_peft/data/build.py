@@ -11,7 +11,12 @@ import numpy as np
 
 from fedmerge_peft.data import partition
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
-from fedmerge_peft.data.columns import encode_classes, join_values, warn_of_lookalikes
+from fedmerge_peft.data.columns import (
+    class_label,
+    encode_classes,
+    join_values,
+    warn_of_lookalikes,
+)
 from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.partition import ClientRows, generator
 from fedmerge_peft.data.schemes import Splits, assignment_fault, partition_alike
@@ -130,7 +135,7 @@ def _partition(
     if by is not None:
         _count_without_client(tables.classes, by)
     if per_split.keys() != splits.keys():
-        per_split = partition_alike(tables, per_split["train"])
+        per_split = {**partition_alike(tables, per_split["train"]), **per_split}
     shifted: dict[str, list[ClientRows]] = {}
     start = 0
     for split, dataset in splits.items():
@@ -191,8 +196,8 @@ def _check_columns(splits: Mapping[str, Dataset]) -> None:
         differ = [name for name in names if train.get(name) != dataset.features.get(name)]
         if differ:
             texts = (
-                f"{name} is {_type(train.get(name))} in train, "
-                f"{_type(dataset.features.get(name))} in {split}"
+                f"{name} is {_type(train.get(name), dataset.features.get(name))} in train, "
+                f"{_type(dataset.features.get(name), train.get(name))} in {split}"
                 for name in differ
             )
             raise DataError(
@@ -201,14 +206,12 @@ def _check_columns(splits: Mapping[str, Dataset]) -> None:
             )
 
 
-def _type(feature: object) -> str:
+def _type(feature: object, other: object) -> str:
     if feature is None:
         return "absent"
-    return (
-        f"ClassLabel({join_values(feature.names, 5)})"
-        if hasattr(feature, "names")
-        else str(getattr(feature, "dtype", feature))
-    )
+    if hasattr(feature, "names"):
+        return class_label(feature.names, getattr(other, "names", None))
+    return str(getattr(feature, "dtype", feature))
 
 
 def _check_no_empty_client(clients: Sequence[Client]) -> None:

@@ -78,14 +78,22 @@ def _matches(pattern: Path) -> dict[str, Path]:
 
 
 def _with_label_names(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Replace class numbers, which differ between folders, by class names."""
+    """Replace class numbers, which differ between folders, by class names.
+
+    A missing number, and a number without a name such as -1, become a missing value.
+    """
     from datasets import Value
 
     named = {}
     for split, table in splits.items():
         for column, feature in table.features.items():
             if hasattr(feature, "names"):
-                names = [feature.names[number] for number in table[column]]
+                names = [
+                    feature.names[number]
+                    if number is not None and 0 <= number < len(feature.names)
+                    else None
+                    for number in table[column]
+                ]
                 position = table.column_names
                 table = table.remove_columns(column).add_column(column, names)
                 table = table.select_columns(position).cast_column(column, Value("string"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +91,20 @@ def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
             shown,
             more,
         )
+
+
+def class_label(names: Sequence[str], other: Sequence[str] | None) -> str:
+    """Describe a column of class numbers by their names.
+
+    If the names of an ``other`` column differ from these only after the fifth, the first difference
+    is shown instead of the first five.
+    """
+    pairs = enumerate(zip_longest(names, other or ()))
+    place = next((number for number, (own, its) in pairs if own != its), 0)
+    if other is None or place < 5:
+        return f"ClassLabel({join_values(names, 5)})"
+    shown = f"name {place} is {names[place]}" if place < len(names) else f"no name {place}"
+    return f"ClassLabel({len(names)} names, from 0; {shown})"
 
 
 def read_column(dataset: Dataset, name: str, key: str) -> Any:

@@ -1,8 +1,8 @@
 """Partition schemes by their names in recipes.
 
 A scheme takes its recipe section and the ``Splits``. It returns, for each split, the ``ClientRows``
-of each client, in the same order for all splits. If a scheme does not return all splits, only its
-training split is used, and ``partition_alike`` partitions the others. The module ``partition``
+of each client, in the same order for all splits. ``partition_alike`` partitions the splits
+that a scheme does not return. The module ``partition``
 draws the partitions.
 """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fedmerge_peft.data.column_types import json_column, plain_column, type_texts
-from fedmerge_peft.data.columns import LONGEST_NAME, join_values
+from fedmerge_peft.data.columns import LONGEST_NAME, class_label, join_values
 from fedmerge_peft.data.delimited import read_delimited
 from fedmerge_peft.data.json_rows import JsonRow, read_json
 from fedmerge_peft.data.text_files import format_suffix, read_text
@@ -245,9 +245,9 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
                 except pa.ArrowException:
                     pass
             raise DataError(
-                f"data.path: the column {name!r} is {_type(schema, name)} in {first}, but "
-                f"{_type(other, name)} in {path}; give it the same type in both, or leave one of "
-                "them out"
+                f"data.path: the column {name!r} is {_type(schema, name, other)} in {first}, but "
+                f"{_type(other, name, schema)} in {path}; give it the same type in both, or leave "
+                "one of them out"
             )
         schema = pa.unify_schemas([schema, other], promote_options="permissive")
     return schema
@@ -261,6 +261,8 @@ def _class_names(schema: pa.Schema, name: str) -> list[str] | None:
     return getattr(Features.from_arrow_schema(schema)[name], "names", None)
 
 
-def _type(schema: pa.Schema, name: str) -> str:
+def _type(schema: pa.Schema, name: str, other: pa.Schema) -> str:
     names = _class_names(schema, name)
-    return str(schema.field(name).type) if names is None else f"ClassLabel({join_values(names, 5)})"
+    if names is None:
+        return str(schema.field(name).type)
+    return class_label(names, _class_names(other, name))

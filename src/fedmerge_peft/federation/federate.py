@@ -97,7 +97,7 @@ def resume_run(
         engine, metrics = _loaded(recipe, splits, engine, metrics), None
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, run.path))
-        distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
+        distributed.on_rank_zero(partial(_check_unfinished, run, recipe))
         engine = _loaded(recipe, splits, engine, metrics)
         distributed.on_rank_zero(partial(remove_temporary_files, run.path))
         _federate(recipe, run.path, engine, callbacks)
@@ -178,17 +178,20 @@ def _lock(stack: ExitStack, directory: Path) -> None:
     stack.enter_context(locked_directory(directory))
 
 
-def _check_unfinished(run: RunDirectory, rounds: int) -> None:
-    if RunDirectory.open(run.path).ended and rounds == run.recipe.rounds:
-        stopped = run.summary.get("stopped")
-        more = " stop.patience=null" if run.recipe.stop.patience is not None else ""
-        done = f"all of its {rounds} rounds are done"
-        if stopped:
-            done = f"{stopped['reason']}, after {run.summary['rounds']} of {rounds} rounds"
-        raise ResumeError(
-            f"{run.path} has ended: {done}. "
-            f"For more rounds: fedmerge resume {run.path} rounds=N{more}"
-        )
+def _check_unfinished(run: RunDirectory, recipe: Recipe) -> None:
+    """Raise ``ResumeError`` if the run and its baselines have ended by this recipe."""
+    if not all(_has_ended(path, one) for one, path in with_baselines(recipe, run.path)):
+        return
+    stopped = run.summary.get("stopped")
+    more = " stop.patience=null" if recipe.stop.patience is not None else ""
+    done, advice = f"all of its {recipe.rounds} rounds are done", "rounds=N" + more
+    if stopped:
+        done = f"{stopped['reason']}, after {run.summary['rounds']} of {recipe.rounds} rounds"
+        if more:
+            advice = f"stop.patience=null, and rounds=N for more than {recipe.rounds}"
+    raise ResumeError(
+        f"{run.path} has ended: {done}. For more rounds: fedmerge resume {run.path} {advice}"
+    )
 
 
 def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -227,7 +230,7 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
     for one, path in with_baselines(recipe, directory):
         if path != directory and one.strategy.name in reused:
             distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))
-        if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
+        if distributed.on_rank_zero(partial(_has_ended, path, one)):
             continue
         federation = Federation(one, engine, decisions, ledger, directory)
         run = RunWriter(path, one)
@@ -275,8 +278,12 @@ def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions
     return Decisions(document) if document else None
 
 
-def _has_ended(path: Path, rounds: int) -> bool:
-    return RunDirectory(path).ended_for == rounds
+def _has_ended(path: Path, recipe: Recipe) -> bool:
+    """Return True if a run has ended; False if it stopped early by a condition that has changed."""
+    run = RunDirectory(path)
+    if run.ended_for != recipe.rounds:
+        return False
+    return not (run.summary.get("stopped") and run.recipe.stop != recipe.stop)
 
 
 def _restore(federation: Federation, run: RunWriter, stopping: EarlyStopping) -> None:

@@ -128,7 +128,8 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
     check_work(recipe, [client.size for client in engine.clients], epochs_only)
     if "learning_rate" in keys:
         document["learning_rate"] = _learning_rate(recipe, engine, epochs_only)
-        log.info("%s", describe(document)[0])
+    for decision in reversed(describe(document)):
+        log.info("%s", decision)
     return Decisions(document)
 
 

@@ -42,7 +42,14 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
     path = _existing(folder, gguf_file)
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {backbone.dtype}"
-    target = cache_folder() / "gguf" / sha256(os.fsencode(key)).hexdigest()[:32]
+    try:
+        cache = cache_folder()
+    except RuntimeError as error:
+        raise BackboneError(
+            f"backbone.gguf_file: the dequantized weights of {path.name} have no folder, because "
+            "the user has no home directory; set FEDMERGE_CACHE to a folder"
+        ) from error
+    target = cache / "gguf" / sha256(os.fsencode(key)).hexdigest()[:32]
     if not _is_written(target):
         log.info(
             "%s is dequantized to %s, and kept in %s; training and predictions use these weights",

@@ -56,7 +56,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     if lora.target_modules is None and lora.target_parameters is None and not defaults:
         raise BackboneError(
             f"lora.target_modules: PEFT has no default for {model_type}; "
-            f"name some of {', '.join(adaptable)}, or all-linear"
+            + (
+                f"name some of {', '.join(adaptable)}, or all-linear"
+                if adaptable
+                else "it has no linear layers to adapt; choose another model"
+            )
         )
     check_names(model, lora, defaults, name)
     check_rank(model, lora)

@@ -119,7 +119,7 @@ def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
             "leave training.learning_rate at auto, which tests several rates, or raise it; "
             "use more rounds or training.epochs"
         )
-    elif chosen["reduced_loss"] is None:
+    elif chosen.get("reduced_loss") is None:
         cause = f"the learning rate {chosen['value']:g} was not tested, and may be too small"
         action = "raise training.learning_rate, or use more rounds or training.epochs"
     elif chosen["reduced_loss"]:

@@ -114,7 +114,7 @@ def _weights(run: RunDirectory, order: NDArray[np.int64], groups: list[str]) -> 
             rows=names,
             columns=[str(column) for column in weights.columns],
             x="adapter (number)",
-            label="weight π (share of the client)",
+            label="merging weight π",
             groups=groups,
         ),
         caption,

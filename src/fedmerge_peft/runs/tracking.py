@@ -90,7 +90,7 @@ class Tracking:
             clients,
             columns,
             x="adapter (number)",
-            label="weight π (share of the client)",
+            label="merging weight π",
         )
         figure = render.draw(heat, f"Merging weights after round {round}")
         self._for_each(lambda tracker: _log_figure(tracker, "merging_weights", figure, round))

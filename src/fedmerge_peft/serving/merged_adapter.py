@@ -144,6 +144,7 @@ class MergedAdapter:
         else:
             role, own = "a mixture from a federated fine-tuning run of {clients}", _OWN_PARTS
             examples = {}
+        has_clients = self.clients is not None and bool(self.clients.any())
         return adapter_card(
             self,
             place,
@@ -151,7 +152,7 @@ class MergedAdapter:
             role=role,
             examples=examples,
             rank=rank,
-            own=None if self.soup.own is None else own,
+            own=own if self.soup.own is not None and has_clients else None,
         )
 
     def model(self, device: str = "auto") -> Any:

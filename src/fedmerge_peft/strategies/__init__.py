@@ -60,14 +60,21 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
 
 def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
     """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
-    key = recipe.adapters_key
+    key, size = recipe.adapters_key, context.layout.size
     count = getattr(recipe, key, None)
-    floats = recipe.floats_in_memory
-    numbers = count * context.layout.size if isinstance(count, int) else 0
-    if lack := shortage(int(floats * numbers)):
+    numbers = count * size if isinstance(count, int) else 0
+    if lack := shortage(int(recipe.floats_in_memory * numbers)):
         raise RecipeError(
-            f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
+            f"strategy.{key}: {count} adapters of {size:,} numbers {lack}; "
             f"lower strategy.{key} or lora.r"
+        )
+    each = getattr(STRATEGIES[recipe.name].load(), "adapters_per_client", 0)
+    if lack := shortage(each * context.clients * size):
+        kept = "an adapter" if each == 1 else f"{each} adapters"
+        raise RecipeError(
+            f"strategy.name: {recipe.name} keeps {kept} of {size:,} numbers for each of "
+            f"{context.clients:,} clients, which {lack}; lower lora.r, use fewer clients, or use "
+            "another strategy"
         )
 
 

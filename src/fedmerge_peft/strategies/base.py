@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -120,6 +121,9 @@ class Strategy(Stateful, ABC):
     averages: bool = True
     """True if the server computes all shared parameters from means of updates. An ``Aggregator``
     can replace these means by a robust rule."""
+
+    adapters_per_client: ClassVar[int] = 0
+    """Number of adapters that the server keeps in memory for each client."""
 
     soup: AdapterSoup
     aggregator: Aggregator

@@ -28,6 +28,7 @@ class Ditto(OneHotStrategy):
     The rows of the soup are w, then v_1 to v_m. Only w travels.
     """
 
+    adapters_per_client = 1
     state_fields = (*OneHotStrategy.state_fields, "server")
 
     def __init__(self, recipe: recipes.DittoRecipe, context: StrategyContext) -> None:

@@ -45,6 +45,7 @@ class FedALT(OneHotStrategy):
       with the last adapter that it returned.
     """
 
+    adapters_per_client = 1
     state_fields = (*OneHotStrategy.state_fields, "took_part", "server")
     averages = False
 

@@ -34,6 +34,7 @@ class FedAvgFinetuned(OneHotStrategy):
     The rows of the soup are θ, then θ_1 to θ_m.
     """
 
+    adapters_per_client = 1
     state_fields = (*OneHotStrategy.state_fields, "server", "rounds")
 
     def __init__(self, recipe: recipes.FedAvgFinetunedRecipe, context: StrategyContext) -> None:

@@ -54,6 +54,7 @@ class FeMAM(OneHotStrategy):
     - The authors' local training has a proximal term of 0.01, which is ``training.proximal``.
     """
 
+    adapters_per_client = 2
     state_fields = (
         *OneHotStrategy.state_fields,
         "before",

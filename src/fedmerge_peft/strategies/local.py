@@ -15,6 +15,8 @@ from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 class Local(Strategy):
     """Local training, θ_i ← θ_i − δ_i. The soup has one row for each client, and π = I."""
 
+    adapters_per_client = 1
+
     def __init__(self, recipe: recipes.LocalRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(
             context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared

@@ -112,7 +112,7 @@ def evaluated_together(runtime: Runtime, evaluation: EvaluationRecipe, rows: Ind
     if task.in_batch:
         reason = "the task compares the examples of a client"
     elif task.generates and task.prompt_padding in ("none", "alone"):
-        reason = "the model sees padding, so not all prompts share a pass"
+        reason = "the outputs depend on padding or on other inputs, so not all prompts share a pass"
     if (reason := reason or sharing_obstacle(runtime, rows)) is not None:
         log.info("clients are evaluated one at a time: %s", reason)
         return 1
@@ -146,7 +146,9 @@ def sharing_obstacle(runtime: Runtime, rows: Indices) -> str | None:
     """
     if runtime.sharing_trial is None:
         if runtime.task.padding in ("none", "alone"):
-            reason: str | None = "the model sees padding, so not all examples share a pass"
+            reason: str | None = (
+                "the outputs depend on padding or on other inputs, so not all examples share a pass"
+            )
         else:
             reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
         runtime.sharing_trial = SharingTrial(reason)

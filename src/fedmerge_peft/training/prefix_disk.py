@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from fedmerge_peft.data.loading import IN_MEMORY
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.util.processor import processor
@@ -24,14 +25,16 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     """Return the cache on disk for this recipe, or None.
 
     The environment variable ``FEDMERGE_PREFIX_DISK`` (in GB) replaces the recipe's limit. The
-    result is None if the limit is 0 or the user has no home directory. It is also None for models
+    result is None if the limit is 0 or the user has no home directory, and for examples in memory
+    unless the variable is set, because these examples may be on no disk. It is also None for models
     with custom code and for models in memory, because the weights and settings of these models do
     not determine the states.
 
     Raises:
         RecipeError: The variable is not a number of GB from 0 to 1e6.
     """
-    gigabytes = recipe.training.prefix_disk
+    in_memory = recipe.data.path.partition(":")[0] == IN_MEMORY
+    gigabytes = 0.0 if in_memory else recipe.training.prefix_disk
     if text := os.environ.get(DISK_VARIABLE):
         try:
             gigabytes = float(text)

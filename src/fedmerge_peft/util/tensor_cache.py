@@ -32,9 +32,14 @@ the files that other processes wrote."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches: FEDMERGE_CACHE, or a subfolder of the user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDMERGE_CACHE") or Path(user) / "fedmerge-peft")
+    """Return the folder of all caches: FEDMERGE_CACHE, or a subfolder of the user's cache.
+
+    Raises:
+        RuntimeError: Neither variable is set, and the user has no home directory.
+    """
+    if own := os.environ.get("FEDMERGE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmerge-peft"
 
 
 class TensorCache:

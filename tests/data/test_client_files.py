@@ -98,7 +98,10 @@ def test_class_numbers_without_a_name_become_missing_values(tmp_path):
         ({"a_csv": ROWS, "b_txt": "x"}, "b.txt, which is not a table"),
         ({"a_csv": ROWS, "b_csv": "text\nx\n"}, r"different columns \(queue"),
         ({"a_csv": ROWS, "b_csv": "text,queue\n"}, "b.csv has no rows"),
-        ({"a_csv": "client,text\nz,x\n"}, "a.csv: the column client names the client, but it has 'z'"),
+        (
+            {"a_csv": "client,text\nz,x\n"},
+            "a.csv: the column client names the client, but it has 'z'",
+        ),
     ],
 )
 def test_faults_name_the_file(write, files, fault):

@@ -47,7 +47,7 @@ def read_weights(path: Path) -> Tensor:
     if weights is None or weights.ndim != 2 or not weights.is_floating_point():
         raise damaged(path, "it has no weights")
     if not bool(weights.isfinite().all()) or weights.numel() == 0:
-        raise damaged(path, "its weights are not finite")
+        raise damaged(path, "its weights are empty or not finite")
     return weights
 
 

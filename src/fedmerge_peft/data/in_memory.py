@@ -115,6 +115,7 @@ def _read(table: Any, source: str) -> Dataset:
     from datasets import Dataset
 
     if isinstance(table, Dataset):
+        check_names(source, table.column_names)
         return table.with_format(None)
     if not isinstance(table, pd.DataFrame | pa.Table):
         raise DataError(

@@ -88,8 +88,11 @@ def only_warm_rounds(run: RunDirectory) -> bool:
 def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
     if only_warm_rounds(run):
         name, rounds = run.recipe.strategy.name, run.recipe.rounds
+        which = "the only round is a warm round"
+        if rounds > 1:
+            which = f"all {rounds} rounds are warm rounds"
         yield Advice(
-            f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg",
+            f"{which}, in which {name} equals FedAvg",
             "clients are grouped after the warm rounds, so no adapter was trained for a group",
             f"use more than {run.recipe.strategy.rounds_with_one_adapter} rounds, better twice as "
             "many, or a smaller strategy.warm_rounds",

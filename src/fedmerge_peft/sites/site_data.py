@@ -126,7 +126,7 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
             and (repeated := _repeated_fraction(data.table, client)) > checks.max_repeated
         ):
             raise RefusedError(
-                f"client {client.name}: {repeated:.0%} of its rows repeat another row, and "
+                f"client {client.name}: {100 * repeated:.4g} % of its rows repeat another row, and "
                 f"checks.max_repeated in {SITE_FILE} is {checks.max_repeated:g}; "
                 "remove the repeated rows, or raise the limit"
             )

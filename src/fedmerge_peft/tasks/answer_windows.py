@@ -217,12 +217,16 @@ def read_answers(
                 context[answer.start : answer.start + len(answer.text)] != answer.text
                 or answer.start < 0
             ):
-                there = context[max(answer.start, 0) :][: len(answer.text)][:80]
+                there = context[max(answer.start, 0) :][: len(answer.text)]
+                pairs = zip(answer.text, there, strict=False)
+                same = next((at for at, (own, other) in enumerate(pairs) if own != other), 0)
+                begin = max(same - 40, 0)  # the first difference is shown
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     "the context does not have the answer "
-                    f"{answer.text[:80]!r} at answer_start {answer.start}"
-                    f"{f', but {there!r}' if answer.start >= 0 else ''}; correct the row"
+                    f"{answer.text[begin:][:80]!r} at answer_start {answer.start}"
+                    f"{f', but {there[begin:][:80]!r}' if answer.start >= 0 else ''}; "
+                    "correct the row"
                 )
         if not own and not recipe.no_answer:
             raise DataError(

@@ -44,7 +44,8 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOT_FOUND = (
     "the chat template renders the assistant's turns differently without the messages after them, "
     "so they are not found in the chat; put {% generation %} and {% endgeneration %} around them "
-    "in task.chat_template, which task.loss=assistant reads, or set task.loss=all"
+    "in task.chat_template, which task.loss=assistant reads, or set task.loss=all "
+    "in a task causal-lm"
 )
 
 
@@ -229,7 +230,8 @@ class ChatTokens:
                 raise self.error(
                     row,
                     f"the completion is not a turn of the assistant (roles: {join_values(roles)}); "
-                    "end the chat with one, remove the row, or set task.loss=all",
+                    "end the chat with one, remove the row, or set task.loss=all "
+                    "in a task causal-lm",
                 )
             return [(chat.prompt, len(chat.messages) - 1)]
         turns = [(index, index) for index, role in enumerate(chat.roles) if role == "assistant"]
@@ -237,7 +239,8 @@ class ChatTokens:
             raise self.error(
                 row,
                 f"no message has the role assistant (roles: {join_values(chat.roles)}), so there "
-                "is nothing to learn; remove the row, or set task.loss=all",
+                "is nothing to learn; remove the row, or set task.loss=all "
+                "in a task causal-lm",
             )
         return turns
 
@@ -366,7 +369,7 @@ class ChatTokens:
                     "a message contains a special token, so the assistant's turns are found by "
                     "comparing tokens, but the chat template renders these turns differently "
                     "without the messages after them; remove the special token or the row, or set "
-                    "task.loss=all",
+                    "task.loss=all in a task causal-lm",
                 )
             labeled[begin : len(end)] = [True] * (len(end) - begin)
         return ids, labeled

@@ -100,7 +100,7 @@ def test_class_numbers_without_a_name_become_missing_values(tmp_path):
         ({"a_csv": ROWS, "b_csv": "text,queue\n"}, "b.csv has no rows"),
         (
             {"a_csv": "client,text\nz,x\n"},
-            "a.csv: the column client names the client, but it has 'z'",
+            "the column client names the client, but it has 'z'",
         ),
     ],
 )

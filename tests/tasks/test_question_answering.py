@@ -313,7 +313,9 @@ def test_unsuitable_answers_are_refused(task_of, answers, message):
 def test_a_long_answer_is_shown_where_it_differs_from_the_context(task_of):
     answers = {"text": ["a" * 99 + "b"], "answer_start": [5]}
     table = Dataset.from_dict({"question": ["a"], "context": ["a" * 120], "answers": [answers]})
-    with pytest.raises(DataError, match="the answer 'a{40}b' at answer_start 5, but 'a{41}'; corr"):
+    with pytest.raises(
+        DataError, match=r"the answer 'a{40}b' at answer_start 5, but 'a{41}'; corr"
+    ):
         task_of("bert", table, name=NAME, stride=8).encode(table)
 
 

@@ -45,6 +45,8 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 def below_lowest(rates: Sequence[float], ratios: NDArray[np.float64]) -> float:
     """Return the rate one step below the rate with the lowest training loss (Smith 2017, 3.3).
 
+    If this is the lowest rate, return it.
+
     Args:
         rates: Rates, ascending.
         ratios: ρ of the training loss, as for ``lowest``.

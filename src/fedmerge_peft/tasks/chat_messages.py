@@ -144,7 +144,10 @@ def add_system(prompt: str | None, messages: list[Message]) -> list[Message]:
 
 
 def _system_prompt(value: Any, where: str) -> str | None:
-    """Return the entry of the column of system prompts; None if it is empty."""
+    """Check an entry of the column with system prompts and return it; return None if it is empty.
+
+    Raises ``DataError`` if it is not a text.
+    """
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}{_SYSTEM!r} must be a text, not {_shown(value)}")
     return value or None

@@ -143,9 +143,9 @@ def warn_of_missing_stops(tokenizer: Any, rows: Sequence[tuple[list[int], list[b
             endless.append(row)
     if endless:
         logger.warning(
-            "in %d of %d chats the last token with a loss is no special token (first: row %d), so "
-            "the model may not learn to stop; end the assistant's turns with one in "
-            "task.chat_template, inside of {%% generation %%} if the template has marks",
+            "in %d of %d chats (first: row %d) the last token with a loss is no special token, so "
+            "the model may not learn to stop; change task.chat_template so that each turn of the "
+            "assistant ends with a special token (inside the block, if it has {%% generation %%})",
             len(endless),
             len(rows),
             endless[0],

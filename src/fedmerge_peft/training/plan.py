@@ -5,7 +5,8 @@ several adapters (``Choose``), trains several adapters in turn (``InTurn``), or 
 (``Mixture``). A strategy may define another plan. All plans run in the same three phases, so an
 engine can run the plans of several clients in parallel:
 
-1. Compute the losses of the client's examples with ``scored_rows``, without training.
+1. Compute the losses of the client's examples under each adapter of ``scored_rows``, without
+   training.
 2. Train the adapters of ``train_requests``, which depend on these losses.
 3. Compute the client's result from the trained adapters (``result``).
 """

@@ -41,7 +41,10 @@ _MAX_CLIENTS = 10_000
 
 
 class SiteRequest(RequestProcessor):  # type: ignore[misc]
-    """One of FLARE's requests, which is refused if the id of its job is invalid."""
+    """Processor of one of FLARE's requests, which refuses a job whose id is not a UUID.
+
+    It passes on only a reduced description of the job.
+    """
 
     def __init__(self, processor: RequestProcessor) -> None:
         self._processor = processor

@@ -204,7 +204,7 @@ class RemoteEngine:
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Evaluate each client's adapter at its site; yield scores or errors by client index.
 
-        Private sites send no scores; nothing is yielded for their clients.
+        Private sites send no scores: their clients are left out, unless the request fails.
         """
         lazily = Assignments.of(served)
 

@@ -79,8 +79,8 @@ def answer(method: Method) -> str:
 def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
     """Return an order ``(m,)`` of the rows of π ``(m, d)`` in which similar rows are adjacent.
 
-    Rows are sorted by their largest adapter, then by their second largest, then by decreasing
-    weight of the largest.
+    Rows are sorted by the adapter with their largest weight, then by the adapter with their second
+    largest weight, then by their largest weight, in descending order.
     """
     ranked = np.argsort(-weights, axis=1, kind="stable")
     second = ranked[:, min(1, weights.shape[1] - 1)]

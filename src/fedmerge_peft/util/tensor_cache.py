@@ -32,7 +32,10 @@ the files that other processes wrote."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches: FEDMERGE_CACHE, or a subfolder of the user's cache.
+    """Return the folder of all caches.
+
+    It is the folder in the environment variable ``FEDMERGE_CACHE`` or, without this variable, the
+    subfolder ``fedmerge-peft`` of ``XDG_CACHE_HOME`` or of ``~/.cache``.
 
     Raises:
         RuntimeError: Neither variable is set, and the user has no home directory.

@@ -182,7 +182,8 @@ def _similarities(
         "Similarity of clients by merging weights",
         _pairs(run.weights.to_numpy()[order], names, groups),
         "Each cell is a pair of clients: 1 for equal weights, 0 for clients without a common "
-        "adapter. Blocks are clients that learn together.",
+        "adapter. Blocks are clients that learn together."
+        + (f" With {len(names)} clients, cells are averaged." if len(names) > _MAX_CELLS else ""),
     )
     if (counts := run.label_counts) is not None:
         yield Figure(

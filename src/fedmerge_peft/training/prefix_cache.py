@@ -114,7 +114,7 @@ class PrefixCache:
         self._lengths = np.zeros(len(examples), dtype=np.int64)
         """Number of positions of each example, summed over its sequences."""
         self._parts: list[Indices] = []
-        """Rows of the batches whose states are computed in one pass."""
+        """Rows of each part. The states of a part are computed in one pass."""
         self._states: dict[int, Tensor] = {}
         """States of each part that was needed so far, ``(positions, width)``. The examples of the
         part are concatenated."""

@@ -117,7 +117,7 @@ class TensorCache:
         try:
             if not self._has_room(stored.nbytes):
                 self._writes = False
-                log.info("%s is full", self.folder)
+                log.info("%s is full, so no more tensors are stored in it", self.folder)
                 return
             try:
                 save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})

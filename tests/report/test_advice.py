@@ -58,7 +58,7 @@ def advised(write_run, write_records):
 @pytest.mark.parametrize(
     ("overrides", "decisions", "action"),
     [
-        ([], None, "leave training.learning_rate at auto"),
+        ([], None, "set training.learning_rate to auto"),
         (["training.learning_rate=auto"], chosen("between two rates", True), "use more rounds"),
         (["training.learning_rate=auto"], chosen("none of 5 rates", False), "check that labels"),
         (["training.learning_rate=auto"], chosen("not tested", None), "raise training.learning_"),

@@ -90,7 +90,7 @@ def test_states_beyond_the_range_of_float16_are_refused(make_bench):
     ("changes", "reason"),
     [
         (["training.prefix_cache=0", "lora.layers_to_transform=[1]"], "training.prefix_cache is 0"),
-        ([], "no layers precede the first trainable layer"),
+        ([], "no layers are known to precede the first trainable one"),
         (["lora.layers_to_transform=[1]"], None),
     ],
     ids=str,

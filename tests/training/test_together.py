@@ -230,12 +230,12 @@ def test_a_layers_own_forward_is_restored(make_bench):
         (
             "bert",
             {"target_modules": ["query", "word_embeddings"]},
-            r"word_embeddings is neither a linear layer nor a convolution \(Embedding, Embedding\)",
+            r"word_embeddings is neither a plain linear layer nor a convolution \(Embedding, Embed",
         ),
         (
             "llama",
             {"target_parameters": ["mlp.up_proj.weight"]},
-            r"is neither a linear layer nor a convolution \(Linear, ParamWrapper\)",
+            r"is neither a plain linear layer nor a convolution \(Linear, ParamWrapper\)",
         ),
         ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight is trainable, but"),
     ],

@@ -50,9 +50,10 @@ def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str
 def check_rank(model: Any, lora: LoraRecipe) -> None:
     """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
 
-    The factors of a layer have r · (inputs + outputs) numbers. Unless the target modules are a list
-    without exceptions, the adapted layers are not known here. Only the smallest layer is then
-    counted, at the lowest rank, so that an adapter that fits is never refused.
+    The factors of a layer have r · (inputs + outputs) numbers. If the target modules are a list,
+    and no other key excludes layers or changes their rank, the factors of all target modules are
+    counted. Otherwise, the adapted layers and their ranks are not known here. Only the smallest
+    layer is then counted, at the lowest rank, so that an adapter that fits is never refused.
 
     Args:
         model: Transformers model, without an adapter.

@@ -1,4 +1,4 @@
-"""One adapter in the backbone's own slot, with the interface of ``AdapterStack`` for K = 1."""
+"""One adapter in the backbone's own slot, which training uses like an ``AdapterStack`` of one."""
 
 from __future__ import annotations
 

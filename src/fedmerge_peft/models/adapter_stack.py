@@ -186,7 +186,9 @@ def stacking_obstacle(backbone: Backbone) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _is_plain_lora(module):
             kinds = f"{type(module.get_base_layer()).__name__}, {type(module).__name__}"
-            return f"{_short_name(name)} is neither a linear layer nor a convolution ({kinds})"
+            return (
+                f"{_short_name(name)} is neither a plain linear layer nor a convolution ({kinds})"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
             return f"{_short_name(name)} mixes the examples of a batch ({type(module).__name__})"
     stacked = {

@@ -52,7 +52,7 @@ class Backbone:
         """Frozen tensors that all adapters share: the buffers of heads and, with ``merge:
         shared_a``, the factors A."""
         self.prefix = find_prefix(model)
-        """Layers before the first trainable layer, or None."""
+        """Frozen layers before the first trainable layer; None if ``find_prefix`` finds none."""
         self.trainable = trainable
         """Trainable tensors in the order of the layout."""
         self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}

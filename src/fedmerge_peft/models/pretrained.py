@@ -149,7 +149,7 @@ class ModelRequirements(Protocol):
 
     @property
     def config_options(self) -> Mapping[str, Any]:
-        """Further values of the configuration."""
+        """Values that the task sets in the model's configuration, besides those for the labels."""
 
 
 def load_model(
@@ -241,7 +241,7 @@ def load_model(
 
 
 def _prepared(model: Any, task: ModelRequirements) -> Any:
-    """Set a model's padding token, make it return outputs by name, align its weights; return it."""
+    """Set a model's padding token, name its outputs and align its weights; return the model."""
     # Decoders with a classification head look for the last token before the padding.
     if task.pad_token_id is not None:
         set_pad_token_id(model.config, task.pad_token_id)

@@ -43,7 +43,7 @@ def _files(name: str, folder: Path) -> list[Path]:
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
         raise BackboneError(
             f"backbone.model: {name} has neither {_SINGLE} nor {_INDEX} in {folder.absolute()} "
-            f"(but {others}); add the file that is missing, or save the model again with "
+            f"(but {others}); add one of these two files, or save the model again with "
             "save_pretrained of transformers"
         )
     with library_errors(

@@ -21,8 +21,9 @@ _FIXED = ("fedmerge", "fedavg", "local")
 def method_styles(strategies: Mapping[str, str]) -> dict[str, int]:
     """Return a style for each method, an index into ``COLORS`` and ``DASHES``.
 
-    The first method of each of ``fedmerge``, ``fedavg`` and ``local`` has the same style in all
-    figures. The other methods get the remaining styles in order, then all styles again.
+    The first method with the strategy ``fedmerge`` has the same style in all figures, as have the
+    first with ``fedavg`` and the first with ``local``. The other methods get the remaining styles
+    in order, then all styles again.
 
     Args:
         strategies: Strategy of each method by the method's name.

@@ -119,7 +119,7 @@ def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
     if chosen is None:
         cause = f"training.learning_rate ({run.recipe.training.learning_rate}) may be too small"
         action = (
-            "leave training.learning_rate at auto, which tests several rates, or raise it; "
+            "set training.learning_rate to auto, which tests several rates, or raise it; "
             "use more rounds or training.epochs"
         )
     elif chosen.get("reduced_loss") is None:

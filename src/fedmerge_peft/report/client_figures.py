@@ -108,7 +108,7 @@ def _dumbbells(
             f"with at most {_CERTAIN} {metric.partition('_')[0]} examples."
         )
     if (step := math.ceil(len(parts[0]) / MAX_CLIENTS)) > 1:
-        caption += f" Every {step}th client is shown."
+        caption += f" One of every {step} clients is shown."
     if len(setting.methods) > len(chosen):
         caption += " The chart of all clients also shows the other methods."
     none = (math.nan, math.nan)

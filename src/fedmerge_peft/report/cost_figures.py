@@ -45,8 +45,8 @@ def answer(setting: Setting) -> str:
         return "No round is done yet."
     down, up = (traffic(first, f"bytes_{direction}") for direction in ("down", "up"))
     return (
-        f"{first.name} sent {down:.3g} MB to each client and received {up:.3g} MB from it, in "
-        f"{len(first.run.records)} rounds that took {seconds(first):.3g} s."
+        f"{first.name} sent {down:.3g} MB to a client and received {up:.3g} MB from it (means over "
+        f"clients), in {len(first.run.records)} rounds that took {seconds(first):.3g} s."
     )
 
 

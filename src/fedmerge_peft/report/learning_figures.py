@@ -148,7 +148,7 @@ def _losses(setting: Setting) -> Iterator[Figure]:
         "Loss by round, mean over clients",
         Lines(series, x="rounds completed", y="loss (nats)", floor=None),
         "Validation: loss of the served adapters on examples that clients do not train on. "
-        "Training: mean loss during the round that follows. If the training loss falls while the "
+        "Training: mean loss during the next round. If the training loss falls while the "
         "validation loss rises, the adapters overfit.",
     )
 

@@ -32,7 +32,11 @@ class RunPlots:
         return _picture(learning_figures(self._setting), "scores")
 
     def loss(self) -> Picture:
-        """Return the training and validation loss by round, with the loss of guessing."""
+        """Return the training and validation loss by round, with a line for comparison.
+
+        The line is the loss of guessing or, unless each example has one label, the first validation
+        loss.
+        """
         return _picture(learning_figures(self._setting), "loss")
 
     def weights(self) -> Picture:

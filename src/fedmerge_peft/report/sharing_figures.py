@@ -79,8 +79,8 @@ def answer(method: Method) -> str:
 def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
     """Return an order ``(m,)`` of the rows of π ``(m, d)`` in which similar rows are adjacent.
 
-    Rows are sorted by their largest adapter, then by their second largest, then by decreasing
-    weight of the largest.
+    Rows are sorted by the adapter with their largest weight, then by the adapter with their second
+    largest weight, then by their largest weight, in descending order.
     """
     ranked = np.argsort(-weights, axis=1, kind="stable")
     second = ranked[:, min(1, weights.shape[1] - 1)]
@@ -182,7 +182,8 @@ def _similarities(
         "Similarity of clients by merging weights",
         _pairs(run.weights.to_numpy()[order], names, groups),
         "Each cell is a pair of clients: 1 for equal weights, 0 for clients without a common "
-        "adapter. Blocks are clients that learn together.",
+        "adapter. Blocks are clients that learn together."
+        + (f" With {len(names)} clients, cells are averaged." if len(names) > _MAX_CELLS else ""),
     )
     if (counts := run.label_counts) is not None:
         yield Figure(

@@ -166,7 +166,7 @@ def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
     The trial uses the shortest and the longest example.
 
     Returns:
-        The reason why the gradients disagree, or None.
+        The reason why the adapters cannot share a pass, or None.
     """
     backbone = runtime.backbone
     sizes = runtime.examples.lengths[rows]

@@ -315,7 +315,7 @@ def _pass(
 
 
 def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
-    """Return the head that may compute losses in chunks; None for other models and tasks.
+    """Return the head that may compute losses in chunks; None if model or task does not allow it.
 
     Unlike the trial in ``training/labeled_head.py``, this function compares no values, because the
     tensors have no data.

@@ -35,8 +35,9 @@ def evaluate(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: A metric needs generated text, but ``served`` is a mixture; or
-            ``compute_metrics`` did not return a mapping of new names to numbers.
+        RecipeError: A metric needs generated text, but ``served`` is a mixture;
+            ``compute_metrics`` did not return a mapping of new names to numbers; or an error of
+            ``PrefixCache.prepare`` occurs.
     """
     return evaluate_parts(runtime, served, [indices], batch_size)[0]
 
@@ -237,6 +238,9 @@ def example_losses(
 
     Returns:
         Losses, ``(n,)`` float32 on the CPU.
+
+    Raises:
+        RecipeError: As in ``PrefixCache.prepare``.
     """
     order = _by_length(runtime.examples, indices)
     batches = _forward(runtime, row, indices[order], batch_size)
@@ -261,6 +265,9 @@ def losses_together(runtime: Runtime, rows: Tensor, indices: Sequence[Indices]) 
 
     Returns:
         For each adapter, losses ``(n,)`` float32 on the CPU.
+
+    Raises:
+        RecipeError: As in ``PrefixCache.prepare``.
     """
     batch = _SharedPass(runtime, rows, indices)
     with batch.applied():
@@ -282,6 +289,9 @@ def confusion(
 
     Returns:
         ``[true class, predicted class, count]`` for each pair that occurs, in ascending order.
+
+    Raises:
+        RecipeError: As in ``PrefixCache.prepare``.
     """
     rows = indices[_by_length(runtime.examples, indices)]
     pairs = []

@@ -93,7 +93,7 @@ def class_statistics(runtime: Runtime, row: Tensor, indices: Indices, batch_size
         ``(classes, d + 2)`` float32 on the CPU: number of examples, Σ ‖f‖², and Σ f.
 
     Raises:
-        RecipeError: As in ``captured_features``.
+        RecipeError: As in ``captured_features`` and ``PrefixCache.prepare``.
     """
     backbone = runtime.backbone
     backbone.eval()

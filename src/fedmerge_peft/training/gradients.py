@@ -49,7 +49,8 @@ def accumulate(
         The mean losses (nats) without penalties, ``(K,)``.
 
     Raises:
-        RecipeError: There are alignments, and an error of ``captured_features`` occurs.
+        RecipeError: As in ``PrefixCache.prepare`` and, if there are alignments, as in
+            ``captured_features``.
     """
     weights = example_weights or [None] * len(steps)
     aligned = alignments or [None] * len(steps)

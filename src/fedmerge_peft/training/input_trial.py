@@ -136,7 +136,7 @@ def _choose(
         try:
             together = run(company)
         except Exception as error:  # a model without support for padding may raise any error
-            log.info("padding %s: %s: %s", padding, type(error).__name__, error)
+            log.info("padding=%s fails: %s: %s", padding, type(error).__name__, error)
             continue
         expected = [alone[row] for row in company]
         pairs = zip(together, expected, strict=True)
@@ -149,7 +149,9 @@ def _choose(
         )
     if padding != choices[0]:
         log.info(
-            "the outputs of an example depend on the other examples in its batch; padding: %s",
+            "with padding=%s, an example has other outputs in a batch than alone, so padding=%s is "
+            "used",
+            choices[0],
             padding,
         )
 

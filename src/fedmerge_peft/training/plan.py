@@ -257,7 +257,7 @@ class Choose(Plan):
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
         if type(choice) is int and 0 <= choice < len(self.rows):
             return None
-        return f"it chose adapter {choice} of {len(self.rows)}"
+        return f"it chose adapter {choice}, expected 0 to {len(self.rows) - 1}"
 
     def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
         return [TrainRequest(Train(self.rows[self._choice(losses, seed)]), seed)]

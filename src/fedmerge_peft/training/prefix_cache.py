@@ -43,7 +43,7 @@ def prefix_cache(
 ) -> PrefixCache | None:
     """Return the prefix cache of a run, or None if the run has no prefix cache.
 
-    It is None if no layers precede the first trainable layer, or if ``training.prefix_cache`` is 0.
+    It is None if the model has no prefix (``find_prefix``), or if ``training.prefix_cache`` is 0.
     The arguments except ``recipe`` are those of ``PrefixCache``.
 
     Raises:
@@ -56,7 +56,8 @@ def prefix_cache(
                 "training.prefix_dtype has no effect: %s",
                 "training.prefix_cache is 0"
                 if training.prefix_cache == 0
-                else "no layers precede the first trainable layer (lora.layers_to_transform)",
+                else "no layers are known to precede the first trainable one "
+                "(lora.layers_to_transform)",
             )
         return None
     dtype = None if training.prefix_dtype is None else getattr(torch, training.prefix_dtype)
@@ -113,7 +114,7 @@ class PrefixCache:
         self._lengths = np.zeros(len(examples), dtype=np.int64)
         """Number of positions of each example, summed over its sequences."""
         self._parts: list[Indices] = []
-        """Rows of the batches whose states are computed in one pass."""
+        """Rows of each part. The states of a part are computed in one pass."""
         self._states: dict[int, Tensor] = {}
         """States of each part that was needed so far, ``(positions, width)``. The examples of the
         part are concatenated."""
@@ -161,7 +162,7 @@ class PrefixCache:
         if not self._tried:
             self._tried = True
             if prefix is None:
-                reason: str | None = "no layers precede the first trainable layer"
+                reason: str | None = "no layers are known to precede the first trainable one"
             else:
                 reason = self._try_model(prefix)
             self.used = reason is None

@@ -25,10 +25,10 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     """Return the cache on disk for this recipe, or None.
 
     The environment variable ``FEDMERGE_PREFIX_DISK`` (in GB) replaces the recipe's limit. The
-    result is None if the limit is 0 or the user has no home directory, and for examples in memory
-    unless the variable is set, because these examples may be on no disk. It is also None for models
-    with custom code and for models in memory, because the weights and settings of these models do
-    not determine the states.
+    result is None if the limit is 0, or if there is no folder for caches (``cache_folder``). It is
+    None for examples in memory unless the variable is set, so that examples which were never on a
+    disk are not written to one. It is also None for models with custom code and for models in
+    memory, because the weights and settings of these models do not determine the states.
 
     Raises:
         RecipeError: The variable is not a number of GB from 0 to 1e6.

@@ -144,6 +144,9 @@ class Runtime:
         Args:
             rows: Rows of the table.
             packing: Mapping of the batch to packed rows; None for a padded batch.
+
+        Raises:
+            RecipeError: As in ``PrefixCache.prepare``.
         """
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
@@ -190,6 +193,9 @@ class Runtime:
             Output of ``Task.forward``. With ``head``, the logits at labeled positions,
             ``(positions, vocabulary)``. If ``for_losses`` is set and the logits do not fit into one
             chunk, the cross-entropies at these positions, ``(positions,)``.
+
+        Raises:
+            RecipeError: As in ``PrefixCache.prepare``.
         """
         targets = None if self.head is None else self.task.token_targets(labels)
         packing = None

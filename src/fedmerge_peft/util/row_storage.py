@@ -62,9 +62,10 @@ class RowStorage:
                 file.truncate(length)
                 mapping = mmap.mmap(file.fileno(), length)
         except OSError as error:
+            other = "set TMPDIR to another folder" if folder is None else "choose another --out"
             raise RunError(
                 f"{folder or 'TMPDIR'}: a soup of {length / 1e6:,.1f} MB cannot be stored "
-                f"({error.strerror}); free disk space, or choose another --out"
+                f"({error.strerror}); free disk space, or {other}"
             ) from error
         rows = torch.frombuffer(mapping, dtype=self.dtype).view(count, size)
         _MAPPINGS[rows.data_ptr()] = mapping

@@ -35,7 +35,7 @@ class Stateful:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
-        """Copy ``state``, the ``state_dict`` of an object constructed with the same arguments.
+        """Load a copy of the ``state_dict`` of an object constructed with the same arguments.
 
         Raises:
             ValueError: A name, kind, shape or dtype differs from this object's.

@@ -32,7 +32,10 @@ the files that other processes wrote."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches: FEDMERGE_CACHE, or a subfolder of the user's cache.
+    """Return the folder of all caches.
+
+    It is the folder in the environment variable ``FEDMERGE_CACHE`` or, without this variable, the
+    subfolder ``fedmerge-peft`` of ``XDG_CACHE_HOME`` or of ``~/.cache``.
 
     Raises:
         RuntimeError: Neither variable is set, and the user has no home directory.
@@ -114,7 +117,7 @@ class TensorCache:
         try:
             if not self._has_room(stored.nbytes):
                 self._writes = False
-                log.info("%s is full", self.folder)
+                log.info("%s is full, so no more tensors are stored in it", self.folder)
                 return
             try:
                 save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})

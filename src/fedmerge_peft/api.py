@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Run(RunDirectory):
-    """A run directory with methods to predict, merge and save adapters."""
+    """A run directory, with methods for predictions and for merging and saving adapters."""
 
     def __init__(
         self, path: Path, *, trust_remote_code: bool = False, model: PassedModel | None = None
@@ -51,8 +51,8 @@ class Run(RunDirectory):
             best: Use the round with the lowest validation loss instead of the last.
 
         Raises:
-            RunError: The run has no such client or no such round, or its clients have no single
-                adapter (``fedem``).
+            RunError: The run has no such client; it has no completed round or, with ``best``, no
+                saved best round; or its clients have no single adapter (``fedem``).
         """
         return client_adapter(self, name, best=best)
 
@@ -136,7 +136,7 @@ def load_run(
 
     Raises:
         RunError: The path is not a run directory, contains links, or has an unsupported format.
-        ResumeError: The run was trained with another model.
+        ResumeError: The run was not trained with the passed model.
         BackboneError: The passed model cannot be used.
     """
     if not isinstance(path, str | Path):
@@ -179,8 +179,8 @@ def federate(
         processor: The model's image processor, or a function from a PIL image to an array
             ``(channels, height, width)``.
         metrics: ``compute_metrics(predictions, references)``, which returns further scores by name.
-            Its arguments are texts if the recipe has a metric of generated texts, else class or
-            token ids.
+            Its arguments are texts if the recipe has a metric of generated texts. Otherwise they
+            follow from the task: class ids, token ids, or numbers for regression, for example.
         engine: Loaded data and model. Default: load those of the recipe.
         callbacks: Callbacks in addition to those of the recipe. Notebooks also show the progress.
 
@@ -243,8 +243,9 @@ def resume(
     Raises:
         RecipeError: An override is not allowed, or sets fewer rounds than are completed. Nothing
             was changed.
-        ResumeError: The run has ended and ``overrides`` sets no further rounds, or its data, model,
-            recipe or checkpoints have changed.
+        ResumeError: The run has ended and ``overrides`` sets no further rounds; its data, model,
+            recipe or checkpoints have changed; or examples or a model in memory, with which it
+            started, are not passed again.
         RunBusyError: Another process is writing the run. Nothing was changed.
         FedMergeError: Any other error, as in ``federate``.
     """

@@ -50,8 +50,8 @@ def _rebuild(
 class RecipeError(FedMergeError):
     """Recipe with one or more faults.
 
-    ``faults`` lists them in the form ``file:line: dotted.path: fault``, and the message has one
-    line for each.
+    ``faults`` lists them, and the message has one line for each. A fault that is found when a file
+    is read has the form ``file:line: dotted.path: fault``.
     """
 
     def __init__(self, *faults: str) -> None:
@@ -97,7 +97,8 @@ class RunBusyError(RunError):
 class ResumeError(RunError):
     """Run that cannot be resumed.
 
-    The run is complete, its checkpoints are damaged, or its data or recipe have changed.
+    The run is complete, its checkpoints are damaged, or its data, model or recipe have changed or
+    are missing.
     """
 
 

@@ -134,7 +134,7 @@ class BlockWeights:
     ) -> BlockWeights:
         """Return the weights of a file for a soup with this layout and number of adapters.
 
-        Raises ``ValueError`` if they do not fit.
+        Raises ``ValueError`` if they do not fit, and ``KeyError`` if one of them is missing.
         """
         of, offsets = tensors["of"], tensors["offsets"]
         fits = of.dtype == torch.int64 and of.shape == (layout.size,) and layout.size > 0

@@ -35,8 +35,8 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
-        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``. Own parts are in
-            the head, so their average is exact.
+        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``. Own parts in the
+            head are averaged exactly. Own parts in factors, as with ``fedsa_lora``, are left out.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times

@@ -117,7 +117,7 @@ class AdapterLayout:
 
     @cached_property
     def classifier(self) -> Entry | None:
-        """Last matrix of the head, ``(classes, features)``; None if the adapter has no head."""
+        """Last matrix of the head, ``(classes, features)``; None if the head has no matrix."""
         matrices = [e for e in self.entries if e.role == "head" and len(e.shape) == 2]
         return matrices[-1] if matrices else None
 

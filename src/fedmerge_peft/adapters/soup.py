@@ -132,7 +132,7 @@ class AdapterSoup:
         return merged
 
     def with_rows(self, rows: Iterable[Tensor], count: int) -> AdapterSoup:
-        """Return this soup with ``count`` other rows ``(P,)``, copied to the same storage type."""
+        """Return this soup with ``count`` rows ``(P,)`` in place of its own, in its storage."""
         return replace(self, rows=self.storage.store(rows, count))
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
@@ -192,7 +192,10 @@ class AdapterSoup:
 
 
 def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts:
-    """Return the own parts of a file. Raises ``ValueError`` if they do not fit the layout."""
+    """Return the own parts of a file.
+
+    Raises ``ValueError`` if they do not fit the layout, and ``KeyError`` if a tensor is missing.
+    """
     columns, residuals = tensors["columns"], tensors["residuals"]
     if (
         columns.dtype != torch.int64

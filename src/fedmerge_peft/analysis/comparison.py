@@ -104,7 +104,8 @@ class Comparison:
                         clients is rounded up
     spread              standard deviation of the final score over clients
     gain_over_local     improvement of ``mean`` over local training, paired by seed, positive if
-                        better; nan if no local run matches, or several methods match
+                        better; nan for local training itself, and if no local run matches or
+                        local runs of several methods match
     gain_over_fedavg    improvement of ``mean`` over fedavg, likewise
     finetuning          improvement of the served score by one round of local training, mean over
                         the last tenth of the rounds; nan if finetuned scores were not evaluated

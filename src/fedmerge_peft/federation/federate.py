@@ -117,7 +117,10 @@ def _loaded(
     """
     if engine is not None:
         if metrics is not None:
-            raise RecipeError("metrics: the engine is loaded; use engine.add_metrics(function)")
+            raise RecipeError(
+                "metrics: pass either metrics or engine; a loaded engine gets metrics from "
+                "engine.add_metrics(function)"
+            )
         return engine
     loaded = load_engine(recipe, splits)
     if metrics is not None:
@@ -179,7 +182,7 @@ def _lock(stack: ExitStack, directory: Path) -> None:
 
 
 def _check_unfinished(run: RunDirectory, recipe: Recipe) -> None:
-    """Raise ``ResumeError`` if the run and its baselines have ended by this recipe."""
+    """Raise ``ResumeError`` if the run and all of its baselines have ended under this recipe."""
     if not all(_has_ended(path, one) for one, path in with_baselines(recipe, run.path)):
         return
     stopped = run.summary.get("stopped")
@@ -198,8 +201,8 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
     """Return the run's recipe with the overrides.
 
     Raises:
-        RecipeError: An override would change the clients' work, or the number of rounds is less
-            than the number of completed rounds.
+        RecipeError: An override changes a key that is not in ``RESUME_OVERRIDES``, or the number of
+            rounds is less than the number of completed rounds.
     """
     recipe = saved.replace(overrides)
     changed = differing([flat(saved), flat(recipe)])
@@ -279,7 +282,10 @@ def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions
 
 
 def _has_ended(path: Path, recipe: Recipe) -> bool:
-    """Return True if a run has ended; False if it stopped early by a condition that has changed."""
+    """Return True if a run has ended, and the recipe does not extend it.
+
+    A recipe extends a run by more rounds, or by another section ``stop`` if the run stopped early.
+    """
     run = RunDirectory(path)
     if run.ended_for != recipe.rounds:
         return False

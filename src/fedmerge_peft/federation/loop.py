@@ -74,6 +74,8 @@ class Federation:
                 examples. ``clients.min_clients`` exceeds the number of clients in a round. Or ε
                 cannot be computed (``PrivacyLedger.check``).
             FedMergeError: Data, model or device are missing, or do not match the recipe.
+
+        Also raises the errors of ``make_strategy``.
         """
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
@@ -348,7 +350,7 @@ class Federation:
         return Aggregator(recipe.robustness)
 
     def _label_counts(self) -> Tensor | None:
-        """Return the clients' label counts, unless they must stay private."""
+        """Return the clients' label counts; None if there are none, or if they stay private."""
         if self.recipe.privacy.mode != "none":
             return None
         counts = self.engine.label_counts()

@@ -153,7 +153,7 @@ class SweepProgress(NotebookProgress):
         self._name = ""
 
     def begin(self, name: str) -> SweepProgress:
-        """Start the next run, and return this object."""
+        """Clear the curves for the next run, which has this name; return this object."""
         self._name, self._curves = name, {}
         return self
 

@@ -47,7 +47,7 @@ class PrivacyLedger:
         self._simulated = simulated
         self._path = directory / LEDGER_FILE if directory is not None else None
         self._times: dict[str, list[int]] = distributed.on_rank_zero(partial(_read, self._path))
-        """Releases in each round from 1, by name of the method."""
+        """Number of releases in each round, from round 1 on, by name of the method."""
         self._selected = self._count()
         """Releases of each client, ``(clients,)``."""
 
@@ -85,7 +85,7 @@ class PrivacyLedger:
 
     @property
     def epsilon(self) -> float:
-        """ε of the client for which most rounds were counted (``_cohort``)."""
+        """ε of the client with the largest number of counted rounds (``_cohort``)."""
         rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
         return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)), rate)
 

@@ -45,7 +45,7 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 def below_lowest(rates: Sequence[float], ratios: NDArray[np.float64]) -> float:
     """Return the rate one step below the rate with the lowest training loss (Smith 2017, 3.3).
 
-    If this is the lowest rate, return it.
+    If the training loss is lowest at the smallest rate, return the smallest rate.
 
     Args:
         rates: Rates, ascending.

@@ -1,7 +1,7 @@
 """Validation of replies against their plans, before a strategy processes them.
 
-An invalid reply has no effect on the strategy. The checks cover the form of a
-reply and the range of its numbers: an update with a norm above ``MAX_NORM`` could overflow a sum.
+An invalid reply has no effect on the strategy. The checks cover the form of a reply and the range
+of its numbers: an update with a norm above ``MAX_NORM`` could overflow a sum.
 Robust aggregation (``strategies/aggregation.py``) handles updates of valid form with malicious
 values.
 """
@@ -66,6 +66,6 @@ def largest_updates(replies: Sequence[Reply], names: Sequence[str]) -> str:
     largest = ", ".join(f"{names[client]} ({norm:.3g})" for norm, client in norms[:-4:-1])
     return (
         f"The round had no effect. The largest updates, by L2 norm, are those of {largest}; the "
-        f"median norm is {middle:.3g}. Resume to repeat the round, or start a run with bounded "
-        "updates (robustness.norm_multiple) or with smaller step sizes of the strategy"
+        f"median norm is {middle:.3g}. Resuming repeats the round; if it fails again, start a run "
+        "with bounded updates (robustness.norm_multiple) or with smaller step sizes of the strategy"
     )

@@ -94,7 +94,7 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
 
 
 def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
-    """Return the learning rate and the epochs that the earlier runs have chosen, for this run.
+    """Return the earlier runs' entries of ``decisions.json``: learning rate and epochs, if chosen.
 
     Raises:
         RecipeError: The earlier runs have chosen different values.

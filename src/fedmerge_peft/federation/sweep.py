@@ -119,7 +119,7 @@ def run_or_resume(
 ) -> None:
     """Resume a run that has completed rounds; otherwise remove its files and start it.
 
-    A run whose checkpoints cannot be used is also removed and started again.
+    A run that has completed rounds but cannot be resumed is also removed and started again.
     """
     try:
         run = RunDirectory(path)
@@ -127,12 +127,8 @@ def run_or_resume(
             resume_run(run, (), engine=engine, callbacks=callbacks)
             return
     except ResumeError as error:
-        log.warning(
-            "%s: the unfinished run is removed and started again, because it cannot be resumed "
-            "(%s)",
-            path,
-            error,
-        )
+        reason = str(error).partition(". ")[0].partition("; ")[0]  # without advice to keep the run
+        log.warning("%s; this unfinished run is removed and started again", reason)
     remove_run(path)
     run_recipe(recipe, path, engine=engine, callbacks=callbacks)
 

@@ -2,8 +2,8 @@
 
 The learning rate is chosen by a range test (after Smith 2017, arXiv 1506.01186, with separate
 trials instead of a rising rate). A few clients train a new adapter at each rate of a geometric
-grid, on the same examples in the same order. Rates are compared by the loss relative to the
-client's own start:
+grid, on the same examples in the same order. Rates are compared by each client's loss relative to
+its own start:
 
 ρ_ir = ℓ_i(θ_ir) / ℓ_i(θ_0)        client i, rate r, trained adapter θ_ir, new adapter θ_0
 

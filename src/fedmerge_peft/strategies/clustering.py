@@ -42,9 +42,9 @@ class Clustering(Strategy):
 
 
 class ServerClustering(Clustering):
-    """Clustering that the server computes once, from the clients' updates of one common adapter.
+    """Clustering that the server first computes from the clients' updates of one common adapter.
 
-    The clustering needs replies (``MeanUpdates``) from as many clients as there are clusters, plus
+    This needs replies (``MeanUpdates``) from as many clients as there are clusters, plus
     ``further_clients``, or from all clients if there are fewer. A client that joins later first
     trains the mean Θ̄ of the adapters. Its first reply δ_i assigns it to the cluster
     argmax_j cos(−δ_i, Θ_j − Θ̄) and does not update any adapter.

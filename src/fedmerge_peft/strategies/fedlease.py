@@ -1,4 +1,4 @@
-"""FedLEASE: one LoRA expert for each cluster of clients; the silhouette determines their number.
+"""FedLEASE: one LoRA expert for each cluster; the silhouette determines the number of clusters.
 
 Source: Wang et al. 2025, arXiv 2509.15087.
 """

@@ -186,7 +186,7 @@ class FedMerge(Strategy):
         return common
 
     def _mean_adapter(self) -> Tensor:
-        """Return the mean merged adapter of the clients that were grouped, ``(P,)``."""
+        """Return the mean merged adapter of the clients that have a group, ``(P,)``."""
         if self._mean is None:
             self._mean = self.soup.merge(self.weights[self.joined].mean(dim=0))
         return self._mean
@@ -259,7 +259,7 @@ class FedMerge(Strategy):
 
         Args:
             clients: Client indices, ``(k,)``.
-            before: π of these clients when they trained, ``(k, d)`` float64.
+            before: π of these clients before the round's step of W, ``(k, d)`` float64.
             deltas: δ, ``(k, P)``.
             sizes: n, ``(k,)``.
             columns: The w columns.

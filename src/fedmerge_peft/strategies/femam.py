@@ -138,9 +138,9 @@ class FeMAM(OneHotStrategy):
                 (self.last_loss if known else self.first_loss)[reply.client] = loss
 
     def _end_level(self, level: int) -> None:
-        """End a level, in which clients without a gain drop their model, and begin the next one.
+        """End a level, and begin the next one.
 
-        No client drops its model of level 1.
+        Clients without a gain drop their model of the level, except of level 1.
         """
         worse = self.last_loss >= self.first_loss  # False if one of them is unknown
         if level > 0:

@@ -113,7 +113,7 @@ class CommonTrial(Stateful):
     only a part of the examples. In the rounds after the grouping, each client is also sent the mean
     of all merged adapters. It does not train the mean, and reports both validation losses. In
     experiments with real groups, the mean was worse by 6 to 150 % in the first round, and by more
-    in the next. In other experiments, it was worse by about 1 %.
+    in the next. In experiments with such reviews, it was worse by about 1 %.
     """
 
     state_fields = ("rounds",)

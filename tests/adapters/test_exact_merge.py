@@ -5,6 +5,7 @@ import torch
 
 from equality import tolerance
 from fedmerge_peft import AdapterSoup, concat, merge_error
+from fedmerge_peft.adapters.soup import OwnParts
 
 pytestmark = pytest.mark.equality
 
@@ -100,6 +101,34 @@ def test_adapters_without_updates_have_no_error(make_backbone):
     backbone = make_backbone("bert", {"target_modules": ["query"]})
     soup = AdapterSoup(torch.stack([backbone.fresh_row(0), backbone.fresh_row(1)]), backbone.layout)
     assert merge_error(soup, torch.tensor([0.5, 0.5])) == 0.0
+
+
+@pytest.mark.parametrize("weights", [[0.0, 1.0, 0.0], [0.2, 0.5, 0.3]])
+def test_clients_with_one_a_and_b_of_their_own_are_merged_exactly(make_backbone, weights):
+    backbone = make_backbone("bert", {"r": 4, "target_modules": ["query"]})
+    layout, clients = backbone.layout, torch.tensor(weights)
+    of_b = torch.cat(
+        [
+            torch.arange(entry.columns.start, entry.columns.stop)
+            for entry in layout.entries
+            if entry.key.endswith("lora_B.weight")
+        ]
+    )
+    rows = soup_of(backbone).rows[:1].clone()
+    rows[:, of_b] = 0
+    own = torch.randn(3, len(of_b), generator=torch.Generator().manual_seed(1))
+    soup = AdapterSoup(rows, layout, backbone.shared, own=OwnParts(of_b, own, private=True))
+    state, config = concat(soup, torch.ones(1), backbone.config.to_dict(), clients)
+    assert config["r"] == 4
+    each = [soup.state_dict(soup.merge(torch.ones(1), one)) for one in torch.eye(3)]
+    for key in [key for key in state if key.endswith("lora_A.weight")]:
+        b_key = key.replace("lora_A", "lora_B")
+        expected = sum(w * one[b_key] @ one[key] for w, one in zip(weights, each, strict=True))
+        torch.testing.assert_close(state[b_key] @ state[key], expected)
+        assert expected.abs().max() > 0
+    several = AdapterSoup(rows.repeat(2, 1), layout, backbone.shared, own=soup.own)
+    with pytest.raises(ValueError, match="no exact merge: their factors have own parts"):
+        concat(several, torch.tensor([0.5, 0.5]), backbone.config.to_dict(), clients)
 
 
 def test_dora_has_no_exact_merge(make_backbone):

@@ -201,7 +201,7 @@ def test_other_encodings_are_refused_until_they_are_named(read, encoding):
     ("raw", "kind"),
     [
         (gzip.compress(TEXT.encode(), mtime=0), "compressed with gzip; name it .gz"),
-        (b"PK\x03\x04\x14\0", "a zip archive, as spreadsheets are"),
+        (b"PK\x03\x04\x14\0", "a zip archive, as spreadsheets and PyTorch files are; unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html>\n<html><body>404, not found</body></html>", "a web page"),
         (b"PAR1\x15\x04", "a parquet file; name it .parquet"),

@@ -96,6 +96,21 @@ def test_clients_report_validation_losses_until_the_trial_ends(reporting, last):
     assert [number for number, one in enumerate(asked, 1) if one] == list(range(WARM + 1, last + 1))
 
 
+def test_losses_are_reported_until_both_trials_have_ended():
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(strategy, clients, WARM)
+    while strategy.trials.own is not None:
+        strategy.trials.common = CommonTrial()  # as if it had not decided yet
+        play(strategy, clients, 1)
+    assert strategy.plan(0).compared is not None
+    assert strategy.validates()
+    play(strategy, clients, 1)
+    assert any("groups kept" in decision for decision in strategy.decisions())
+    assert not strategy.validates()
+    assert strategy.plan(0).compared is None
+
+
 def test_groups_whose_harm_shrinks_are_tried_on():
     clients = grouped_clients()
     strategy = clients.strategy("fedmerge", warm_rounds=WARM)

@@ -26,6 +26,22 @@ def _check_exact(soup: AdapterSoup) -> None:
         raise ValueError(f"these adapters have no exact merge: {error}") from error
 
 
+def _factors_with_own_parts(soup: AdapterSoup) -> set[str]:
+    """Return the factors, ``A`` and ``B``, that have columns of the clients' own parts."""
+    if soup.own is None:
+        return set()
+    own = torch.zeros(soup.layout.size, dtype=torch.bool)
+    own[soup.own.columns] = True
+    columns = {entry.key: own[entry.columns] for entry in soup.layout.entries}
+    pairs = [pair[1:] for pair in factor_pairs(columns)]
+    return {
+        name
+        for pair in pairs
+        for name, key in zip("AB", pair, strict=True)
+        if key in columns and bool(columns[key].any())
+    }
+
+
 def concat(
     soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any], clients: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -35,16 +51,19 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
-        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``. Own parts in the
-            head are averaged exactly. Own parts in factors, as with ``fedsa_lora``, are left out.
+        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``.
+
+    Own parts in the head are averaged exactly. If the clients have B of their own and share one A,
+    as with ``fedsa_lora``, the average of B is exact too.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
-        the number of adapters with a nonzero weight. The scaling is unchanged.
+        the number of adapters with a nonzero weight; r with own B. The scaling is unchanged.
 
     Raises:
-        ValueError: The adapters use DoRA, or adapt convolutions or experts; or own parts are
-            private, and ``clients`` does not sum to 1.
+        ValueError: The adapters use DoRA, or adapt convolutions or experts; own parts are private,
+            and ``clients`` does not sum to 1; or factors have own parts, and the average of the
+            updates is not the update of averaged factors.
     """
     _check_exact(soup)
     by_block, of = weights.expand(1, -1), None
@@ -54,6 +73,13 @@ def concat(
     states = [soup.state_dict(row) for row in soup.rows[used]]
     # Heads and biases are not products of factors, so the average of their parameters is exact.
     merged = soup.state_dict(soup.merge(weights, clients))
+    if clients is not None and (own := _factors_with_own_parts(soup)):
+        if len(own) > 1 or len(states) > 1:
+            raise ValueError(
+                "these adapters have no exact merge: their factors have own parts of the clients, "
+                "so that their products have no common factor"
+            )
+        return merged, dict(config)
     first = {entry.key: entry.offset for entry in soup.layout.entries}
     for _, a_key, b_key in factor_pairs(states[0]):
         block = 0 if of is None else int(of[first[b_key]])

@@ -67,6 +67,8 @@ def _types(path: Path) -> dict[str, str]:
 
     def fault(reason: str) -> BackboneError:
         if kind := foreign_content(path):
+            if "download" not in kind and "fetches" not in kind:  # advice for tables
+                kind = f"{kind.partition(';')[0]}, not safetensors; write it with save_pretrained"
             return BackboneError(f"backbone.model: {path} is {kind}")
         return BackboneError(
             f"backbone.model: {path} is damaged or incomplete: {reason}; download it again"

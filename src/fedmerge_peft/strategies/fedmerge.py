@@ -163,7 +163,7 @@ class FedMerge(Strategy):
 
     def validates(self) -> bool:
         after = self.rounds >= self.recipe.warm_rounds
-        return after and self.trials is not None and self.trials.own is not None
+        return after and self.trials is not None and self.trials.running
 
     def plan(self, client: int) -> Plan:
         compared = self._common_adapter(client) if self._compares() else None

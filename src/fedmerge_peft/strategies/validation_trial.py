@@ -166,6 +166,11 @@ class GroupTrials(Stateful):
         self.own: OwnTrial | None = OwnTrial(clients)
         self.common: CommonTrial | None = CommonTrial()
 
+    @property
+    def running(self) -> bool:
+        """True while a trial needs the clients' validation losses."""
+        return self.own is not None or self.common is not None
+
     def begin(self, groups: int, *, blocks: bool) -> None:
         """End the trials that do not apply to this number of groups, or to merging by block."""
         if self.own is not None and groups == len(self.own.losses):

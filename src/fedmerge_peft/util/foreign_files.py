@@ -9,7 +9,10 @@ _BEGINNINGS = (
     (b"\x1f\x8b", "compressed with gzip; name it .gz, or decompress it"),
     (b"BZh91AY&SY", "compressed with bzip2; name it .bz2, or decompress it"),
     (b"\x28\xb5\x2f\xfd", "compressed with Zstandard; name it .zst, or decompress it"),
-    (b"PK\x03\x04", "a zip archive, as spreadsheets are; unpack it, or save the sheet as csv"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, as spreadsheets and PyTorch files are; unpack it, or save the sheet as csv",
+    ),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet or document; save the sheet as csv"),
     (b"PAR1\x15", "a parquet file; name it .parquet"),
     (b"ARROW1\0", "an Arrow file; name it .arrow"),

@@ -126,7 +126,7 @@ def test_missing_metrics_are_detected(run, engine, caplog, left_behind, uninterr
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     resume(run, engine=engine)
-    assert "metrics.jsonl does not contain all of its 3 rounds" in caplog.text
+    assert "metrics.jsonl does not contain all 3 rounds of this checkpoint" in caplog.text
     assert left_behind(run) == uninterrupted
 
 

@@ -80,7 +80,7 @@ def _matches(pattern: Path) -> dict[str, Path]:
 def _with_label_names(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Replace class numbers, which differ between folders, by class names.
 
-    A missing number, and a number without a name such as -1, become a missing value.
+    A missing number becomes a missing value, as does a number that has no name, such as -1.
     """
     from datasets import Value
 

@@ -53,8 +53,9 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
 
     Raises:
         DataError: The file is empty or ambiguous, or has another separator; a row has more or fewer
-            fields than the first, or repeats it; a quoted field does not end; two columns have the
-            same name; or the first line is a hint for spreadsheets. The message names the line.
+            fields than the first, or repeats it; a quoted field does not end, or is followed by
+            text; two columns have the same name; or the first line is a hint for spreadsheets. The
+            message names the line, unless the file is empty.
     """
     records = _records(path, text, separator, quoting)
     if not records:

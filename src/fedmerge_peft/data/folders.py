@@ -106,7 +106,7 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
 
 
 def split_media(folder: Path, files: Sequence[Path]) -> Splits:
-    """Assign images or audio to splits if each subfolder is named as a split.
+    """Assign images or audio to splits if they all lie in subfolders that are named as splits.
 
     Otherwise, all files form the training split.
 

@@ -40,10 +40,10 @@ class ColumnProfile:
 
     name: str
     kind: str
-    """text, number, fraction (numbers that are not all whole), image, list (texts or integers) or
-    other."""
+    """text, number, fraction (numbers that are not all whole), image, list (of texts or integers)
+    or other."""
     distinct: int
-    """Number of different values; 0 for images, lists and other types."""
+    """Number of different values; 0 for the kinds image, list and other."""
     length: float
     """Mean number of characters of the different texts; 0 without texts."""
     example: str
@@ -219,7 +219,7 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 
 
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of clients: one with a usual name, else the texts with the most values.
+    """Return the column of clients: one with a usual name, else the text column with most values.
 
     Candidates have at least four rows per value on average, or only two values. Return None if
     there is none.

@@ -57,8 +57,8 @@ def take_data(
     Raises:
         DataError: A table has an unsupported type or invalid columns; there are no rows, or a
             client has no training rows; keys are missing, not unique or names of splits; the tables
-            of clients differ in columns or splits, or name other clients; labels are missing. The
-            message names the client.
+            of clients differ in columns or splits, or name other clients; labels are missing. If
+            the fault is in the table of one client, the message names this client.
     """
     with no_progress_bars():
         if isinstance(data, Mapping) and not _is_dataset_dict(data):

@@ -73,9 +73,9 @@ def load_splits(
 
     Raises:
         DataError: The data do not exist or cannot be read; a split or column of the recipe does not
-            exist; the training split is also an evaluation split, or has no rows; data with several
-            splits have a ``split_column``, too; the filter removes all rows of a split that the
-            recipe names, or names a value that does not occur.
+            exist; the training split is also an evaluation split, or has no rows; the recipe names
+            a ``split_column``, but the data already have several splits; the filter removes all
+            rows of a split that the recipe names, or names a value that does not occur.
     """
     if splits is None:
         with no_progress_bars():

@@ -1,9 +1,8 @@
 """Partition schemes by their names in recipes.
 
 A scheme takes its recipe section and the ``Splits``. It returns, for each split, the ``ClientRows``
-of each client, in the same order for all splits. ``partition_alike`` partitions the splits
-that a scheme does not return. The module ``partition``
-draws the partitions.
+of each client, in the same order for all splits. ``partition_alike`` partitions the splits that a
+scheme does not return. The module ``partition`` draws the partitions.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Splits:
         """Class number of each row of each split, from 0; -1 for classes without training rows.
 
         Classes are the values of the column ``by``, or of the label column. Raises ``DataError`` if
-        there is neither, if the column does not exist, or if a value is missing.
+        there is neither, or if the values cannot be numbered (``encode_classes``).
         """
         return self._numbered[0]
 

@@ -46,7 +46,7 @@ def is_table(path: Path) -> bool:
 def read_tables(
     files: Sequence[Path], recipe: DataRecipe, texts: Set[str] = frozenset()
 ) -> dict[Path, pa.Table]:
-    """Read tables. The types of text and JSON columns are inferred from all files together.
+    """Read tables. Column types of csv, tsv and JSON files are inferred from all files together.
 
     Args:
         files: One or more files with a suffix in ``TABLES``.

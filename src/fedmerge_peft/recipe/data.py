@@ -159,9 +159,10 @@ class DataRecipe(Section):
     """The source of the examples, and their partition among the clients."""
 
     path: NonEmpty
-    """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables or images,
-    a save_to_disk folder, a pattern that matches one file or folder per client (clients/*.csv),
-    embedded:support-tickets, or memory for examples that Python passes with data=."""
+    """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables, images or
+    audio, a folder written by save_to_disk of datasets, a pattern that matches one file or folder
+    per client (clients/*.csv), an embedded data set such as embedded:support-tickets, or memory for
+    examples that Python passes with data=."""
     separator: Separator | None = None
     """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
     tab for .tsv."""

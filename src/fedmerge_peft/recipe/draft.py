@@ -110,6 +110,6 @@ def _value(columns: str | Sequence[str]) -> str:
 
 
 def scalar(text: str) -> str:
-    """Return a text as a YAML scalar, which has quotes only if YAML requires them."""
+    """Return a text as a YAML scalar, in quotes unless it is simple and YAML reads it as text."""
     plain = re.fullmatch(r"[\w./-]([\w ./:-]*[\w./-])?", text) and ": " not in text
     return text if plain and yaml.safe_load(text) == text else json.dumps(text, ensure_ascii=False)

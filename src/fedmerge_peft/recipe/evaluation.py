@@ -15,8 +15,8 @@ class EvaluationRecipe(Section):
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Largest number of clients that are evaluated in one forward pass, each with its own adapter.
     Clients share a pass only if their number times the largest number of their evaluation examples
-    is at most `batch_size`. Scores are equal up to rounding. auto: 16 on a CUDA GPU,
-    otherwise 1, because on a CPU only clients with few examples gain."""
+    is at most `batch_size`. Up to rounding, the scores equal those of separate passes. auto: 16 on
+    a CUDA GPU, otherwise 1, because on a CPU only clients with few examples gain."""
     every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True

@@ -73,7 +73,7 @@ class LoraRecipe(Section):
             raise ValueError(
                 f"layers_to_transform: selects layers of modules that are listed by name, but "
                 f"target_modules is {self.target_modules!r}; list names, such as [query, value], "
-                "or remove one of them"
+                "or remove one of the two keys"
             )
         return self
 

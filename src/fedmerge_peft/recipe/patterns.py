@@ -34,11 +34,11 @@ def pattern_fault(pattern: str) -> str | None:
 def _ways(pattern: Any) -> float:
     """Bound the number of ways in which an expression matches a name of ``_LENGTH`` characters.
 
-    In a sequence, the ways of the parts are multiplied; for alternatives, they are added. At most k
-    repetitions of an expression with w > 1 ways have wᵏ ways; with w = 1, there is one way for each
-    number of repetitions. The ways of an assertion are not a factor, because the engine does not
-    backtrack into an assertion that has matched. Instead, they replace the product so far if they
-    are larger.
+    In a sequence, the ways of the parts are multiplied; for alternatives, they are added. Up to k
+    repetitions of an expression with w > 1 ways count as wᵏ ways; with w = 1, there is one way for
+    each number of repetitions. The ways of an assertion are not a factor, because the engine does
+    not backtrack into an assertion that has matched. Instead, they replace the product so far if
+    they are larger.
     """
     total = 1.0
     for kind, value in pattern:

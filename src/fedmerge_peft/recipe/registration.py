@@ -2,8 +2,8 @@
 
 Each decorator takes the name of the part in recipes. The decorators of strategies, tasks, partition
 schemes and callbacks also take the class of the recipe section with the part's settings. The
-registered class or function gets this section as its first argument, ``recipe``. It is called as
-follows:
+registered class or function then gets an instance of this class as its first argument,
+``recipe``. Parts are called as follows:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``

@@ -129,12 +129,13 @@ class TrainingRecipe(Section):
     dropout masks. Before training, the model's logits are compared with those of padded batches; a
     model whose logits differ is refused."""
     clients_per_batch: Count | Literal["auto"] = "auto"
-    """Number of clients that train in one forward pass, each with its own adapter and batch.
-    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 8
-    divided by `batch_size` and rounded down, or 256 divided by it on a CUDA GPU, and at most 16. If
-    the result is below 3, or if the backbone is quantized, clients train one at a time. On a GPU,
-    the number is reduced if the estimated memory exceeds 85 % of the free memory. With unsupported
-    settings, such as DoRA, clients train one at a time; the log states the reason."""
+    """Number of clients that train in one forward pass, each with its own adapter and batch. Up to
+    rounding, the results equal those of separate passes, except that dropout masks are drawn per
+    pass. auto: 8 divided by `batch_size` and rounded down, or 256 divided by it on a CUDA GPU, and
+    at most 16. If this number is below 3, or if the backbone is quantized, clients train one at a
+    time. On a GPU, the number is reduced if the estimated memory exceeds 85 % of the free memory.
+    With unsupported settings, such as DoRA, clients train one at a time; the log states the
+    reason."""
 
 
 Tracker = Literal[
@@ -311,7 +312,7 @@ class Recipe(Section):
             if needs_labels and self.task.label_column is None:
                 raise ValueError(
                     f"{key} needs examples with one label each, which the task {self.task.name} "
-                    "does not have; remove it"
+                    "does not have; remove this setting"
                 )
         if self.serving.label_prior and self.privacy.mode != "none":
             raise ValueError(

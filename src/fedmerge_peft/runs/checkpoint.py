@@ -190,7 +190,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
             checkpoint = read(folder, number)
             _check_metrics(folder, checkpoint.manifest, metrics)
         except RunError as error:
-            faults.append(str(error))
+            faults.append(checked.without_remedy(error))
             continue
         for fault in faults:
             log.warning("%s. Resuming from the previous checkpoint, after round %d", fault, number)
@@ -200,7 +200,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
         reason = "; ".join(faults) if faults else "it has no checkpoint"
         raise ResumeError(
             f"{folder.parent} cannot be resumed: {reason}. Its finished rounds are still readable; "
-            "start a new run with fedmerge run"
+            "restore its damaged or missing files from a copy, or start a new run with fedmerge run"
         )
     for fault in faults:
         log.warning("%s. Restarting from the first round", fault)
@@ -213,7 +213,7 @@ def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
     if len(metrics) < manifest.metrics_bytes:
         raise RunError(
             f"{_path(folder, manifest.round)} cannot be used: {path.name} does not "
-            f"contain all of its {manifest.round} rounds"
+            f"contain all {manifest.round} rounds of this checkpoint"
         )
     stored = checked.read_records(path, metrics[: manifest.metrics_bytes])
     if (len(stored.records), stored.sha256) != (manifest.round, manifest.metrics_sha256):

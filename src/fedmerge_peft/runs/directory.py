@@ -78,7 +78,7 @@ class RunDirectory:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise ``RunExistsError`` unless the path is free: absent, or an empty directory."""
+        """Raise ``RunExistsError`` unless the path is absent or has at most temporary files."""
         if path.exists() and (
             not path.is_dir() or any(not is_temporary(file.name) for file in path.iterdir())
         ):
@@ -120,7 +120,7 @@ class RunDirectory:
             stopped = self.summary.get("stopped")
             return int(stopped["planned"] if stopped else self.summary["rounds"])
         except checked.DamagedError as error:
-            log.warning("%s. fedmerge resume writes it again", error)
+            log.warning("%s. fedmerge resume writes it again", checked.without_remedy(error))
         except RunError:  # not ended
             pass
         return None
@@ -226,8 +226,8 @@ class RunDirectory:
             document = documents.read(path)
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
         except (RunError, ValueError) as error:
-            reason = "remove it, so that the run repeats its choice of learning rate and epochs"
-            raise RunError(f"{path} cannot be read ({error}); {reason}") from error
+            reason = f"cannot be read ({checked.without_remedy(error)}); remove it, so that the run"
+            raise RunError(f"{path} {reason} chooses learning rate and epochs again") from error
         return document
 
     @property
@@ -279,7 +279,7 @@ class RunDirectory:
 
     @property
     def weights(self) -> pd.DataFrame:
-        """Served π, clients × adapters; the mean over an adapter's values if π differs by block."""
+        """Served π, clients × adapters; its mean over the parameters if it differs by block."""
         import pandas as pd
 
         weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))

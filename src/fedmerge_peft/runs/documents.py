@@ -275,7 +275,8 @@ def _check_adapter_config(path: Path, document: Mapping[str, Any]) -> None:
 
     PEFT does not check its configurations: some keys name modules that it imports, and some values
     are regular expressions whose evaluation may not end. Keys that a recipe sets must follow the
-    recipe's rules. All others must have PEFT's defaults.
+    recipe's rules. All others must have PEFT's defaults, except those in ``_FREE`` and
+    ``fan_in_fan_out``, which depends on the model.
     """
     from peft import LoraConfig
 

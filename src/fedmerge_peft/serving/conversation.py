@@ -18,7 +18,7 @@ class Conversation:
         run: A run with chats and at least one finished round.
         client: The client's name.
         system: System prompt. Default: the recipe's, or the chat template's.
-        best: Use the round with the lowest validation loss instead of the last.
+        best: Use the round with the lowest validation loss, even if the run serves its last round.
         device: As in ``Predictor``.
 
     Raises:

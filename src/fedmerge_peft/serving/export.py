@@ -53,7 +53,7 @@ def export_client(
         run: A run with at least one finished round.
         client: The client's name.
         folder: A new or empty folder.
-        best: Use the round with the lowest validation loss instead of the last.
+        best: Use the round with the lowest validation loss, even if the run serves its last round.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
         repo: Hub repository that the folder will be pushed to; the card's example loads from it.
 

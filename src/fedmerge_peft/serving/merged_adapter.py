@@ -260,10 +260,10 @@ def mixed_adapter(
     Args:
         run: A run with at least one finished round.
         shares: Share of each adapter (by number) or client (by name); normalized to sum to 1.
-        best: Use the round with the lowest validation loss instead of the last.
+        best: Use the round with the lowest validation loss, even if the run serves its last round.
 
     Raises:
-        RunError: The shares are invalid; an adapter or client does not exist; or ``shares`` names
+        RunError: The shares are invalid; an adapter or client does not exist; ``shares`` names
             an adapter by its number, although parts of the adapters are private to the clients; or
             the clients have no single adapter (``fedem``).
     """

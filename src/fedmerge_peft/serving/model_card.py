@@ -208,7 +208,7 @@ def soup_card(
         folder: The folder that the example loads from, unless ``repo`` is given.
         repo: The hub repository that the example loads from.
         soup: The soup.
-        best: Use the scores of the best round instead of the last.
+        best: Use the scores of the best round, even if the run serves its last round.
     """
     clients = run.scores(best=best).values()
     names = dict.fromkeys(metric for scores in clients for metric in scores)

@@ -95,7 +95,7 @@ def personalize(
             task; the recipe's filter is not applied.
         name: The newcomer's name. Default: the file's name without its suffix, or ``newcomer`` for
             data in memory.
-        best: Use the soup of the best round instead of the last.
+        best: Use the soup of the best round, even if the run serves its last round.
         test_fraction: Fraction of the examples held out for testing; 0 holds out none. If the data
             have the recipe's split column or several splits, the fraction is ignored, the test
             split is used for testing, and the training and validation splits for training.
@@ -155,8 +155,8 @@ def learn_logits(
 ) -> tuple[Tensor, float]:
     """Minimize ℓ(softmax(w) Θ) over w in full batches by Rprop (Riedmiller & Braun 1993).
 
-    The gradient has no noise. Rprop, which uses its signs and one step size per logit, therefore
-    needs fewer evaluations than Adam, at any scale of the loss.
+    The gradient has no noise. Rprop, which uses the signs of the gradient and one step size per
+    logit, therefore needs fewer evaluations than Adam, at any scale of the loss.
 
     Args:
         rows: Θ, ``(d, P)``.
@@ -191,9 +191,10 @@ def learn_logits(
 
 
 def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
-    """Select rows of π ``(m, d)`` that differ from ``covered`` ``(k, d)`` and from each other.
+    """Select rows of ``known`` ``(m, d)`` that differ from each other and from all of ``covered``.
 
-    Rows differ if their total variation distance ½ ‖π − π'‖₁ is at least 0.1.
+    Both contain rows of π; ``covered`` has the shape ``(k, d)``. Rows differ if their total
+    variation distance ½ ‖π − π'‖₁ is at least 0.1.
 
     Returns:
         Indices of at most ``most`` rows, the most distant first.

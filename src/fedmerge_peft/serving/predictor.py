@@ -57,7 +57,7 @@ class Predictor:
 
     Args:
         run: A run with at least one finished round.
-        best: Use the round with the lowest validation loss instead of the last.
+        best: Use the round with the lowest validation loss, even if the run serves its last round.
         device: auto (a CUDA GPU if there is one, else the CPU), cpu, mps, cuda, or cuda:1.
 
     Raises:

@@ -44,15 +44,21 @@ class Records(NamedTuple):
     """Sum of the last line; an empty string if the file has no lines."""
 
 
+_REMEDY = ". Restore the file from a copy, or start a new run"
+
+
 class DamagedError(RunError):
     """File that has changed since it was written."""
 
 
 def damaged(path: Path, reason: str) -> DamagedError:
     """Return the error for a file that has changed since it was written."""
-    return DamagedError(
-        f"{path} is damaged: {reason}. Restore the file from a copy, or start a new run"
-    )
+    return DamagedError(f"{path} is damaged: {reason}{_REMEDY}")
+
+
+def without_remedy(error: Exception) -> str:
+    """Return the text of an error, for messages that add their own remedy for a damaged file."""
+    return str(error).removesuffix(_REMEDY)
 
 
 # ---- documents and text --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Chat templates of tokenizers, and the names and texts that a rendered chat must contain."""
+"""Chat templates of tokenizers, and checks of rendered chats."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_reasoning_that_the_template_removes_from_earlier_turns_is_no_part_of_th
 def test_a_turn_that_is_not_found_is_refused_with_the_fix(chat_task):
     hidden = "{% for m in messages %}{{ m.role ~ loop.length }}{% endfor %}"
     task, table = chat_task(CHATML, {"messages": [CHAT]}, chat_template=hidden)
-    with pytest.raises(DataError, match=r"row 0 .*not found in the chat; put \{% generation %\}"):
+    with pytest.raises(DataError, match=r"row 0 .*not found in the chat; .*\{% generation %\}"):
         task.encode(table)
 
 
@@ -302,7 +302,7 @@ def test_the_recipe_may_give_the_chat_template(task_of, tiny_models, tmp_path, s
     ("template", "error", "message"),
     [
         ("missing/chat.jinja", RecipeError, "task.chat_template: .*chat.jinja does not exist"),
-        ("chatml", DataError, "task.chat_template: there is no file chatml, and the tokenizer has"),
+        ("chatml", DataError, "task.chat_template: the tokenizer has no template 'chatml'; it has"),
     ],
 )
 def test_a_template_that_is_not_there_is_refused(task_of, template, error, message):

@@ -226,7 +226,7 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
             "bert",
             {"text": [1.5, 2]},
             {},
-            r"task.text: column 'text' has the type double, not text, such as 1.5 in row 0",
+            r"task.text: column 'text' has the type double, such as 1.5 in row 0, and is not text",
         ),
         ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text has the type list"),
         ("bert", {"body": ["a", "b"]}, {}, r"task.text: there is no column 'text'.*body"),

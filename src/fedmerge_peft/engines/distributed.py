@@ -138,7 +138,7 @@ class RankedEngine(LocalEngine):
 
 
 def load_engine(recipe: Recipe, splits: Mapping[str, Dataset] | None = None) -> LocalEngine:
-    """Load data and model for this process, or for this rank if a launcher started several.
+    """Load data and model for this process, which is one rank if a launcher started several.
 
     Args:
         recipe: The recipe.

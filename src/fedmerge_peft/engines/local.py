@@ -177,8 +177,8 @@ class LocalEngine:
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
         """Return an engine for ``recipe`` that reuses this engine's data and model.
 
-        Return None if the two recipes differ in the seed, the data, the model, the device, or in a
-        setting of passes such as packing.
+        Return None if the two recipes differ in the seed, the task, the backbone, LoRA, the data,
+        the device, the precision, packing or the prefix cache.
         Engines that share a model must be used one at a time.
         """
         sections = ("seed", "task", "backbone", "lora", "data")
@@ -218,8 +218,9 @@ class LocalEngine:
         """Run each client's plan; yield the plan and the reply, or the error that ended its work.
 
         Args:
-            round: Number of the round, from 1. All random draws of a client derive from the seed,
-                the round and the client's name.
+            round: Number of the round, from 1. A client's random draws derive from the seed, the
+                round and the client's name. Dropout masks in a shared pass depend on all clients of
+                the pass.
             assignments: Client indices and their assignments.
         """
         turns = (
@@ -380,7 +381,7 @@ class LocalEngine:
     def _scores(
         self, served: Sequence[tuple[ClientTurn, Served]]
     ) -> Iterator[tuple[ClientTurn, dict[str, float]]]:
-        """Yield turns and the scores of their models; a turn whose scores fail ends instead."""
+        """Yield turns with the scores of their models. If scoring fails, end the turn instead."""
         with shared_clock([turn for turn, _ in served]):
             outcomes = list(
                 self.scorer.scores((turn, turn.client, model) for turn, model in served)

@@ -1,7 +1,7 @@
 """Cache of clients' scores, so that an adapter is scored only once.
 
-With local training, for example, a round serves the adapter that the previous round scored after
-training. Most strategies start a run with the same adapter.
+With the strategy ``local``, for example, a round serves the adapter that the previous round scored
+after training. Most strategies start a run with the same adapter.
 """
 
 from __future__ import annotations
@@ -43,5 +43,5 @@ class ScoreCache:
 
 
 def score_key(served: Served) -> bytes:
-    """Return a digest of the served model, which is equal for bit-identical models only."""
+    """Return a digest of the served model. Only bit-identical models have equal digests."""
     return digest((served.rows, served.weights) if isinstance(served, Mixture) else (served,))

@@ -51,7 +51,7 @@ class _Work:
 
 
 class Scorer:
-    """Scores of served models. A client's scores of the same model are computed once.
+    """Scorer of served models. A cache keeps the latest scores of each client.
 
     Several clients share a pass if ``evaluation.clients_per_batch`` allows it, each is served an
     adapter, and a batch has room for their examples.
@@ -163,7 +163,7 @@ class Scorer:
     def _outcomes(
         self, group: Sequence[_Work], compute: Callable[[Sequence[_Work]], list[T]]
     ) -> list[T | Exception]:
-        """Compute in one pass. If that fails, compute one by one, to find the one that fails."""
+        """Compute in one pass. If that fails, compute one by one, to find the failing model."""
         if not group:
             return []
         try:

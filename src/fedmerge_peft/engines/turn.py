@@ -38,7 +38,7 @@ class ClientTurn:
     validation: tuple[float, ...] | None = None
     """Mean losses (nats) over the validation examples (``Reply.validation``)."""
     error: ClientError | None = None
-    """The first failure, which ends the turn."""
+    """Failure that ends the turn; None if there is none."""
 
     @contextmanager
     def clock(self) -> Iterator[None]:

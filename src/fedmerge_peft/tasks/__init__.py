@@ -5,7 +5,7 @@ that several tasks share:
 
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
   ``choices``, ``choice_labels``, ``imbalance``
-- models that a Python program passes: ``in_memory``
+- models that a Python program passes as objects: ``in_memory``
 - inputs and outputs: ``inputs``, ``predictions``
 - texts: ``token_task``, ``encoder``, ``texts``, ``text_tokens``, ``text_formats``,
   ``tokenization``, ``vocabulary``
@@ -45,7 +45,8 @@ def check_table(recipe: TaskRecipe, table: Dataset) -> None:
     """Check columns and labels of a table against a task's section, without loading a model.
 
     Raises:
-        DataError: A column does not exist, has another type, or has missing values.
+        DataError: A column does not exist, has an unsuitable type, or has missing or invalid
+            values.
         RecipeError: The section names a label that the data do not have.
     """
     kind = task_type(recipe)

@@ -62,7 +62,7 @@ class AnswerWindows:
         with_types: True if the model reads token types.
 
     Raises:
-        DataError: The stride leaves no room for a context.
+        DataError: ``stride`` is not less than ``longest_question``.
     """
 
     def __init__(self, tokenizer: Any, length: int, stride: int, *, with_types: bool) -> None:
@@ -200,8 +200,8 @@ def read_answers(
     JSON of either. Recipes for predictions (``to_predict``) name no column.
 
     Raises:
-        DataError: The column does not exist; a row has another form; a text is not in its context
-            at ``answer_start``; a row has no answer, and the recipe does not allow that.
+        DataError: The column does not exist; an entry has another form; a text is not in its
+            context at ``answer_start``; a row has no answer, and the recipe does not allow that.
     """
     column = recipe.answers
     if not column:

@@ -89,7 +89,8 @@ class AudioClassificationTask(Classification, MediaTask):
 
         Raises:
             DataError: A sound is missing, cannot be decoded or processed, is too short, or has
-                another sampling rate than the model. The message names the row.
+                another sampling rate than the model; the message names the row. Or the labels do
+                not match the recipe.
         """
         labels = self.targets(self.recipe, table, self.labels)
         rate = self.processor.sampling_rate

@@ -40,8 +40,8 @@ class Examples:
 
     columns: Mapping[str, Sequence[Tensor]]
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Indices of truncated, incomplete or empty examples. Each key is a predicate, such as ``are
-    longer than 32 tokens and were truncated``."""
+    """Indices of the examples that a warning counts, such as truncated or empty ones. Each key is a
+    predicate, such as ``are longer than 32 tokens and were truncated``."""
     positions: NDArray[np.int64] | None = None
     """Number of positions of each example in the model's layers, ``(n,)``. None if the batch
     determines it: one position per token, or equally many for all examples."""
@@ -56,7 +56,7 @@ class Examples:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of elements in the first column of each example, ``(n,)``: tokens or pixels."""
+        """Number of elements in the first column of each example, such as tokens, ``(n,)``."""
         first = next(iter(self.columns.values()))
         return np.array([tensor.numel() for tensor in first], dtype=np.int64)
 
@@ -69,8 +69,8 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None]
     """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
     heads: ClassVar[tuple[str, ...]] = ()
-    """Names of the task's heads in transformers. They belong to the adapter, and the checkpoint may
-    lack them. Empty for tasks that use the pretrained output layer."""
+    """Names of the task's heads in transformers. They belong to the adapter, and the pretrained
+    model may lack them. Empty for tasks that use the pretrained output layer."""
     config_options: ClassVar[Mapping[str, Any]] = {}
     """Values to set in the model's configuration, such as ``problem_type``."""
     in_batch: ClassVar[bool] = False
@@ -94,11 +94,11 @@ class Task(ABC):
     metrics: Sequence[str]
     """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
-    """Names of the outputs of the model's head, one logit each. Empty without such a head."""
+    """Names of the outputs of the model's head, one logit each. Empty if they have no names."""
     compute_metrics: ComputeMetrics | None = None
     """Function that computes further metrics; None if there are no further metrics."""
     processor: Any
-    """Tokenizer or image processor of the backbone."""
+    """Tokenizer, image processor or feature extractor of the backbone."""
     pad_token_id: int | None = None
     """Id with which tokens are padded; None for a task that does not read tokens."""
     format: str | None = None
@@ -110,7 +110,7 @@ class Task(ABC):
     paddings: ClassVar[Sequence[Padding]] = ("right", "left", "none", "alone")
     """Choices for ``padding``, the best first. A model that fails with each of them is refused."""
     prompt_padding: Padding = "left"
-    """Padding of prompts for generation, chosen in the same way."""
+    """Padding of prompts for generation, chosen like ``padding``."""
     prompt_paddings: ClassVar[Sequence[Padding]] = ("left", "none", "alone")
     """Choices for ``prompt_padding``, the best first."""
 
@@ -297,7 +297,7 @@ class Task(ABC):
             table: All rows of the federation.
 
         Raises:
-            DataError: A column does not exist, has another type, or has missing values.
+            DataError: A column does not exist, or has unsuitable or missing values.
         """
         return
 
@@ -350,7 +350,7 @@ class Task(ABC):
 
     @classmethod
     def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
-        """Convert inputs to rows with the task's columns; each row gets the first label.
+        """Convert inputs of predictions to rows with the task's columns and placeholder labels.
 
         Raises ``DataError`` for an input that the task does not accept.
         """
@@ -358,7 +358,7 @@ class Task(ABC):
 
     @classmethod
     def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
-        """Return arguments of ``transformers.pipeline`` for the tokenizer or image processor."""
+        """Return arguments of ``transformers.pipeline``, such as the tokenizer."""
         return {}
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:

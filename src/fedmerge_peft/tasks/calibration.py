@@ -15,7 +15,7 @@ _BINS = 15
 
 
 def class_scores(metrics: Sequence[str], logits: Tensor, labels: Tensor) -> dict[str, Compared]:
-    """Return probabilities and labels under ``class_scores``; empty if no metric reads them.
+    """Return ``{"class_scores": (probabilities, labels)}``; empty if no metric reads them.
 
     Args:
         metrics: Metrics of the task.

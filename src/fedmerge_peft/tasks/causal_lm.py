@@ -105,7 +105,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         if self.generates and self.max_prompt < 1:
             raise DataError(
                 f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a "
-                f"prompt; the model's limit is {limit} tokens"
+                f"prompt; the model's limit is {limit} tokens; lower task.max_new_tokens"
             )
         if recipe.chat_template is not None:
             self.processor.chat_template = resolve_template(self.processor, recipe.chat_template)
@@ -146,10 +146,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
-        An end-of-sequence token is appended to texts and completions. The template determines the
-        end of a chat. If a prompt's tokens are not a prefix of the tokens of prompt + completion,
-        both are tokenized separately; a warning states the number of such rows. ``Examples.cuts``
-        lists rows that are truncated or have no text to learn.
+        An end-of-sequence token is appended to texts and completions. The chat template determines
+        the end of a chat. If a prompt's tokens are not a prefix of the tokens of prompt +
+        completion, both are tokenized separately; a warning states the number of such rows.
+        ``Examples.cuts`` lists rows that are truncated or have no text to learn.
 
         Raises:
             DataError: A column does not exist, has the wrong type, or has nulls; a text contains a
@@ -194,7 +194,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         cuts = {
             f"are longer than {length} tokens and were truncated": long,
-            f"have tokens with a loss that truncation to {length} tokens removed": unlearned,
+            f"were truncated to {length} tokens, and removed tokens have a loss": unlearned,
             "have no text to learn, only special tokens": blank,
         }
         return Examples({**columns, **generation.columns}, {**cuts, **generation.cuts})
@@ -219,7 +219,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return self._tokens.kept(*row, self.max_length, whole=self.loss == "completion")
 
     def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
-        """Return examples, prompts and reference completions; plain texts have no prompts."""
+        """Return examples, prompts and references; the last two are empty for plain texts."""
         if self.format == "text":
             texts = read_texts(table, self.recipe.text, "task.text")
             self._tokens.reject_special(texts)

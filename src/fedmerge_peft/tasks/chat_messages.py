@@ -158,7 +158,7 @@ def parse_messages(value: Any, column: str, where: str) -> list[Message]:
 
     ``from`` and ``value`` become ``role`` and ``content``. Text parts of a content are joined. JSON
     objects in arguments of tool calls are parsed. Keys with the value None are removed, because
-    Arrow adds the keys of other chats with this value.
+    Arrow gives all messages the same keys, with None for those that a message lacks.
 
     Args:
         value: List of messages, or its JSON text.
@@ -248,7 +248,10 @@ def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
 
 
 def _tools(value: Any, column: str, where: str) -> list[Any] | None:
-    """Return the descriptions of tools, parsed if they are JSON; None if there are none."""
+    """Return the descriptions of tools, parsed if they are JSON; None if there are none.
+
+    Raises ``DataError`` if they are not a list.
+    """
     tools = _parsed(value) if isinstance(value, str) else value
     if not tools:
         return None

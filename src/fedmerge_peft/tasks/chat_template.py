@@ -1,4 +1,4 @@
-"""Chat templates of tokenizers, and the names and texts that a rendered chat must contain."""
+"""Chat templates of tokenizers, and checks of rendered chats."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ def resolve_template(tokenizer: Any, template: str) -> str:
     named = templates if isinstance(templates, dict) else {}
     if template not in named:
         raise DataError(
-            f"task.chat_template: there is no file {template}, and the tokenizer has "
-            f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}"
+            f"task.chat_template: the tokenizer has no template {template!r}; it has "
+            f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}; "
+            f"to name a file, write a dot or a slash, such as ./{template}"
         )
     return str(named[template])
 

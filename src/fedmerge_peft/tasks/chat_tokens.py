@@ -43,9 +43,9 @@ Row = tuple[list[int], list[bool]]
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOT_FOUND = (
     "the chat template renders the assistant's turns differently without the messages after them, "
-    "so they are not found in the chat; put {% generation %} and {% endgeneration %} around them "
-    "in task.chat_template, which task.loss=assistant reads, or set task.loss=all "
-    "in a task causal-lm"
+    "so the turns are not found in the chat; use another task.chat_template or, in the task "
+    "causal-lm, either set task.loss=all, or set task.loss=assistant and put {% generation %} and "
+    "{% endgeneration %} around the assistant's turns in the template"
 )
 
 
@@ -222,7 +222,10 @@ class ChatTokens:
 
     # ---- turns -----------------------------------------------------------------------------------
     def _turns(self, row: int, chat: Chat, loss: Loss) -> list[tuple[int, int]]:
-        """Return the indices of the first and last message of each part with a loss."""
+        """Return the indices of the first and last message of each part with a loss.
+
+        Raises ``DataError`` if there is no such part.
+        """
         if loss == "all":
             return [(0, len(chat.messages) - 1)]
         if loss == "completion":
@@ -231,7 +234,7 @@ class ChatTokens:
                     row,
                     f"the completion is not a turn of the assistant (roles: {join_values(roles)}); "
                     "end the chat with one, remove the row, or set task.loss=all "
-                    "in a task causal-lm",
+                    "(only in the task causal-lm)",
                 )
             return [(chat.prompt, len(chat.messages) - 1)]
         turns = [(index, index) for index, role in enumerate(chat.roles) if role == "assistant"]
@@ -239,8 +242,7 @@ class ChatTokens:
             raise self.error(
                 row,
                 f"no message has the role assistant (roles: {join_values(chat.roles)}), so there "
-                "is nothing to learn; remove the row, or set task.loss=all "
-                "in a task causal-lm",
+                "is nothing to learn; remove the row, or set task.loss=all",
             )
         return turns
 
@@ -366,10 +368,10 @@ class ChatTokens:
             if begin is None or ids[: len(end)] != end:
                 raise self.error(
                     row,
-                    "a message contains a special token, so the assistant's turns are found by "
-                    "comparing tokens, but the chat template renders these turns differently "
+                    "a message contains a special token, so the assistant's turns must be found "
+                    "by comparing tokens, but the chat template renders these turns differently "
                     "without the messages after them; remove the special token or the row, or set "
-                    "task.loss=all in a task causal-lm",
+                    "task.loss=all (only in the task causal-lm)",
                 )
             labeled[begin : len(end)] = [True] * (len(end) - begin)
         return ids, labeled

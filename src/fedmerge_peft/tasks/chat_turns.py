@@ -10,8 +10,8 @@ renderings are prefixes of the rendered chat:
 
 Some templates render a message differently if other messages follow it: Qwen 3 removes the
 reasoning of earlier turns, and Mistral moves the system prompt to the last question. For such
-templates, the content of the turn is located by rendering the chat with different content. The end
-of the turn is then the text that the template writes after the content of a last message.
+templates, the content of the turn is located by rendering the chat with different content. The turn
+then ends with the text that the template writes after the content of a chat's last message.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def begin_of_turn(
     whole: Sequence[Any], before: Sequence[Any] | None, prompt: Sequence[Any] | None
 ) -> int | None:
-    """Return the beginning of a turn; None if the messages before it are rendered differently.
+    """Return the beginning of a turn; None if the chat does not begin with the messages before it.
 
     Args:
         whole: Rendered chat, as text or tokens.
-        before: Rendered messages before the turn.
-        prompt: Rendered messages before the turn, with the generation prompt. The chat may lack the
-            end of this prompt. For example, the generation prompt of DeepSeek R1 ends with the
-            beginning of the reasoning, and its template removes reasoning from chats.
+        before: Rendered messages before the turn; None if they cannot be rendered.
+        prompt: Rendered messages before the turn, with the generation prompt; None if they cannot
+            be rendered. The chat may lack the end of this prompt. For example, the generation
+            prompt of DeepSeek R1 ends with the beginning of the reasoning, and its template removes
+            reasoning from chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)

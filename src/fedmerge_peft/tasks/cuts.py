@@ -1,4 +1,4 @@
-"""Counts of truncated, incomplete or empty examples."""
+"""Counts of the examples to warn of, such as truncated or empty ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def count_cuts(
     examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
 ) -> list[str]:
-    """Describe each kind of cut with its number of examples, in total and by part.
+    """State how many examples each predicate of ``Examples.cuts`` has, in total and by part.
 
     Args:
         examples: Encoded examples.

@@ -127,7 +127,7 @@ class EncoderTask(TokenTask):
     def tokenize(
         self, texts: Sequence[Sequence[str]], *, offsets: bool = False
     ) -> tuple[dict[str, list[list[Any]]], list[int]]:
-        """Tokenize columns of texts; return the model's columns and the truncated rows.
+        """Tokenize texts; return the columns that the model reads, and indices of truncated rows.
 
         Args:
             texts: Texts, or first and second texts of pairs.

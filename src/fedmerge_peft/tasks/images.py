@@ -113,7 +113,7 @@ class ImageTask(MediaTask):
 
         Raises:
             DataError: An image is missing or cannot be decoded or processed, or its value of white
-                is unknown. The message names the row.
+                is unknown; the message names the row. Or the labels do not match the recipe.
             BackboneError: The image processor does not bring all images to one size.
         """
         labels = self.targets(self.recipe, table, self.labels)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 PROBLEM_TYPE = "multi_label_classification"
-"""Name of the loss in transformers' configurations; pipelines then return sigmoids."""
+"""Name of the loss in transformers' configurations. It makes pipelines return sigmoids."""
 
 
 class LabelSets(WeightedClasses):

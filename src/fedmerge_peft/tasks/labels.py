@@ -271,6 +271,6 @@ def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
             f"label {ids[row]} in column {column!r} is too large "
-            f"for {num_labels} labels, 0 to {num_labels - 1}; set task.num_labels, or correct the "
-            "data"
+            f"for {num_labels} labels, 0 to {num_labels - 1}; raise task.num_labels, or correct "
+            "the data"
         )

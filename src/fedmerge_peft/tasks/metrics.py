@@ -154,7 +154,7 @@ def score_fault(
 
 @cache
 def metric(name: str) -> Any:
-    """Create an offline ``evaluate.Metric`` that calls a registered metric, once per process.
+    """Return an offline ``evaluate.Metric`` that calls a registered metric.
 
     ``metric("accuracy").compute(predictions=[0, 1], references=[0, 0])`` returns
     ``{"accuracy": 0.5}``. The object is for programs that expect metrics of ``evaluate``; ``score``

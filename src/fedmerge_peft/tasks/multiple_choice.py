@@ -75,7 +75,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         ``Examples.cuts`` lists rows with truncated texts, equal choices, or an empty context.
 
         Raises:
-            DataError: The columns do not match the recipe; the tokenizer fails on a text.
+            DataError: The columns do not match the recipe; the tokenizer fails on a text, or reads
+                a part of it as a special token; a text has no tokens, or tokens that the model does
+                not have.
         """
         contexts, choices, right = read_rows(table, self.recipe)
         tokens: dict[str, list[list[Any]]] = {name: [[] for _ in right] for name in self._columns}

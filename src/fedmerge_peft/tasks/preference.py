@@ -225,7 +225,7 @@ class PreferenceTask(CausalLMTask):
         return {"rewards": (chosen.tolist(), rejected.tolist())}
 
     def _rewards(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return r of both completions of each example, ``(n, 2)``."""
+        """Return the rewards of both completions of each example, ``(n, 2)``."""
         beta = self._preference.beta
         if self._preference.loss == "orpo":
             return beta * self._mean_log_probabilities(logits, labels)

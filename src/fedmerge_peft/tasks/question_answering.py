@@ -53,7 +53,7 @@ class QuestionAnsweringTask(TokenTask):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: A length exceeds the model's limit, or the stride leaves no room for contexts.
+        DataError: ``max_length`` exceeds the model's limit, or ``stride`` is too large for it.
         BackboneError: The tokenizer or the model's configuration cannot be loaded, or the tokenizer
             does not return character offsets.
     """
@@ -131,8 +131,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         contains, or an empty context.
 
         Raises:
-            DataError: A column does not exist, has nulls, or is not text; an answer is not in its
-                context at ``answer_start``.
+            DataError: A column does not exist, has nulls, or is not text; the answers are not valid
+                (``read_answers``); the tokenizer fails on a text; a text has tokens that the model
+                does not have.
         """
         questions = read_texts(table, self.recipe.question, "task.question")
         contexts = read_texts(table, self.recipe.context, "task.context")
@@ -175,7 +176,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
 
     def show(self, table: Dataset) -> list[ShownExample]:
-        """Return each row's windows. A window without an answer shows the token for no answer."""
+        """Return each row's windows. If one has no answer, the token for no answer is marked."""
         columns = self.encode(table).columns
         shown = []
         for ids, lengths, labels in zip(
@@ -271,10 +272,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     ) -> Sequence[dict[str, Any]]:
         """Return the best answer in each context, its bounds, and its probability in its window.
 
-        The answer has the largest sum of both logits among all spans of at most
-        ``task.max_answer_length`` tokens. If ``task.no_answer`` is set, each window also has a sum
-        of both logits for no answer. The answer is empty if the lowest of these sums is larger than
-        the best span's.
+        The score of a span is the start logit of its first token plus the end logit of its last
+        token. The answer is the span of at most ``task.max_answer_length`` tokens with the highest
+        score. If ``task.no_answer`` is set, each window also has a score for no answer: the sum of
+        both logits of its token for no answer. If even the lowest of these scores is above the
+        score of the best span, the answer is empty.
         """
         rows = logits.float().cpu().view(len(indices), -1, *logits.shape[1:])
         return [

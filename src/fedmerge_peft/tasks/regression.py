@@ -33,7 +33,7 @@ _LARGEST = 1e12
 """Largest accepted absolute target. The sum of 1,000,000 such squared errors fits in float32."""
 
 PROBLEM_TYPE = "regression"
-"""Name of the loss in configurations of transformers; pipelines then return the raw output."""
+"""Name of the loss in transformers' configurations. It makes pipelines return the raw output."""
 
 
 class Regression(Task):

@@ -29,7 +29,7 @@ _LOUDEST = 32.0
 _STREAMED = 2**31 - 2**16
 """Smallest length in a WAV header that is a placeholder. Programs that stream a file write it."""
 _SHORTEST = 0.05
-"""Shortest accepted sound in seconds. Models have no output for fewer samples."""
+"""Shortest accepted sound in seconds. For even shorter ones, models may have no output."""
 
 
 def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:

@@ -95,8 +95,9 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         ``Examples.cuts`` lists rows with truncated texts, dropped words, or inconsistent tags.
 
         Raises:
-            DataError: The columns do not match the recipe; no word of a row has tokens; a text has
-                tokens that the model does not have.
+            DataError: The columns do not match the recipe; the tokenizer fails on a text, or reads
+                a part of it as a special token; no word of a row has tokens; a text has tokens that
+                the model does not have.
             BackboneError: The tokenizer does not return character offsets.
         """
         if not getattr(self.processor, "is_fast", False):

@@ -194,8 +194,8 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
         values = as_text(values)
     if not is_text(values.type) and len(values):
         raise DataError(
-            f"{key}: column {column!r} has the type {values.type}, not text, "
-            f"such as {values[0].as_py()!r} in row 0"
+            f"{key}: column {column!r} has the type {values.type}, such as "
+            f"{values[0].as_py()!r} in row 0, and is not text"
         )
     reject_nulls(values, column)
     texts: list[str] = values.to_pylist()

@@ -287,7 +287,7 @@ class LocalEngine:
         trained = [(turn, turn.result.trained) for turn in ready if turn.result is not None]
         self._validate(trained)
         if self.recipe.evaluation.finetuned:
-            scored = [(turn, model) for turn, model in trained if turn.before is not None]
+            scored = [each for each in trained if each[0].before and each[0].error is None]
             for turn, scores in self._scores(scored):
                 turn.after = scores
         for turn in turns:

@@ -219,7 +219,8 @@ def read_answers(
             ):
                 there = context[max(answer.start, 0) :][: len(answer.text)]
                 pairs = zip(answer.text, there, strict=False)
-                same = next((at for at, (own, other) in enumerate(pairs) if own != other), 0)
+                differ = (at for at, (own, other) in enumerate(pairs) if own != other)
+                same = next(differ, len(there))
                 begin = max(same - 40, 0)  # the first difference is shown
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "

@@ -74,11 +74,17 @@ class TextTokens:
             rows.append([*tokens, eos] if end and eos is not None else list(tokens))
         return rows
 
-    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+    def prompts(
+        self, prompts: Sequence[str], item: str = "row {} (from 0, of the rows that the run uses)"
+    ) -> list[list[int]]:
         """Return the token ids of each prompt.
 
         A prompt without tokens is replaced by the begin-of-sequence token, because the model
         predicts the first token of a completion from the token before it.
+
+        Args:
+            prompts: Texts.
+            item: Name of a prompt in error messages, with ``{}`` for its index.
 
         Raises:
             DataError: A prompt has no tokens, and the tokenizer has no begin-of-sequence token.
@@ -88,9 +94,9 @@ class TextTokens:
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
             raise DataError(
-                f"row {empty} (from 0, of the rows that the run uses): "
-                "the prompt is empty, and the tokenizer has no "
-                "begin-of-sequence token to replace it; fill in the prompt, or remove the row"
+                f"{item.format(empty)}: the prompt is empty, and the tokenizer has no "
+                f"begin-of-sequence token to replace it; fill in the prompt, or remove the "
+                f"{item.split()[0]}"
             )
         return rows
 

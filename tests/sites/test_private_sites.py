@@ -186,7 +186,10 @@ def test_additions_to_the_backbone_are_refused_unless_the_strategy_makes_some(lo
         {**message.tensors, "base": torch.zeros(2, 2)},
     )
     reply = Message.from_bytes(trainer.handle(altered.to_bytes()))
-    assert "adds to the backbone, which its recipe does not do" in reply.fields["error"]
+    assert (
+        "sent an addition to the backbone, but no strategy of its recipe makes one"
+        in reply.fields["error"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def chat(
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Use the round with the lowest validation loss instead of the last."
+            "--best",
+            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
         ),
     ] = False,
     device: Annotated[

@@ -38,7 +38,8 @@ def export(
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Use the round with the lowest validation loss instead of the last."
+            "--best",
+            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
         ),
     ] = False,
     base_model_id: Annotated[

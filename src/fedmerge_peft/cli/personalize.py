@@ -41,7 +41,8 @@ def personalize(
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Use the round with the lowest validation loss instead of the last."
+            "--best",
+            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
         ),
     ] = False,
     test_fraction: Annotated[
@@ -49,7 +50,8 @@ def personalize(
         typer.Option(
             min=0,
             max=0.99,
-            help="Fraction held out for testing, unless the file has the recipe's split column.",
+            help="Fraction held out for testing; ignored if the data have the recipe's split "
+            "column or several splits.",
         ),
     ] = 0.3,
     max_train: Annotated[

@@ -46,9 +46,9 @@ def run(
 ) -> None:
     """Run a recipe's federation and its baselines.
 
-    Each round's line shows the scores of the adapters at the start of the round (served), and of
-    the same adapters after local training (finetuned). The last line shows the scores of the final
-    adapters.
+    The lines of evaluated rounds show the scores of the adapters at the start of the round
+    (served), and of the same adapters after local training (finetuned). The line after the last
+    round shows the scores of the final adapters.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """

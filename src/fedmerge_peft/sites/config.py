@@ -85,7 +85,8 @@ class FederationFile(Section):
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of adapters and updates in messages."""
     segment: PositiveInt = 10
-    """Rounds per job. A disconnected site can join the next job."""
+    """Rounds per job: each job runs one segment of the run. A disconnected site can join the next
+    job."""
     deadline: PositiveInt = 3600
     """Maximum time that a site may take for a round, in seconds."""
     start_deadline: PositiveInt = 1800
@@ -100,7 +101,7 @@ class FederationFile(Section):
         except (OSError, ValueError) as error:
             raise FederateError(
                 f"{kit}: not a federation kit ({FEDERATION_FILE}: "
-                f"{reason(error).splitlines()[0]}); create one with: fedmerge federate prepare"
+                f"{reason(error).splitlines()[0]}); fedmerge federate prepare creates kits"
             ) from error
 
     def write(self, kit: Path) -> None:
@@ -124,8 +125,8 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
     for site in sites:
         if not _NAME.fullmatch(site) or site in _RESERVED_NAMES:
             raise FederateError(
-                f"--sites: {site!r} is not a valid site name; use at most 63 of the characters "
-                "a-z, A-Z, 0-9, - and _, a letter or digit first, and none of the names "
+                f"{site!r} is not a valid site name; use 1 to 63 characters from a-z, A-Z, 0-9, - "
+                "and _, with a letter or digit first, and none of the names "
                 f"{', '.join(_RESERVED_NAMES)}"
             )
     clients = [client for site_clients in sites.values() for client in site_clients]
@@ -163,7 +164,7 @@ class SiteData(Section):
     """Column with the split of each row: train, validation or test. Default: splits are drawn as
     the recipe specifies."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keep only the rows whose column has this value, or one of these values."""
+    """Column values of the rows to keep: one value, or a list of alternatives, for each column."""
     validation_fraction: Fraction | None = None
     """Fraction of the examples used for validation. Default: the recipe's."""
     test_fraction: Fraction | None = None
@@ -221,7 +222,7 @@ class SiteSettings(Section):
     batch_size: PositiveInt | None = None
     """Examples in one pass through the model. The number must divide the recipe's
     batch_size × gradient_accumulation, so that a step covers the same examples in more or fewer
-    passes."""
+    passes. Default: the recipe's."""
     process: Literal["attached", "job"] = "attached"
     """attached: one long-lived process keeps model and data for all jobs, and is restarted if it
     dies. job: each job loads them in its own process, which is simpler and slower."""
@@ -380,7 +381,10 @@ def _module(key: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document; return None if there is no such file. Raises ``FederateError``."""
+    """Read a JSON document; return None if there is no such file.
+
+    Raises ``FederateError`` if the file cannot be read or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -196,14 +196,20 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 
 def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | None:
-    """Drop scores that are NaN (no examples) or exceed ``MAX_SCORE`` in absolute value."""
+    """Drop scores that are NaN (no examples) or exceed ``MAX_SCORE`` in absolute value.
+
+    Return None if ``scores`` is None.
+    """
     if scores is None:
         return None
     return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
 
 
 def losses_in_range(losses: tuple[float, ...] | None) -> list[float] | None:
-    """Return the losses; None if one is NaN or exceeds ``MAX_SCORE`` in absolute value."""
+    """Return the losses as a list.
+
+    Return None if there are none, or if one is NaN or exceeds ``MAX_SCORE`` in absolute value.
+    """
     if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
         return None
     return list(losses)
@@ -332,10 +338,10 @@ class _Reader:
             or tensor.numel() == 0
             or (columns is not None and tensor.shape[-1] != columns)
         ):
-            size = "" if columns is None else f" with {columns} columns"
+            size = "" if columns is None else f" and {columns} columns"
             raise WireError(
-                f"{name} is {describe(tensor)}, expected {dimensions} dimension(s) of "
-                f"{str(dtype).removeprefix('torch.')}{size}, not empty"
+                f"{name} is {describe(tensor)}, expected a {str(dtype).removeprefix('torch.')} "
+                f"tensor that is not empty, with {dimensions} dimension(s){size}"
             )
         if tensor.is_floating_point() and (
             fault := norm_fault(tensor.reshape(-1, tensor.shape[-1]))

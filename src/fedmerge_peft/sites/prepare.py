@@ -59,6 +59,7 @@ def prepare(
             be built.
         RecipeError: Sites cannot run a strategy of the recipe.
         RunExistsError: The folder is not empty.
+        RunError: A file cannot be written.
     """
     check_names(federation.sites)
     RunDirectory.check_free(out)
@@ -138,7 +139,7 @@ Task: {task.name}{f", columns {columns}" if columns else ""}.
 ## The commands
 
 {_installation(digest)}
-Do not install it by its name: the project is not on the package index, where anyone may register
+Do not install the package by its name: it is not on the package index, where anyone may register
 the name.
 
 ```bash
@@ -146,11 +147,11 @@ the name.
 fedmerge federate site . --data {data}
 ```
 
-The command connects to `{federation.host}:{federation.port}` (outgoing TCP, TLS on both sides; no
-port needs to be open at the site) and waits for the federation to start. It may be stopped and
-started again at any time; the site then rejoins after the current round. `{SITE_FILE}`
-has further settings: path of the data, device, batch size, clipping and noise of the updates,
-checks of the data, and limits on the recipe.
+`fedmerge federate site` connects to `{federation.host}:{federation.port}` (outgoing TCP, TLS on
+both sides; no port needs to be open at the site) and waits for the federation to start. The command
+may be stopped and started again at any time; the site then rejoins after the current round.
+`{SITE_FILE}` has further settings: path of the data, device, batch size, clipping and noise of the
+updates, checks of the data, and limits on the recipe.
 {_plugins(recipe)}
 ## Data that leaves the site
 
@@ -216,7 +217,7 @@ process: attached         # attached: one trainer for all jobs; job: a new one f
 privacy:
   clip: null              # largest L2 norm of an update; null: only the recipe's bound
   noise: 0.0              # standard deviation of the noise on each number
-  epsilon: null           # largest epsilon of a client; null: the recipe's, if it is private
+  epsilon: null           # largest epsilon of a client; null: with privacy.mode local, the recipe's
 
 checks:
   min_examples: 1         # smallest number of training examples of a client
@@ -244,7 +245,7 @@ def find_kit(path: Path, part: str) -> Path:
     kit = path / part if (path / part / "startup").is_dir() else path
     if not (kit / "startup").is_dir():
         raise FederateError(
-            f"{path}: not a federation kit (no startup/); create kits with: "
-            "fedmerge federate prepare RECIPE --sites a,b --out DIR"
+            f"{path}: not a federation kit (no startup/); give the folder of a kit, or create kits "
+            "with: fedmerge federate prepare RECIPE --sites a,b --out DIR"
         )
     return kit

@@ -35,7 +35,8 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
     Raises:
         DataError: There are fewer clients than sites, or the data cannot be read.
         RecipeError: Sites cannot run a strategy of the recipe.
-        FederateError, RunExistsError: See ``prepare``.
+        PluginError: A partition scheme from a plugin fails.
+        FederateError, RunExistsError, RunError: See ``prepare``.
     """
     recipe = federated_recipe(recipe)
     data = federate_data(

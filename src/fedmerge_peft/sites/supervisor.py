@@ -65,7 +65,7 @@ _STOP_TIMEOUT = 10.0
 _RESTART_DELAY = 2.0
 """Seconds before a child process that died is restarted."""
 _MAX_FAILURES = 5
-"""Deaths within a minute after which a child process is not restarted."""
+"""A child process is not restarted after this number of deaths within a minute."""
 
 
 class StoppedBySignal(Exception):  # noqa: N818 (a normal end, not an error)
@@ -222,7 +222,7 @@ def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
             if (kit / SHUTDOWN_FILE).exists():
                 return
             if child.process.returncode == PERMANENT_FAILURE:
-                place = f"in {child.log}" if child.log else "above"
+                place = child.log or "the message above"
                 raise FederateError(f"the {child.name} failed; see {place}")
             child.restart()
         time.sleep(_POLL_INTERVAL)

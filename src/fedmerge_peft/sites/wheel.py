@@ -26,7 +26,7 @@ SUMS = "SHA256SUMS"
 
 _PACKAGE = Path(__file__).parents[1]
 _OF_THE_INSTALLATION = ("INSTALLER", "RECORD", "REQUESTED", "direct_url.json", "uv_cache.json")
-"""Files of a dist-info folder that do not come from the wheel."""
+"""Files of a dist-info folder that the installer writes."""
 _DATE = (2020, 2, 2, 0, 0, 0)
 """Date of all members, so that equal files give equal wheels."""
 

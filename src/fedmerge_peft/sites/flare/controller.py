@@ -31,7 +31,8 @@ from fedmerge_peft.util.exit_with_parent import exit_with_parent
 _POLL_INTERVAL = 0.05
 """Seconds between two checks of the reply queue."""
 _FETCH_TIMEOUT, _BUSY_FETCH_TIMEOUT = 30.0, 3.0
-"""Seconds that a site has to fetch a task if it replied to its last task, and if it did not."""
+"""Seconds that a site has to fetch a task: the first if it replied to its previous task, the second
+if it did not."""
 _GRACE = 30
 """Seconds by which FLARE's timeout of a task exceeds the deadline."""
 

@@ -1,9 +1,10 @@
 """Gate that admits messages to NVIDIA FLARE's processes by the connection on which they arrive.
 
 FLARE passes a message to the handler that its headers name, and trusts the sender in the headers.
-The gate decides before FLARE processes the message. The sender is the party at the other end of the
-connection: the name in its certificate, or a process of the same user behind a Unix socket.
-Requests pass only if this package needs them, and no message is forwarded between sites:
+The gate decides before FLARE processes the message. For the gate, the sender is whoever is at the
+other end of the connection: the party that the certificate names, or a process of the same user
+behind a Unix socket. Requests pass only if this package needs them, and no message is forwarded
+between sites:
 
     process          admits
     site             from the server: administration (``site_requests``)
@@ -151,7 +152,7 @@ def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
     if channel == STREAM_CHANNEL and topic in _STREAM_CONTROL:
         return None
     if (channel, topic) not in allowed and (channel, "*") not in allowed:
-        return f"requests {topic} on {channel} are not admitted"
+        return f"requests with topic {topic} on channel {channel} are not admitted"
     return None
 
 

@@ -1,8 +1,8 @@
 """Unix sockets between the NVIDIA FLARE processes of one machine.
 
 By default, FLARE's parent process listens on a TCP port of the loopback interface, without
-authentication. The handlers of the server's messages also process everything that arrives there.
-Only one user can open a Unix socket in a folder of mode 0700.
+authentication. Whatever arrives there is passed to the same handlers as the server's messages. Only
+one user can open a Unix socket in a folder of mode 0700.
 """
 
 from __future__ import annotations

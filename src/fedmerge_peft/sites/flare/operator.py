@@ -1,4 +1,4 @@
-"""The operator, which submits segments of rounds as jobs until the run ends."""
+"""The operator, which submits jobs until the run ends; each job runs a segment of the rounds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(
     reconnect_timeout: float,
     on_poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Submit segment after segment until the run has ended, was stopped, or failed.
+    """Submit job after job until the run has ended, was stopped, or failed.
 
     Args:
         kit: The operator's kit.
@@ -72,7 +72,8 @@ def run(
         on_poll: Called at every check; an exception that it raises ends the function.
 
     Returns:
-        The last job's ``outcome.json``.
+        The last job's ``outcome.json`` without ``events``. If the job was stopped at once and has
+        no such file, the state is ``stopped``, and ``rounds`` and ``total`` are None.
 
     Raises:
         FederateError: The server remains unreachable or refuses a request, or several consecutive

@@ -1,7 +1,7 @@
 """Files that pass between the operator and the server: jobs to submit, and the outcome of a job.
 
 In NVIDIA FLARE's client, the server chooses the client function that a command runs, the names of
-the files that a download writes, and the folder of the result, which is then moved and removed. A
+the files that a download writes, and the folder that the client then moves away as the result. A
 hostile server could write, upload and remove any file of the operator. Here the server chooses none
 of these. Of FLARE's commands that handle files, only one remains, which uploads the job that the
 operator has written. A download writes one file in a temporary folder, from which one document is

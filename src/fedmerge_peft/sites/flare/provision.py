@@ -72,7 +72,7 @@ def provision(federation: FederationFile, out: Path) -> None:
     """Create certificates and kits below ``out``.
 
     The folders are ``server``, ``operator``, ``sites/<name>``, and ``authority``, which holds the
-    signing key. Each private key is in one kit only, in a file of mode 0600.
+    signing key. Each private key is in one of the folders only, in a file of mode 0600.
 
     Raises:
         FederateError: FLARE refuses a name or the host.
@@ -162,7 +162,7 @@ def write_server_policy(kit: Path) -> None:
     try:
         resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FederateError(f"{kit}: incomplete kit ({error}); unpack it again") from error
+        raise FederateError(f"{kit}: incomplete kit ({error}); copy it again") from error
     resources |= {"class_list_enforcement_mode": "enforce", "class_allow_list": [ALLOWED_CLASSES]}
     for component in resources["components"]:
         if component["id"] == "process_launcher":

@@ -67,15 +67,15 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
         data: Path of the site's own examples, which may be a link or contain links.
 
     Raises:
-        FederateError: The kit is incomplete, contains links or files that do not belong to it, or
-            its site is not in its ``federation.json``.
+        FederateError: The kit is incomplete or cannot be written, contains links or files that do
+            not belong to it, or has a ``federation.json`` with invalid names or without its site.
     """
     name, federation = site_name(kit), FederationFile.read(kit)
     check_names(federation.sites)
     if name not in federation.sites:
         raise FederateError(
             f"{kit}: startup/fed_client.json names the site {name!r}, which is not a site of "
-            "federation.json; unpack the kit again"
+            "federation.json; copy both files again from the kit that you received"
         )
     _refuse_links(kit, data)
     if unknown := sorted(
@@ -85,7 +85,7 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
     ):
         raise FederateError(
             f"{kit / 'startup' / unknown[0]} does not belong to a site's kit; remove it if you "
-            "trust the rest, or unpack the kit again"
+            "trust the rest of the kit"
         )
     _write(kit / "startup" / "fed_client.json", _connection(federation, name))
     try:

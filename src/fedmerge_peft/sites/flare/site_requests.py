@@ -67,14 +67,14 @@ class SiteRequest(RequestProcessor):  # type: ignore[misc]
 
 
 class Deploy(RequestProcessor):  # type: ignore[misc]
-    """Request to prepare a job. The site writes its own job files and ignores the server's."""
+    """Processor of the request to prepare a job; writes the site's own files, not the server's."""
 
     def get_topics(self) -> list[str]:
         """Return the topic of FLARE's request."""
         return [TrainingTopic.DEPLOY]
 
     def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
-        """Prepare a job: write the site's own job files."""
+        """Prepare a job: write its files with the site's own content."""
         job = req.get_header(RequestHeader.JOB_ID)
         if not is_job_id(job):
             return error_reply("the job's id is not a UUID")

@@ -1,4 +1,4 @@
-"""One job at the server: run a segment of rounds; after the last round, send the adapters."""
+"""One job at the server: run a segment of rounds; after the run's last round, send adapters."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Outcome:
     """Result of a job."""
 
     state: State
-    """ended: all rounds are complete. paused: the next job continues the run. stopped: the operator
-    stopped the job. failed: ``error`` contains the reason."""
+    """ended: the run has ended, after all rounds or early. paused: the next job continues the run.
+    stopped: the operator stopped the job. failed: ``error`` contains the reason."""
     rounds: int
     """Rounds on disk, including those of the baselines."""
     total: int
@@ -45,7 +45,8 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)
     """Sites that could not take part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
-    """Result for each client at the end: None if its site stored the adapter, else the reason."""
+    """Result for each client at the end of the run: None if its site stored the adapter, else the
+    reason. Empty before the end, and if no adapters were sent."""
 
 
 class _EndOfJob(Exception):  # noqa: N818 (a normal end, not an error)

@@ -60,9 +60,10 @@ class Roster:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     labels: Labels | None = None
-    """Names of the labels in the order of their ids; fixed by the sites of the first job."""
+    """Names of the labels in the order of their ids; fixed by the sites of the first job. None
+    before the first job, and if the task has no labels."""
     format: TextFormat | None = None
-    """Text format of the federation. None if the task has no formats."""
+    """Text format of the federation. None before the first job, and if the task has no formats."""
     columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
     """Column names of the data; empty before the first job."""
     clients: dict[str, RosterEntry] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Roster:
             ) from None
 
     def write(self, kit: Path) -> None:
-        """Write the roster into the server's kit. Raises ``RunError``."""
+        """Write the roster into the server's kit. Raises ``RunError`` if this fails."""
         write_json(kit / ROSTER_FILE, asdict(self))
 
     def agree_on_format(self, summaries: Mapping[str, Enrolled], recipe: Recipe) -> dict[str, str]:
@@ -143,7 +144,16 @@ class Roster:
     def add_clients(
         self, clients: Sequence[EnrolledClient], counts: Sequence[Sequence[int]] | None
     ) -> None:
-        """Add a site's clients. Raises ``WireError`` if the entry of a known client differs."""
+        """Add a site's clients.
+
+        Args:
+            clients: The clients in the site's summary.
+            counts: The number of training examples with each label, clients × labels; None if
+                the task counts no labels, or with ``privacy.mode: local``.
+
+        Raises:
+            WireError: A client is known, and its entry differs; no client was added.
+        """
         added: dict[str, RosterEntry] = {}
         for position, client in enumerate(clients):
             entry = RosterEntry(
@@ -165,7 +175,10 @@ class Roster:
 
 
 def _differences(known: RosterEntry, entry: RosterEntry) -> list[str]:
-    """Describe the fields in which a client's entries differ, such as ``48 train, now 47``."""
+    """Describe the fields in which two entries of a client differ.
+
+    An example is ``48 train examples, now 47``.
+    """
     differences = [
         f"{known[part]} {part} examples, now {entry[part]}"
         for part in ("train", "validation", "test")

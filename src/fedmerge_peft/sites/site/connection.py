@@ -19,7 +19,7 @@ from fedmerge_peft.errors import FederateError
 log = logging.getLogger(__name__)
 
 _REPLY, _NOT_OPEN = b"=", b"?"
-"""Status of a reply: a message follows, or the trainer has not been opened for the job."""
+"""Status of a reply: a message follows, or the trainer has not received an ``open`` message yet."""
 _POLL_INTERVAL = 0.1
 """Seconds between two checks for a reply, or between two attempts to connect."""
 
@@ -89,7 +89,7 @@ class TrainerConnection:
     def _request_once(
         self, kind: str, payload: bytes, canceled: Callable[[], bool]
     ) -> bytes | None:
-        """Send a message and return the reply; return None if the trainer has not been opened."""
+        """Send a message and return the reply; return None if the reply has no message."""
         with self._connect(canceled) as connection:
             try:
                 connection.send_bytes(kind.encode())

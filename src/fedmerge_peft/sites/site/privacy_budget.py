@@ -50,7 +50,10 @@ class PrivacyBudget:
         return self._read().get(client, Spent())
 
     def epsilon_spent(self, client: str) -> float:
-        """Return the ε of a client's releases so far, at ``delta``."""
+        """Return the ε of a client's releases so far, at ``delta``.
+
+        Raises ``FederateError`` if the file is damaged.
+        """
         return epsilon_of(self.spent(client).mu_squared, self.delta)
 
     def charge(self, client: str, mu_squared: float, updates: int = 1) -> None:

@@ -92,8 +92,8 @@ class ReleaseRules:
         Return None if none of them clips or adds noise.
 
         Raises:
-            RefusedError: The plan lacks the privacy that the kit's recipe requires, or requests
-                anything but updates from a private site.
+            RefusedError: The plan lacks the privacy that the kit's recipe requires, or the site is
+                private and the plan requests more than updates.
         """
         requested = plan.privacy if isinstance(plan, Train) else None
         if requested is None and self.agreed.privacy.mode != "none":
@@ -158,7 +158,7 @@ class ReleaseRules:
 def agreed_epsilon(recipe: Recipe) -> float:
     """Return a client's ε over all rounds of a recipe and of its baselines.
 
-    The recipe has ``privacy.mode: local``. Methods that send no updates do not count.
+    The recipe must have ``privacy.mode: local``. Methods that send no updates do not count.
     """
     methods = [one for one, _ in with_baselines(recipe, Path()) if one.strategy.federated]
     mu = 1 / recipe.privacy.noise

@@ -227,7 +227,10 @@ class Trainer:
             raise WireError(f"an assignment for client {client!r}, which is not at this site")
         index = names.index(client)
         if assignment.base and not self._adds_to_backbone:
-            raise RefusedError("the server adds to the backbone, which its recipe does not do")
+            raise RefusedError(
+                "the server sent an addition to the backbone, but no strategy of its recipe "
+                "makes one"
+            )
         engine.backbone.set_base(assignment.base)
         if plan is None:
             reply = self._evaluate(engine, index, assignment)
@@ -274,6 +277,8 @@ class Trainer:
     def _check_hyperparameters(self, requested: Hyperparameters) -> None:
         """Check that the server sets exactly the keys of ``training`` that are auto in the kit.
 
+        With ``training.steps``, it may leave out ``epochs``, which is then not used.
+
         Raises:
             RefusedError: The kit's recipe has a number for a key that the server sets.
             WireError: A key is auto in the kit's recipe, and the server does not set it.
@@ -298,7 +303,9 @@ class Trainer:
         """Write a client's adapter as a PEFT folder, with the configuration of this site."""
         client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
-            raise WireError(f"the server sent an adapter for {client!r}, which is not at this site")
+            raise WireError(
+                f"the server sent an adapter for client {client!r}, which is not at this site"
+            )
         expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
             name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
         }

@@ -90,6 +90,7 @@ def test_every_plan_and_served_adapter_arrives_bit_by_bit(plan, served):
     [
         (MeasuredTrain(row(), statistics_shape=(2, 3, 4)), "sites return no class statistics"),
         (Train(row(), alignment=Alignment(row(1, 3, 2), 1.0)), "sites do not align features"),
+        (Train(row(), example_weights=torch.ones(3)), "sites do not weight examples"),
     ],
 )
 def test_plans_that_need_features_are_refused(plan, fault):
@@ -103,12 +104,6 @@ def test_plans_that_need_features_are_refused(plan, fault):
 def test_hyperparameters_arrive_unchanged(values):
     message = received(TRAIN, None, hyperparameters=values)
     assert read_assignment(message, LAYOUT, P, "float32").hyperparameters == values
-
-
-def test_example_weights_are_not_read_from_a_message():
-    """Example weights are computed by the client (FedEM), so that no server selects examples."""
-    plan = Train(row(), example_weights=torch.tensor([1.0, 0.0]))
-    assert read_assignment(received(plan, None), LAYOUT, P, "float32").plan.example_weights is None
 
 
 def test_an_adapter_that_is_trained_and_evaluated_is_sent_once():

@@ -101,8 +101,8 @@ def test_losses_are_reported_until_both_trials_have_ended():
     strategy = clients.strategy("fedmerge", warm_rounds=WARM)
     play(strategy, clients, WARM)
     while strategy.trials.own is not None:
-        strategy.trials.common = CommonTrial()  # as if it had not decided yet
         play(strategy, clients, 1)
+    strategy.trials.common = CommonTrial()  # as if it had not decided yet
     assert strategy.plan(0).compared is not None
     assert strategy.validates()
     play(strategy, clients, 1)

@@ -287,7 +287,9 @@ class LocalEngine:
         trained = [(turn, turn.result.trained) for turn in ready if turn.result is not None]
         self._validate(trained)
         if self.recipe.evaluation.finetuned:
-            scored = [each for each in trained if each[0].before and each[0].error is None]
+            scored = [
+                each for each in trained if each[0].before is not None and each[0].error is None
+            ]
             for turn, scores in self._scores(scored):
                 turn.after = scores
         for turn in turns:

@@ -190,6 +190,7 @@ def _check_unfinished(run: RunDirectory, recipe: Recipe) -> None:
     done, advice = f"all of its {recipe.rounds} rounds are done", "rounds=N" + more
     if stopped:
         done = f"{stopped['reason']}, after {run.summary['rounds']} of {recipe.rounds} rounds"
+        advice = f"rounds=N, where N is not {recipe.rounds}"
         if more:
             advice = f"stop.patience=null, and rounds=N for more than {recipe.rounds}"
     raise ResumeError(

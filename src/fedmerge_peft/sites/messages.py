@@ -151,6 +151,8 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
 def _train(job: Train, table: TensorTable) -> dict[str, Any]:
     if job.alignment is not None:
         raise FederateError("strategy: sites do not align features; use another strategy")
+    if job.example_weights is not None:
+        raise FederateError("strategy: sites do not weight examples; use another strategy")
     privacy = job.privacy
     return {
         "row": table.add_adapters(job.row),

@@ -303,3 +303,9 @@ def test_a_name_outside_the_folder_is_refused(engine, name):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         load_run(tmp_path)
+
+
+def test_a_baseline_that_cannot_start_is_refused_before_the_first_round(smoke, tmp_path):
+    with pytest.raises(RecipeError, match=r"the baseline femam: lora\.r: femam splits the ranks"):
+        federate(smoke("lora.r=2", "baselines=[fedavg, femam]"), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

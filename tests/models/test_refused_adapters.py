@@ -23,9 +23,13 @@ from fedmerge_peft.recipe.lora import LoraRecipe
         (
             "bert",
             {"target_modules": "nothing.*like.this"},
-            r"no module that matches the pattern 'nothing.*like.this' as a whole; .* are query",
+            r"whose path matches 'nothing.*like.this', .*; paths end in query.*\.\*\\.query",
         ),
-        ("bert", {"target_modules": "query"}, r"pattern 'query' as a whole; write \[query\]"),
+        (
+            "bert",
+            {"target_modules": "query"},
+            r"matches 'query', a pattern for the whole path; write \[query\]",
+        ),
         ("bert", {"target_modules": ["query", "classifier"]}, r"'classifier' adapts no module"),
         (
             "bert",
@@ -40,7 +44,7 @@ from fedmerge_peft.recipe.lora import LoraRecipe
         (
             "bert",
             {"target_modules": ["query"], "exclude_modules": ".*valeu"},
-            r"exclude_modules: .* has no module that matches the pattern '.*valeu' as a whole",
+            r"exclude_modules: .* has no module whose path matches '.*valeu', a pattern",
         ),
         (
             "bert",

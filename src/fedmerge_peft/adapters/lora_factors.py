@@ -1,4 +1,4 @@
-"""LoRA factors: their saved names, the columns of their ranks in a row, and products B A."""
+"""LoRA factors: names of A and B, masks of some ranks in a row, inner products of updates."""
 
 from __future__ import annotations
 

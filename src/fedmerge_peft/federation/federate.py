@@ -231,7 +231,12 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
     ledger = PrivacyLedger(
         recipe, len(engine.clients), simulated=engine.simulated, directory=directory
     )
-    for one, path in with_baselines(recipe, directory):
+    parts = with_baselines(recipe, directory)
+    if not distributed.on_rank_zero(lambda: RunDirectory(directory).rounds_on_disk):
+        for one, _ in parts[1:]:
+            if one.strategy.name not in reused:
+                _check_baseline(one, engine, ledger, directory)
+    for one, path in parts:
         if path != directory and one.strategy.name in reused:
             distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))
         if distributed.on_rank_zero(partial(_has_ended, path, one)):
@@ -251,6 +256,21 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
             callbacks.on_end(run)
         if federation.private and path != directory and recipe.strategy.federated:
             RunWriter(directory, recipe).update_privacy(ledger.document())
+
+
+def _check_baseline(recipe: Recipe, engine: Engine, ledger: PrivacyLedger, directory: Path) -> None:
+    """Construct a baseline's federation before the run, so that its errors lose no rounds.
+
+    Raises:
+        RecipeError: The baseline's strategy does not support the adapter, the data or a section.
+    """
+    try:
+        Federation(recipe, engine, None, ledger, directory)
+    except RecipeError as error:
+        baseline = recipe.strategy.name
+        raise RecipeError(
+            *(f"the baseline {baseline}: {fault}" for fault in error.faults)
+        ) from error
 
 
 def _callback(section: CallbackRecipe) -> Callback:

@@ -127,10 +127,16 @@ def _check(
         if linear or any(re.fullmatch(written, path) for path in paths):
             return
         named = any(_is_named(path, written) for path in paths)
-        hint = f"write [{written}] for the modules of this name" if named else ""
+        hint = (
+            f"write [{written}] for all modules of this name"
+            if named
+            else rf"paths end in {join_values(there)}; write a pattern such as .*\.{there[0]}"
+            if there
+            else "remove it"
+        )
         raise BackboneError(
-            f"lora.{field}: {missing} that matches the pattern {written!r} as a whole; "
-            + (hint or f"names of modules are {join_values(there)}")
+            f"lora.{field}: {missing} whose path matches {written!r}, a pattern for the whole "
+            f"path; {hint}"
         )
     for name in written or ():
         if not any(_is_named(path, name) for path in paths):

@@ -71,8 +71,9 @@ class MergedAdapter:
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""
     clients: Tensor | None = None
-    """Weights over the clients, ``(m,)``. They mix the clients' own parts, such as heads or label
-    priors, and their weights by block; None to leave both out."""
+    """Weights over the clients, ``(m,)``, one-hot for a single client. They mix the clients' own
+    parts, such as heads or label priors, and with ``strategy.blocks`` their merging weights for
+    each block. If None, own parts are left out, and ``weights`` applies to all blocks."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:

@@ -159,10 +159,11 @@ def adapter_card(
 
     Args:
         adapter: The adapter.
-        place: Arguments, in Python syntax, from which the example loads the adapter.
+        place: Arguments, in Python syntax, after the model in the card's call of
+            ``PeftModel.from_pretrained``.
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
-        role: The client's relation to the run. ``{clients}`` is replaced by the number of clients,
-            such as "3 clients".
+        role: Relation of the client or the mixture to the run. ``{clients}`` is replaced by the
+            number of clients, such as "3 clients".
         examples: Number of examples by kind: ``training``, ``validation``, ``test``.
         rank: The LoRA rank of the adapter.
         own: Name of a part that is added to the merged adapter, such as "the client's own part";

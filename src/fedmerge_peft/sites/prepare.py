@@ -27,11 +27,12 @@ def federated_recipe(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: Sites cannot run a strategy of the recipe.
     """
-    for strategy in (recipe.strategy, *recipe.baselines):
+    keys = ["strategy", *(f"baselines[{number}]" for number in range(len(recipe.baselines)))]
+    for key, strategy in zip(keys, (recipe.strategy, *recipe.baselines), strict=True):
         if strategy.measures_features:
             raise RecipeError(
-                f"strategy.name: {strategy.name} needs statistics of the clients' features, "
-                "which sites do not return; use another strategy"
+                f"{key}.name: {strategy.name} needs statistics of the clients' features, which "
+                "sites do not return; use another strategy"
             )
     overrides = ["training.clients_per_batch=1"]
     if "failures" not in recipe.clients.model_fields_set:

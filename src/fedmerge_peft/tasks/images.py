@@ -112,8 +112,9 @@ class ImageTask(MediaTask):
         """Decode all images, and run the image processor on each one separately.
 
         Raises:
-            DataError: An image is missing or cannot be decoded or processed, or its value of white
-                is unknown; the message names the row. Or the labels do not match the recipe.
+            DataError: An image is missing, cannot be decoded or processed, or has more than 8 bits
+                and needs ``task.white``, which is not set; the message names the row. Also raised
+                if the labels do not match the recipe.
             BackboneError: The image processor does not bring all images to one size.
         """
         labels = self.targets(self.recipe, table, self.labels)

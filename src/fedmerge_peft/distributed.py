@@ -2,8 +2,9 @@
 
 All ranks run the same program. Every rank must call the collective functions (``all_gather``,
 ``on_all_ranks``, ``on_rank_zero``, ``broadcast``) in the same order, so conditions around them must
-be identical on all ranks. An error on one rank is raised on all ranks, so no rank hangs. Without a
-launcher, a collective function runs its work in the only process.
+be identical on all ranks. If the work that such a function runs fails on one rank, an error is
+raised on all ranks, so no rank hangs. Without a launcher, a collective function runs its work in
+the only process.
 """
 
 from __future__ import annotations

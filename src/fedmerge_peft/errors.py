@@ -2,18 +2,18 @@
 
     FedMergeError
     ├── RecipeError        the recipe has invalid or contradictory settings
-    ├── PluginError        a plugin cannot be imported, or a part violates its interface
+    ├── PluginError        a plugin cannot be imported, fails, or violates its interface
     ├── DataError          the data are missing, or do not match the recipe
     ├── BackboneError      the model is missing, or does not support the adapter
     ├── DeviceError        the device, the precision or the number of processes is not available
-    ├── RunError           a run directory is missing, unreadable or in another format
+    ├── RunError           a run cannot be read or written, or does not have what is requested
     │   ├── RunExistsError the directory already contains a run or other files
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot be resumed
     │   └── SweepError     some recipes of a sweep failed
     ├── FederateError      a federation across sites cannot start or continue
     │   ├── RefusedError   a site's settings or the recipe in its kit forbid a request
-    │   └── WireError      a message between server and site is malformed
+    │   └── WireError      a message is malformed or does not fit the federation
     ├── ClientError        a client failed; names client and round
     ├── TooFewClientsError too few clients of a round sent valid replies
     ├── DivergedError      an update would make the soup or the weights infinite, NaN or too large
@@ -60,7 +60,7 @@ class RecipeError(FedMergeError):
 
 
 class PluginError(FedMergeError):
-    """Plugin that cannot be imported, or a part of a plugin that violates its interface."""
+    """Plugin that cannot be imported, or a part of one that fails or violates its interface."""
 
 
 class DataError(FedMergeError):
@@ -76,7 +76,7 @@ class DeviceError(FedMergeError):
 
 
 class RunError(FedMergeError):
-    """Run directory that is missing, unreadable, or was not written by this package."""
+    """Run, or file made from a run, that cannot be read or written, or lacks what is requested."""
 
 
 class RunExistsError(RunError):
@@ -121,7 +121,8 @@ class SweepError(RunError):
 class FederateError(FedMergeError):
     """Federation across sites that cannot start or continue.
 
-    Typical causes are a kit, a connection, a site's settings or data, or the failure of all sites.
+    Typical causes are a damaged kit, a lost connection, wrong settings or data of a site, or the
+    failure of all sites.
     """
 
 
@@ -133,7 +134,10 @@ class RefusedError(FederateError):
 
 
 class WireError(FederateError):
-    """Malformed message between server and site: its form, layout or number format is invalid."""
+    """Message between server and site that is malformed or does not fit the federation.
+
+    For example, its adapters have another layout, or it names other clients than at enrollment.
+    """
 
 
 class ClientError(FedMergeError):

@@ -46,11 +46,13 @@ def is_table(path: Path) -> bool:
 def read_tables(
     files: Sequence[Path], recipe: DataRecipe, texts: Set[str] = frozenset()
 ) -> dict[Path, pa.Table]:
-    """Read tables. Column types of csv, tsv and JSON files are inferred from all files together.
+    """Read tables.
+
+    Column types are inferred from all csv and tsv files together, and from all JSON files together.
 
     Args:
         files: One or more files with a suffix in ``TABLES``.
-        recipe: Separator, quoting and encoding of text files.
+        recipe: The section ``data``, with the separator, quoting and encoding of text files.
         texts: Columns that stay text in csv and tsv files, without inference of their types.
 
     Returns:
@@ -58,7 +60,7 @@ def read_tables(
 
     Raises:
         DataError: A file cannot be read, or files differ in columns or have incompatible types.
-            The message names the file and, for text, the line.
+            The message names the files and, if one row is at fault, its line or its number.
     """
     tables: dict[Path, pa.Table] = {}
     for suffixes, read in _READERS:
@@ -165,14 +167,16 @@ def _read_arrow(path: Path) -> pa.Table:
 
 
 def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
-    """Convert columns to types that ``datasets`` supports; drop columns of other types.
+    """Convert columns of uncommon types (``plain_column``) to types that ``datasets`` supports.
+
+    Columns whose type ``datasets`` does not support even then are left out, with a warning.
 
     Args:
         table: The table.
-        path: File or name of the table, for error messages.
+        path: File or name of the table, for messages.
 
     Raises:
-        DataError: The values of a JSON column are invalid (``plain_column``).
+        DataError: The values of a column of Arrow's JSON type are invalid (``plain_column``).
     """
     from datasets import Features
 
@@ -212,8 +216,8 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
     if len(longest := max(names, key=len, default="")) > LONGEST_NAME:
         raise DataError(
             f"data.path: {path} has a column with a name of {len(longest):,} characters "
-            f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; the first row may "
-            "be data instead of names"
+            f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; shorten the name "
+            "(in a csv or tsv file, the first row may be data instead of names)"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
@@ -224,10 +228,11 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
     """Return the schema to which all tables can be converted.
 
     Args:
-        schemas: Schemas by file or name, for error messages.
+        schemas: Schemas of one or more tables, by the file or name for error messages.
 
     Raises:
-        DataError: Tables have different columns, or the types of a column have no common type.
+        DataError: Tables have different columns, or a column has different class names or types
+            without a common type.
     """
     (first, schema), *others = schemas.items()
     for path, other in others:

@@ -11,7 +11,10 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.foreign_files import foreign_content
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
-"""Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
+"""Arrow's name of each supported compression, by the suffix of the compressed files.
+
+The suffix follows that of the format: ``.csv.gz``.
+"""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is the beginning of this mark
@@ -59,11 +62,11 @@ def read_text(path: Path, encoding: str | None) -> str:
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        remedy = (
-            "as UTF-16 without a byte order mark has; name the encoding, such as "
-            "data.encoding=utf-16-le"
+        fault = (
+            "many NUL characters, so it may be UTF-16 without a byte order mark; name the "
+            "encoding, such as data.encoding=utf-16-le"
             if 8 * text.count("\0") > len(text)
-            else "which is not text; remove it"
+            else "a NUL character, which is not text; remove it"
         )
-        raise DataError(f"data.path: {path}:{line}: the text has a NUL character, {remedy}")
+        raise DataError(f"data.path: {path}:{line}: the text has {fault}")
     return text.lstrip("\ufeff")

@@ -26,14 +26,18 @@ class Assignment:
 
 
 class Assignments(Generic[T]):
-    """Iterable of pairs (client, assignment), created lazily during the iteration.
+    """Iterable of pairs (client index, value), created lazily during the iteration.
 
-    Assignments contain adapters, so thousands of them should not be in memory at the same time.
-    Lazy creation also lets an engine create only the assignments that it needs.
+    The values are an ``Assignment`` or a served model for each client. They contain adapters, so
+    thousands of them should not be in memory at the same time. Lazy creation also lets an engine
+    create only the values that it needs.
     """
 
     def __init__(self, clients: Sequence[int], make: Callable[[int], T]) -> None:
-        """Store client indices and ``make``, which must return equal results for equal clients."""
+        """Store client indices, and ``make``, which returns the value of a client.
+
+        ``make`` may be called several times for a client, and must then return equal values.
+        """
         self.clients = clients
         self.make = make
 

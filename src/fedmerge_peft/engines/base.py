@@ -97,7 +97,7 @@ class Engine(Protocol):
         """Check that clients do the same work under this recipe as under the engine's own.
 
         Raises:
-            RecipeError: A setting that affects the clients' work differs.
+            RecipeError: A section that the engine uses differs (``check_same_work``).
         """
 
     def strategy_context(self) -> StrategyContext:
@@ -110,7 +110,7 @@ class Engine(Protocol):
 
         Returns:
             One list of counts for each client, in the order of ``TaskInfo.labels``. None if the
-            task does not count labels.
+            task does not count labels, or if sites withhold the counts (``privacy.mode: local``).
         """
 
     def train_clients(
@@ -141,16 +141,18 @@ class Engine(Protocol):
 def check_same_work(
     loaded: Recipe, recipe: Recipe, reason: str, sections: Sequence[str] = ()
 ) -> None:
-    """Check that clients do the same work under two recipes. ``evaluation.every`` may differ.
+    """Check that two recipes agree in the seed and in all sections that an engine uses.
+
+    Clients then do the same work under both. Only ``evaluation.every`` may differ.
 
     Args:
         loaded: Recipe for which an engine was loaded.
         recipe: Recipe to run with this engine.
-        reason: Error message, to follow the names of the sections that differ.
+        reason: End of the error message, which begins with the names of the sections that differ.
         sections: Sections to compare in addition to the sections that every engine uses.
 
     Raises:
-        RecipeError: A section differs.
+        RecipeError: The seed or a section differs.
     """
     expected = loaded.model_copy(
         update={

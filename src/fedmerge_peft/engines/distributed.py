@@ -39,11 +39,13 @@ class RankedEngine(LocalEngine):
     All ranks run the same federation with the same replies. Each round distributes the clients
     over the ranks so that each rank has a similar amount of work. After training, each rank
     broadcasts its replies to all others, in the order of the clients. Strategies therefore
-    need no changes. The results equal those of a run on one rank, bit for bit if the devices
-    compute identically. Clients that share a pass of the model stay on one rank.
+    need no changes. Clients that train in one pass of the model stay on one rank.
 
-    Each trained adapter takes 4 · P bytes of traffic to each rank. Plans are not sent: each rank
-    creates them itself.
+    The results equal those of a run on one rank. They are equal bit for bit if the devices compute
+    identically and clients are evaluated one at a time, and up to rounding otherwise.
+
+    Each trained adapter takes 4 · P bytes of traffic to each other rank. Plans are not sent: each
+    rank creates them itself.
     """
 
     def train_clients(
@@ -56,10 +58,12 @@ class RankedEngine(LocalEngine):
         ranks = distributed.world_size()
         owners = balanced([sum(map(self._work, members)) for members in passes], ranks)
         if len(passes) < ranks:
-            idle = ranks - len(passes)
             log.info(
-                "%d ranks are idle: the round has %d passes of at most %d clients",
-                idle,
+                "idle ranks: %d of %d; the clients of round %d train in only %d passes of the "
+                "model, with at most %d clients in a pass",
+                ranks - len(passes),
+                ranks,
+                round,
                 len(passes),
                 size,
             )

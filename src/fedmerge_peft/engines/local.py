@@ -249,7 +249,7 @@ class LocalEngine:
 
     @cached_property
     def clients_per_batch(self) -> int:
-        """Number of clients in one pass of the model; reduced after the GPU runs out of memory."""
+        """Largest number of clients that train in one pass; reduced after the GPU lacks memory."""
         count = clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
         return clients_that_fit(self.runtime, self.recipe, count)
 
@@ -298,7 +298,7 @@ class LocalEngine:
     def _train(
         self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | Exception]:
-        """Run training requests; jobs with similar numbers of examples share a pass."""
+        """Run requests, each with the position of its turn; jobs of similar size share a pass."""
         trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
             range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)
@@ -323,7 +323,7 @@ class LocalEngine:
     ) -> Sequence[Trained | Exception] | None:
         """Train in one pass. If that fails, train one at a time, to find the failing client.
 
-        Return None if the pass runs out of memory.
+        Return None if a pass of several jobs runs out of memory.
         """
         training = self.recipe.training
         jobs = [
@@ -365,7 +365,7 @@ class LocalEngine:
         return known.trained
 
     def _validate(self, trained: Sequence[tuple[ClientTurn, Served]]) -> None:
-        """Compute the losses of ``Reply.validation`` for plans that train one adapter."""
+        """Compute ``Reply.validation`` if the assignment asks for it and trains one adapter."""
         asked = [
             (turn, [row for row in (plan.row, model, plan.compared) if row is not None])
             for turn, model in trained

@@ -12,12 +12,12 @@ from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.util.digest import digest
 
 _SCORES_PER_CLIENT = 8
-"""Maximum number of cached scores per client. It suffices for a run that scores three rounds, each
-before and after training, and the final adapters."""
+"""Maximum number of models per client whose scores are cached. It suffices for a run that scores
+three rounds, each before and after training, and the final adapters."""
 
 
 class ScoreCache:
-    """Cache of scores of each client's most recently used adapters, by a digest of the adapter.
+    """Cache of the scores of each client's most recently used models, by a digest of the model.
 
     It stores a few kilobytes per client, and no adapters.
     """

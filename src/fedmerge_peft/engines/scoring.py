@@ -53,8 +53,8 @@ class _Work:
 class Scorer:
     """Scorer of served models. A cache keeps the latest scores of each client.
 
-    Several clients share a pass if ``evaluation.clients_per_batch`` allows it, each is served an
-    adapter, and a batch has room for their examples.
+    Several clients share a pass if ``evaluated_together`` allows it, each is served one adapter
+    instead of a mixture, and a batch has room for their examples.
 
     Args:
         runtime: Model, task and examples.
@@ -76,7 +76,7 @@ class Scorer:
         self._cache = ScoreCache() if cache is None else cache
 
     def with_recipe(self, recipe: EvaluationRecipe) -> Scorer:
-        """Return a scorer for another section ``evaluation``; share the cache if both are equal."""
+        """Return a scorer for a section ``evaluation``; share the cache if the section is equal."""
         cache = self._cache if recipe == self._recipe else None
         return Scorer(self._runtime, recipe, self._rows, cache)
 
@@ -247,7 +247,7 @@ def _stacked(group: Sequence[_Work]) -> Tensor:
 
 
 def _all_or_error(outcomes: Sequence[float | Exception]) -> list[float] | Exception:
-    """Return the numbers, or the first exception."""
+    """Return the numbers; if there is an exception, return the first exception instead."""
     errors = (outcome for outcome in outcomes if isinstance(outcome, Exception))
     numbers = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
     return next(errors, numbers)

@@ -2,9 +2,10 @@
 
 The outcome of a job that trains alone is a deterministic function of its plan (with the starting
 adapter), its seed, the client's examples, ``recipe.training`` with the job's hyperparameters, and
-the frozen weights. The seed follows from the round and the client. In the first round, all
-strategies that start from the common initial adapter train the same jobs. At a site, only the
-baselines of a run benefit from the cache.
+the frozen weights. The seed follows from the recipe's seed, the round and the client. In the first
+round, strategies have the same jobs if they train the common initial adapter in the same way, as
+``fedavg`` and ``local`` do. A site clears the cache when a run opens its job, so there only the
+run's baselines benefit from it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TrainingCache:
 
     Args:
         max_bytes: Limit on the bytes of trained adapters. A full cache keeps its entries and takes
-            no new ones, because strategies have the first rounds in common.
+            no new ones, because most of the jobs that strategies have in common are in early
+            rounds.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:

@@ -1,1 +1,1 @@
-"""The round loop, and the execution of recipes into run directories."""
+"""The round loop, and the execution of recipes, which writes run directories."""

@@ -27,8 +27,8 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
         recipe: Fraction of clients, sampling, and seed.
         clients: Number of clients.
         round: Number of the round, from 1.
-        secret: True to draw a Poisson sample from the operating system's generator. Each call then
-            gives a new sample.
+        secret: True to draw a Poisson sample from the operating system's generator, so that each
+            call gives a new one. Samples of a fixed size always derive from the recipe's seed.
     """
     if recipe.clients.fraction == 1:
         return list(range(clients))
@@ -50,7 +50,11 @@ def _secret_draws(count: int) -> NDArray[np.float64]:
 
 
 def amplified(recipe: Recipe) -> bool:
-    """Return True if secret sampling reduces ε: Poisson samples, drawn by a trusted server."""
+    """Return True if the computation of ε includes amplification by sampling.
+
+    This requires Poisson samples, and a trusted server that keeps them secret (``privacy.mode:
+    central``). A simulation computes ε as if its samples were secret.
+    """
     clients = recipe.clients
     return (
         recipe.privacy.mode == "central" and clients.sampling == "poisson" and clients.fraction < 1

@@ -109,7 +109,7 @@ def test_a_strategy_with_other_plans_is_refused(formulas, monkeypatch):
 
 
 def test_private_heads_rule_out_privacy_and_weighted_own_heads():
-    with pytest.raises(RecipeError, match=r"strategy.head: private is not possible with privacy"):
+    with pytest.raises(RecipeError, match="head: private of the strategy fedavg, because"):
         Recipe.load("smoke", ["strategy={name: fedavg, head: private}", "privacy.mode=local"])
     with pytest.raises(ValidationError, match="own_head: needs a shared head"):
         strategy_recipe("fedmerge", head="private", own_head=0.5)

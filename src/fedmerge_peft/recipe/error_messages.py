@@ -20,7 +20,10 @@ from fedmerge_peft.util.text import closest
 
 # ---- The shape of a recipe -----------------------------------------------------------------------
 def required(annotation: Any) -> Any:
-    """Return an annotation without its constraints and without the None of an optional value."""
+    """Return an annotation without its constraints and without the None of an optional value.
+
+    A field with ``NameIn`` becomes a ``Literal``. An annotation with ``OneOf`` keeps this marker.
+    """
     while get_origin(annotation) is Annotated and one_of(annotation) is None:
         annotation = names_in(annotation)
         if get_origin(annotation) is Annotated:
@@ -41,7 +44,7 @@ class Kinds(NamedTuple):
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
-    """Return the kinds of section that a field may hold; None if they are not in a registry."""
+    """Return the kinds of section that a field may hold; None for a field without ``OneOf``."""
     marker = one_of(required(annotation))
     if marker is None:
         return None
@@ -50,7 +53,7 @@ def kinds_of(annotation: Any) -> Kinds | None:
 
 
 def variants(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """Return the section classes that a field may hold; empty if it holds no section."""
+    """Return the section classes that a field may hold; empty for other fields, such as lists."""
     if kinds := kinds_of(annotation):
         return kinds.sections
     annotation = required(annotation)
@@ -73,8 +76,8 @@ def _written(
     ``("data", "partition", "iid", "clients")``.
 
     Returns:
-        The keys as written, the type expected at this place, and the class of the enclosing
-        section.
+        The keys as written; the type expected at this place, None if the key is unknown; and the
+        class of the enclosing section.
     """
     where: Where = ()
     annotation: Any = root
@@ -94,7 +97,10 @@ def _written(
 
 
 def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[BaseModel], str]]:
-    """Yield all keys of a recipe as (place of the section, class of the section, key)."""
+    """Yield all keys of a recipe as (place of the section, class of the section, key).
+
+    The keys of sections in lists, such as ``baselines``, are left out.
+    """
     for section in variants(annotation):
         for key, info in section.model_fields.items():
             yield where, section, key
@@ -112,7 +118,7 @@ _PLAIN: dict[Any, tuple[str, str]] = {  # singular, plural
 
 
 def expected(annotation: Any, many: bool = False) -> str:
-    """Return a type in plain words, such as ``a whole number above 0``."""
+    """Return a type in plain words, such as ``a whole number above 0``; plural if ``many``."""
     if one_of(annotation) is None:
         annotation = names_in(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -170,7 +176,10 @@ def _bounds(constraints: Iterable[Any], unit: str) -> str:
 
 
 def found(value: Any) -> str:
-    """Return a description of a value as written in YAML; long values are truncated."""
+    """Return a description of a value, such as ``text 'adam'`` or ``a list``.
+
+    Numbers and booleans are written as in YAML. Long values are truncated.
+    """
     match value:
         case None:
             return "nothing"
@@ -228,7 +237,10 @@ def explain(error: ValidationError, document: Document, root: type[BaseModel]) -
 
 
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
-    """Split a validator's message ``key: text`` into the place of the key and the text."""
+    """Split a validator's message ``key: text`` into the place of the key and the text.
+
+    A message that does not begin with a key of the section is returned whole, with ``where``.
+    """
     key, colon, rest = text.partition(": ")
     return (
         ((*where, key), rest)

@@ -26,7 +26,7 @@ class EvaluationRecipe(Section):
     serve: Literal["last", "best"] = "last"
     """Round whose adapters and scores are the result of the run. last: the last round. best: the
     round with the lowest mean validation loss over all clients; it requires validation examples
-    and `clients.fraction: 1`."""
+    and `clients.fraction: 1`, and `privacy` rules it out."""
 
 
 class ServingRecipe(Section):

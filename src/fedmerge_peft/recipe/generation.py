@@ -1,4 +1,4 @@
-"""Settings of generated text, for tasks whose models complete prompts."""
+"""Settings of generated text, for tasks whose models generate text."""
 
 from __future__ import annotations
 

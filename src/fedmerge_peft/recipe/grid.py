@@ -30,14 +30,17 @@ _CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
 
 def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Recipe]:
-    """Return one recipe for each combination of values, named by the keys that vary.
+    """Return one recipe for each combination of values, and for each of its baselines.
 
-    ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` returns
-    ``strategy.adapters=3,seed=0`` and three more recipes. The last key varies fastest. Commas in
-    brackets, braces and quotes do not separate values. Each baseline becomes a separate recipe,
-    such as ``strategy=fedavg,seed=0``. A baseline is included once for each combination of the keys
-    outside ``strategy`` and ``baselines``, even if several variants of the strategy are compared
-    with it.
+    The names contain the keys that vary. ``expand("quickstart", ["strategy.adapters=3,6",
+    "seed=0,1"])`` returns ``strategy.adapters=3,seed=0`` and three more combinations. The last key
+    varies fastest. Commas in brackets, braces and quotes do not separate values.
+
+    Each baseline becomes a separate recipe, such as ``strategy=fedavg,seed=0``. A baseline is
+    included once for each combination of the keys outside ``strategy`` and ``baselines``, even if
+    several variants of the strategy are compared with it. It is left out if a combination is the
+    same recipe. If there are baselines and only such outside keys vary, the names of the
+    combinations also begin with their strategy: ``strategy=fedmerge,seed=0``.
 
     Args:
         source: A shipped recipe's name, or the path of a YAML file.
@@ -45,7 +48,7 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
 
     Returns:
         Recipes without baselines, by name. Names are valid folder names. If nothing varies and
-        there are no baselines, the recipe keeps its own name.
+        there are no baselines, the name is that of the recipe.
 
     Raises:
         RecipeError: An override is not of this form, a key or a value is given twice, there are
@@ -91,8 +94,8 @@ def _distinct(
 ) -> dict[str, Recipe]:
     """Return the recipes by unique names, without repeated baselines.
 
-    If two names map to the same folder (``a/b`` and ``a:b``), a digest is appended to the second.
-    Raises ``RecipeError`` if two combinations are the same recipe.
+    If a name is taken (both ``a/b`` and ``a:b`` become ``a-b``; case does not count), a digest is
+    appended to it. Raises ``RecipeError`` if two combinations are the same recipe.
     """
     recipes: dict[str, Recipe] = {}
     taken: set[str] = set()

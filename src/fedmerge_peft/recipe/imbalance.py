@@ -10,7 +10,7 @@ from fedmerge_peft.recipe.section import Section
 
 
 def _named(value: object) -> object:
-    """Convert the keys of a mapping to text: in YAML or Python, a label such as 0 is a number."""
+    """Convert the keys of a mapping to text: in Python, a label such as 0 may be a number."""
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
@@ -29,11 +29,12 @@ class ImbalanceSettings(Section):
     1. The loss of a step is a weighted mean. balanced: weights that are inversely proportional to
     the frequencies of the labels in each client's training examples. In tasks with several labels
     per example, a weight multiplies the loss of a label only for the examples that have it, and the
-    loss of a step is not divided by the weights. There, balanced is the number of a client's
-    training examples without the label, divided by the number with it."""
+    loss of a step is not divided by the sum of the weights. There, balanced is the number of a
+    client's training examples without the label, divided by the number with it."""
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Exponent γ of the focal loss, which multiplies the training loss -log p by (1 - p)^γ, so that
-    easy examples count less. 2 is usual; 0 gives the plain loss."""
+    easy examples count less. p is the probability of the true label. 2 is usual; 0 gives the plain
+    loss."""
 
     @property
     def imbalance(self) -> ImbalanceSettings:

@@ -1,4 +1,4 @@
-"""Sections of tasks that predict tags, numbers or sets of labels from texts."""
+"""Sections of tasks that predict tags, numbers or sets of labels from texts, and their bases."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     text: str = "text"
     """Column with the text to which `spans` refers."""
     spans: str | None = None
-    """Column with the entities of each text, as a list of {start, end, label} with positions in
-    characters. It replaces `words` and `tags`. Entities may not overlap."""
+    """Column with the entities of each text, as a list of {start, end, label}. start and end count
+    characters from 0; end is the position after the last character of the entity. The column
+    replaces `words` and `tags`. Entities may not overlap."""
     max_length: Count | None = None
     """Maximum length in tokens. Words beyond it have no loss and no prediction, and a warning
     states the number of longer texts. Default: the model's limit."""
@@ -63,7 +64,8 @@ class RegressionRecipe(TaskRecipe):
     """Base of tasks that predict one number for each example."""
 
     target: str = "label"
-    """Column with the number. The model learns it without scaling; numbers near 1 train best."""
+    """Column with the number. The model learns it without scaling; numbers whose magnitude is about
+    1 train best."""
     metrics: Annotated[list[ValueMetric], Field(min_length=1)] = ["mse"]
     """Metrics. Tables and log lines show the first."""
 

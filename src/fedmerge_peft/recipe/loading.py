@@ -33,7 +33,7 @@ from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dot
 from fedmerge_peft.util.text import is_encodable, printable
 
 LARGEST = 256 * 1024
-"""Maximum size of a recipe in bytes."""
+"""Maximum size of a recipe file in bytes."""
 
 COMMAND_LINE = Mark("command line")
 
@@ -54,8 +54,8 @@ class Consent(NamedTuple):
 
 Plugins = Literal["import", "ignore"] | Consent
 """Treatment of the modules that a recipe lists under ``plugins``: ``import`` them, ``ignore`` them,
-or import them only if a ``Consent`` allows all of them. An import runs code, so a recipe from an
-untrusted source must not cause an import without consent."""
+or import those that a ``Consent`` allows and refuse a recipe that lists others. An import runs
+code, so a recipe from an untrusted source must not cause an import without consent."""
 
 R = TypeVar("R", bound=Section)
 """Class of the recipe. Callers pass it, so that this module need not import the schema."""
@@ -150,8 +150,8 @@ def load(
 ) -> R:
     """Read a shipped recipe by name, or a YAML file by path, then apply the overrides.
 
-    ``loads`` describes the other arguments. Raises ``RecipeError`` with all faults, each in the
-    form ``file:line: dotted.path: found ..., expected ...``.
+    ``loads`` describes the other arguments. Raises ``RecipeError`` with all faults, one per line,
+    such as ``file:line: dotted.path: found ..., expected ...``.
     """
     path = find(source)
     return loads(model, _read(path), str(path), overrides, plugins=plugins, foreign=foreign)
@@ -172,7 +172,7 @@ def loads(
         model: Class of the recipe.
         text: YAML.
         source: Name of the file in error messages.
-        overrides: ``key.sub=value``, applied in this order.
+        overrides: ``key.sub=value``, applied in this order; those of ``plugins`` come first.
         plugins: Treatment of the modules that the recipe lists.
         foreign: True if the text comes from an untrusted source, such as a run directory or a
             message. Keys that can read a file, such as a chat template, then reject file names.

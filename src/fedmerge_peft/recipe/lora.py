@@ -23,12 +23,13 @@ class LoraRecipe(Section):
     """Probability of dropout on the adapter's input in training."""
     target_modules: list[str] | str | None = None
     """Module names, a regular expression, or all-linear. Default: PEFT's choice for the
-    architecture, if it has one."""
+    architecture; for a module from outside transformers, all linear layers except the head. If
+    PEFT has no choice for a model of transformers, this key or `target_parameters` is required."""
     exclude_modules: list[str] | str | None = None
     """Modules without an adapter: module names, or a regular expression."""
     modules_to_save: list[str] | None = None
-    """Modules that are trained in full, as part of the adapter. Classification tasks add their head
-    to this list."""
+    """Modules that are trained in full, as part of the adapter. Tasks with a head, such as
+    classification and regression, add it to this list."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Bias terms to train."""
     use_rslora: Boolean = False
@@ -36,8 +37,8 @@ class LoraRecipe(Section):
     use_dora: Boolean = False
     """Weight-decomposed LoRA (DoRA). Merging averages the magnitudes, which is never exact."""
     init_lora_weights: bool | str = True
-    """Initialization of the factors: true (A random, B zero) or gaussian. Initializations that
-    change the backbone are rejected."""
+    """Initialization of the factors: true (A random, B zero) or gaussian (the same, with normally
+    distributed A). Others are rejected."""
     rank_pattern: dict[str, Rank] = {}
     """Ranks that differ from r, by module name or regular expression."""
     alpha_pattern: dict[str, Alpha] = {}
@@ -50,15 +51,16 @@ class LoraRecipe(Section):
     """Names of parameters (not modules) that get an adapter, for mixture-of-experts layers."""
     merge: Literal["factor", "shared_a"] = "factor"
     """factor: average A and B separately, as the paper averages parameters. shared_a: all adapters
-    share a random, frozen A; only B and the head are trained and sent, and the average is exact."""
+    share a random, frozen A. Only the other parameters, such as B and the head, are trained and
+    sent, and the average is exact."""
 
     @model_validator(mode="after")
     def _mergeable(self) -> LoraRecipe:
         if self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
                 f"init_lora_weights: {self.init_lora_weights!r} is not supported: merging requires "
-                "unchanged pretrained weights and B = 0 at the start, unlike pissa, olora, corda, "
-                "loftq and eva; use true or gaussian"
+                "unchanged pretrained weights, a random A, and B = 0 at the start; use true or "
+                "gaussian"
             )
         if self.merge == "shared_a" and self.use_dora:
             raise ValueError(

@@ -146,7 +146,7 @@ def _description(section: Schema) -> str:
 
 
 def _variants(field: Schema) -> list[Schema]:
-    """Return the schemas of the kinds of a field's section; [] if it has only one kind."""
+    """Return the schemas of the kinds of a field's section; [] for a field without kinds."""
     inner = [field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ())]
     return next((list(schema["oneOf"]) for schema in inner if "oneOf" in schema), [])
 

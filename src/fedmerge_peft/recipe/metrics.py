@@ -36,8 +36,8 @@ _register(
     "calibration",
     ("class_scores", "label_scores"),
     {
-        "expected_calibration_error": "Mean difference between the probability of a prediction and "
-        "its accuracy, in 15 bins; lower is better."
+        "expected_calibration_error": "Mean absolute difference between the predicted probability "
+        "and the accuracy in each of 15 bins of predictions; lower is better."
     },
     greater_is_better=False,
 )
@@ -80,14 +80,18 @@ _register(
 _register(
     "text_metrics",
     ("vectors",),
-    {"mrr": "Mean reciprocal rank of the nearest positive among the texts of the split."},
+    {
+        "mrr": "Mean reciprocal rank of an anchor's nearest positive among the positives and "
+        "negatives of all examples."
+    },
 )
 _register(
     "text_metrics",
     ("vectors",),
     {
-        "recall_at_1": "Fraction of the anchors whose nearest text is a positive.",
-        "recall_at_10": "Fraction of the anchors with a positive among the 10 nearest texts.",
+        "recall_at_1": "Fraction of the anchors whose nearest text is one of their positives.",
+        "recall_at_10": "Fraction of the anchors with one of their positives among the 10 "
+        "nearest texts.",
     },
     per_example=True,
 )

@@ -66,9 +66,9 @@ def with_preset(recipe: Any) -> Any:
 
 
 def resolved(recipe: Any) -> dict[str, Any]:
-    """Return the recipe's values of all keys that its preset sets, by dotted key.
+    """Return the recipe's values of all keys in its preset, by dotted key.
 
-    The result is empty without a preset.
+    The name of the strategy is left out. The result is empty without a preset.
     """
     preset = PRESETS.get(recipe.strategy.chosen_preset or "", {})
     return {
@@ -82,7 +82,7 @@ def resolved(recipe: Any) -> dict[str, Any]:
 
 
 def _written(section: Any) -> dict[str, Any]:
-    """Return the values of the keys that a section sets; {} if it is not a section."""
+    """Return the name of a section and the values of the keys that it sets; {} for other values."""
     if isinstance(section, Section):
         kind = {key: getattr(section, key) for key in ("name",) if hasattr(section, key)}
         return {**section.model_dump(exclude_unset=True), **kind}

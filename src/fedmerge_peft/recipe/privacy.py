@@ -44,7 +44,8 @@ class PrivacyRecipe(Section):
             )
         if strategy.private_head:
             return (
-                "strategy.head: private is not possible with privacy, whose clipping and noise "
-                "would also change the private heads; use head: shared, or remove privacy"
+                f"privacy.mode: {self.mode} is not possible with head: private of the strategy "
+                f"{strategy.name}, because clipping and noise would also change the private heads; "
+                "use head: shared, or remove privacy"
             )
         return strategy.privacy_refusal(self.mode)

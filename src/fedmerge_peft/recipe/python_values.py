@@ -45,7 +45,8 @@ def check_source(value: object) -> None:
 def listed_overrides(values: object) -> list[str]:
     """Return overrides as a list.
 
-    Raises ``RecipeError`` for anything but an iterable of texts. A single text is an error.
+    Raises ``RecipeError`` for anything but an iterable of texts. A single text and a mapping are
+    errors, too.
     """
     if isinstance(values, Iterable) and not isinstance(values, str | Mapping):
         listed = list(values)

@@ -1,7 +1,7 @@
 """Types of fields with values from a registry: sections of several kinds, and names.
 
-Pydantic reads the registry when it builds a section's schema. After a registration, ``rebuild``
-builds the schemas again.
+Pydantic reads the registry when it builds a section's schema. After a registration,
+``registration.rebuild`` builds the schemas again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class OneOf:
 class NameIn:
     """Mark a text field that holds a name in a registry.
 
-    aggregation: Annotated[str, NameIn(AGGREGATIONS)]
+    Example: ``aggregation: Annotated[str, NameIn(AGGREGATIONS)]``.
     """
 
     registry: Registry
@@ -91,7 +91,7 @@ def one_of(annotation: Any) -> OneOf | None:
 
 
 def names_in(annotation: Any) -> Any:
-    """Return a ``Literal`` of the accepted names of a field with ``NameIn``, or the annotation."""
+    """Return a ``Literal`` of the accepted names if a field has ``NameIn``, else the annotation."""
     markers = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     marker = next((marker for marker in markers if isinstance(marker, NameIn)), None)
     return annotation if marker is None else Literal[marker.names()]

@@ -163,7 +163,7 @@ def test_a_round_in_which_all_fail_is_too_few(formulas):
 
 def test_a_minimum_above_the_cohort_is_refused(formulas):
     with pytest.raises(
-        RecipeError, match=r"clients\.min_clients: 4 exceeds the 2 clients of a round"
+        RecipeError, match=r"clients\.min_clients: 4 exceeds the number of clients in a round, 2;"
     ):
         formulas(4).federation("clients.min_clients=4", "clients.fraction=0.5")
 

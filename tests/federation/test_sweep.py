@@ -194,12 +194,18 @@ def test_a_default_written_out_is_the_same_recipe(tmp_path, write_run, loads):
     assert loads == []
 
 
-@pytest.mark.parametrize("where", ["smoke/notes.txt", "smoke"])
-def test_other_files_are_kept(tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("smoke/notes.txt", "smoke contains files that do not belong to a run; .* Move them,"),
+        ("smoke", "smoke is a file, not a run directory; .* Move it,"),
+    ],
+)
+def test_other_files_are_kept(tmp_path, where, message):
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(RunError, match="contains files that do not belong to a run"):
+    with pytest.raises(RunError, match=message):
         sweep(expand("smoke", TINY), tmp_path)
     assert path.read_text() == "mine"
 

@@ -1,7 +1,7 @@
 """Run a recipe and its baselines into a run directory, or resume an interrupted run.
 
-On several ranks, every rank calls these functions (``distributed.py``). Only rank 0 reads and
-writes the directory.
+On several ranks, every rank calls these functions (``distributed.py``). Only rank 0 writes to the
+directory, apart from the temporary files of a soup on disk.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _loaded(
     engine: Engine | None,
     metrics: ComputeMetrics | None,
 ) -> Engine:
-    """Return the engine, or load one that also evaluates the metrics.
+    """Return the given engine, or load one that also evaluates the given metrics.
 
     Raises:
         RecipeError: Both an engine and metrics are given.
@@ -131,9 +131,9 @@ def _loaded(
 def with_data(
     recipe: Recipe, data: Data | None, engine: Engine | None = None
 ) -> tuple[Recipe, dict[str, Dataset] | None]:
-    """Return the recipe with these examples as its data, and the examples by split.
+    """Return the recipe with ``data`` as its examples, and these examples by split.
 
-    Without examples in memory, the recipe is unchanged and the splits are None.
+    If ``data`` is None, the recipe is unchanged and the splits are None.
 
     Raises:
         DataError: The examples cannot be used (``take_data``), or the engine has its own examples.
@@ -203,7 +203,7 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
 
     Raises:
         RecipeError: An override changes a key that is not in ``RESUME_OVERRIDES``, or the number of
-            rounds is less than the number of completed rounds.
+            rounds is less than the number of completed rounds of the run or of a baseline.
     """
     recipe = saved.replace(overrides)
     changed = differing([flat(saved), flat(recipe)])
@@ -223,7 +223,7 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
 
 
 def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[Callback]) -> None:
-    """Run the unfinished part of a recipe and its baselines."""
+    """Run the unfinished part of a recipe's own run and of its baselines."""
     own = [_callback(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, *given])
     reused = distributed.on_rank_zero(partial(_reused, recipe, directory, engine))
@@ -262,7 +262,8 @@ def _check_baseline(recipe: Recipe, engine: Engine, ledger: PrivacyLedger, direc
     """Construct a baseline's federation before the run, so that its errors lose no rounds.
 
     Raises:
-        RecipeError: The baseline's strategy does not support the adapter, the data or a section.
+        RecipeError: The baseline cannot start; for example, its strategy does not support the
+            adapter, the data or a section of the recipe.
     """
     try:
         Federation(recipe, engine, None, ledger, directory)
@@ -274,7 +275,7 @@ def _check_baseline(recipe: Recipe, engine: Engine, ledger: PrivacyLedger, direc
 
 
 def _callback(section: CallbackRecipe) -> Callback:
-    """Return a recipe's callback. Raises ``PluginError`` if it is not a ``Callback``."""
+    """Construct one of the recipe's callbacks; raise ``PluginError`` if it is no ``Callback``."""
     entry = CALLBACKS[section.name]
     callback = entry.load()(section)
     if not isinstance(callback, Callback):
@@ -289,7 +290,7 @@ def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDir
     """Return the earlier runs to reuse as baselines, by strategy.
 
     Raises:
-        RecipeError: A run has another recipe, other data or another model (``reuse``).
+        RecipeError: A run cannot be reused (``reuse.reusable``, ``reuse.check_data``).
     """
     baselines = reuse.reusable(recipe, directory)
     reuse.check_data(recipe, engine, baselines)
@@ -305,7 +306,8 @@ def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions
 def _has_ended(path: Path, recipe: Recipe) -> bool:
     """Return True if a run has ended, and the recipe does not extend it.
 
-    A recipe extends a run by more rounds, or by another section ``stop`` if the run stopped early.
+    A recipe extends the run if its ``rounds`` differ from the rounds that were planned, or if the
+    run stopped early and the recipe's section ``stop`` differs.
     """
     run = RunDirectory(path)
     if run.ended_for != recipe.rounds:

@@ -1,4 +1,4 @@
-"""The round loop: one for every strategy and every engine."""
+"""The round loop, which all strategies and engines share."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ class Federation:
         Args:
             recipe: Recipe of the run.
             engine: Engine that was loaded for the recipe. Default: a new one.
-            decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
+            decisions: Values for keys that are ``auto``, if they were chosen before. Default:
                 ``decide`` chooses them before the first round.
             ledger: Privacy ledger of all methods of the run. Default: a ledger of this method, in
                 memory.
             folder: Folder for temporary files of the server. Default: ``TMPDIR``.
 
         Raises:
-            RecipeError: The engine was loaded for a recipe under which clients do other work.
+            RecipeError: The engine was loaded for a recipe under which clients do other work;
                 ``evaluation.serve: best`` or ``stop.patience`` is set, but no client has validation
-                examples. ``clients.min_clients`` exceeds the number of clients in a round. Or ε
+                examples; ``clients.min_clients`` exceeds the number of clients in a round; or ε
                 cannot be computed (``PrivacyLedger.check``).
             FedMergeError: Data, model or device are missing, or do not match the recipe.
 
@@ -83,7 +83,7 @@ class Federation:
         self._folder = folder
         self.strategy = self._new_strategy()
         self.completed = 0
-        """Completed rounds."""
+        """Number of completed rounds."""
         self.decisions = decisions
         """Values for keys that are ``auto``; None before they are chosen."""
         self.ledger = ledger or PrivacyLedger(
@@ -103,9 +103,11 @@ class Federation:
             self.ledger.check()
         selected = cohort_size(recipe, len(self.engine.clients))
         if recipe.clients.min_clients > max(1, selected):
+            mean = "mean " if recipe.clients.sampling == "poisson" else ""
             raise RecipeError(
-                f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected:g} "
-                "clients of a round; lower it, or raise clients.fraction if it is below 1"
+                f"clients.min_clients: {recipe.clients.min_clients} exceeds the {mean}number of "
+                f"clients in a round, {selected:g}; lower it, or raise clients.fraction if it is "
+                "below 1"
             )
 
     def _new_strategy(self) -> Strategy:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.strategies.base import Reply
 
 _INTERVAL = 0.2
-"""Minimum time between two updates within a round, seconds."""
+"""Minimum time between two updates of the display within a round, seconds."""
 _SHOWN = 5
 """Maximum number of rows in a table: the last rounds, or the last runs of a sweep."""
 
@@ -48,7 +48,10 @@ def sweep_progress(runs: int) -> SweepProgress | None:
 
 
 class NotebookProgress(Callback):
-    """Show each method of a run with its rounds, clients, last records and scores so far."""
+    """Show the progress of the run's current method, and the scores of all its methods so far.
+
+    A run's methods are its strategy and its baselines.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +192,7 @@ def _bar(name: str, done: int, total: int) -> str:
 
 
 def _styles() -> str:
-    """Return the style of the curve. Its gray is legible on light and dark pages."""
+    """Return the style of the curve. The gray of the grid suits light and dark pages."""
     rules = [
         ".fedmerge .curve svg { width: 420px; max-width: 100%; overflow: visible; }",
         ".fedmerge .curve text { font: 11px sans-serif; fill: currentColor; }",

@@ -1,6 +1,7 @@
 """Privacy loss ε of the clients in a run: every release of every method counts.
 
-A release is a round in which a client was selected. It is charged before the round starts, so that
+A release is a round in which a client was selected. If the sample of clients is secret, each round
+is a release of all clients (``_cohort``). A release is charged before the round starts, so that
 failed rounds count too. The methods of a run (its strategy and its baselines) train on the same
 examples, so their releases add up. Across sites, a round that is repeated after an interruption
 draws new noise and counts again. A simulation repeats the noise of its seed: the repetition is the
@@ -47,9 +48,9 @@ class PrivacyLedger:
         self._simulated = simulated
         self._path = directory / LEDGER_FILE if directory is not None else None
         self._times: dict[str, list[int]] = distributed.on_rank_zero(partial(_read, self._path))
-        """Number of releases in each round, from round 1 on, by name of the method."""
+        """How often each round counts, from round 1 on, by name of the method."""
         self._selected = self._count()
-        """Releases of each client, ``(clients,)``."""
+        """Number of releases of each client, ``(clients,)``."""
 
     def check(self) -> None:
         """Raise ``RecipeError`` if computing ε needs the extra ``privacy``, which is missing."""
@@ -90,7 +91,7 @@ class PrivacyLedger:
         return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)), rate)
 
     def document(self) -> dict[str, Any]:
-        """Return ε, δ and the source of the noise, for ``summary.json``."""
+        """Return ε, δ and the source of the noise, for ``summary.json`` and the ledger's file."""
         return {
             "epsilon": self.epsilon,
             "delta": self._recipe.privacy.delta,

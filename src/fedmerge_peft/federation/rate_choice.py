@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def lowest(ratios: NDArray[np.float64]) -> int:
-    """Return the row with the lowest mean; the first one in a tie.
+    """Return the index of the row with the lowest mean; in a tie, the first index.
 
     Args:
         ratios: ρ, rates × clients, the rates ascending; inf for a failure.
@@ -23,7 +23,7 @@ def lowest(ratios: NDArray[np.float64]) -> int:
 
 
 def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
-    """Return the row of the smallest rate within one standard error of the best rate.
+    """Return the index of the smallest rate within one standard error of the best rate.
 
     Means over the clients are compared, with the standard error of the mean paired difference
     ρ_ir − ρ_i,best, which is 0 for one client. This is the one-standard-error rule (Breiman et al.
@@ -33,7 +33,7 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 
     Args:
         ratios: As for ``lowest``.
-        best: Row of the best rate.
+        best: Index of the best rate.
     """
     for row in range(best):
         differences = ratios[row] - ratios[best]

@@ -37,7 +37,7 @@ class ReplyCollector:
         round: Number of the round.
         cohort: Indices of the clients that were selected.
         clients: All clients.
-        recipe: ``clients.failures``, ``min_clients`` and ``timeout``.
+        recipe: Section ``clients``, with ``failures``, ``min_clients`` and ``timeout``.
         strategy: Strategy of the round; ``trained_rows`` selects the shared adapters.
     """
 
@@ -106,10 +106,16 @@ class ReplyCollector:
         ]
         if len(replies) < self._recipe.min_clients:
             causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
+            reason = (
+                f"Failures: {causes}"
+                if causes
+                else "No client failed, but clients.sampling: poisson drew too few; start a new "
+                "run with a lower clients.min_clients or a higher clients.fraction"
+            )
             raise TooFewClientsError(
                 f"round {self._round}: {len(replies)} of {len(self._cohort)} clients sent valid "
                 f"replies, but clients.min_clients is {self._recipe.min_clients}. "
-                f"The round had no effect. Failures: {causes}"
+                f"The round had no effect. {reason}"
             )
         return RoundReplies(replies, self._trained, self._failures)
 

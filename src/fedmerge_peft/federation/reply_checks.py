@@ -53,9 +53,11 @@ def validate_reply(
         if (problem := tensor_mismatch(reply.statistics, plan.statistics_shape)) is not None:
             return f"its class statistics are {problem}"
         counts = reply.statistics[..., 0]
-        if bool((counts < 0).any()) or bool((counts.sum(dim=1) != size).any()):
-            total = float(counts.sum(dim=1).max())
-            return f"its class statistics count {total:g} examples, but it has {size}"
+        if bool((counts < 0).any()):
+            return f"its class statistics count {float(counts.min()):g} examples of a class"
+        totals = counts.sum(dim=1)
+        if len(wrong := totals[totals != size]):
+            return f"its class statistics count {float(wrong[0]):g} examples, but it has {size}"
     return plan.mismatch(reply.choice, reply.weights)
 
 

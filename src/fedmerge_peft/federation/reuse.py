@@ -39,6 +39,8 @@ _IRRELEVANT = (
 def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
     """Return the runs in ``baselines_from`` that replace baselines missing in the directory.
 
+    The keys are names of strategies. The earlier run's own strategy counts as a baseline too.
+
     Raises:
         RecipeError: ``baselines_from`` is not a run, has not ended, has none of the missing
             baselines, or has a recipe that would not give the same baselines.
@@ -71,7 +73,10 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
 
 
 def _check(recipe: Recipe, earlier: RunDirectory) -> None:
-    """Raise ``RecipeError`` unless the earlier run has ended under the same recipe."""
+    """Raise ``RecipeError`` unless the earlier run has ended under the same recipe.
+
+    Keys in ``_IRRELEVANT`` may differ.
+    """
     if earlier.ended_for is None:
         raise RecipeError(f"baselines_from: {earlier.path} has not ended; resume it first")
     flat_own, flat_earlier = (

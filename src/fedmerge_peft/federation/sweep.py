@@ -50,7 +50,7 @@ def run_sweep(
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``.
 
-    ``callbacks(name)`` returns the callbacks of a run before the run starts.
+    Before a run starts, ``callbacks(name)`` is called and returns its callbacks.
     """
     distributed.require_single_process("a sweep")
     paths = {name: _run_path(Path(out), name) for name in recipes}
@@ -146,14 +146,18 @@ def _has_finished(path: Path, recipe: Recipe) -> bool:
     """Return True if the recipe's run has ended; False if it is unfinished or absent.
 
     Raises:
-        RunError: The directory contains the run of another recipe, or other files.
+        RunError: The path is a file, or a directory with the run of another recipe or with files
+            that do not belong to a run.
     """
     if not (path / "recipe.yaml").is_file():
         names = [file.name for file in files_in(path)] if path.is_dir() else []
         if path.is_file() or any(not name.startswith(".recipe.yaml.") for name in names):
+            content, them = "contains files that do not belong to a run", "them"
+            if path.is_file():
+                content, them = "is a file, not a run directory", "it"
             raise RunError(
-                f"{path} contains files that do not belong to a run; existing files are never "
-                "overwritten. Move them, or choose another --out"
+                f"{path} {content}; existing files are never overwritten. Move {them}, or choose "
+                "another --out"
             )
         return False
     run = RunDirectory.open(path)

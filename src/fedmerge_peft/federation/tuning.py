@@ -11,11 +11,14 @@ its own start:
 by more than its noise, ℓ_i is the mean training loss. The denominator is then the training loss at
 the smallest rate, which hardly changes the adapter.
 
+The choice is the smallest rate whose mean ρ is within one standard error of the lowest mean
+(``smallest_tied``).
+
 A client that trains alone overfits at a lower rate than in a federation, where the mean of updates
-cancels what only one client has learned. Rates higher than the best rate by validation loss may
+cancels what only one client has learned. Rates higher than the choice by validation loss may
 therefore be better in the federation. The training loss gives an upper bound: it is lowest just
 below the rates that diverge. The bound is one step below the rate with the lowest training loss. If
-the bound is higher than the best rate by validation loss, the geometric mean of the two is used.
+the bound is higher than the choice by validation loss, the geometric mean of the two is used.
 """
 
 from __future__ import annotations
@@ -58,13 +61,14 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "adamw": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
 }
-"""Rates that a test may try, ascending, by optimizer. The middle rate for adamw is also the tuned
-rate of several shipped recipes."""
+"""Rates that a test may try, ascending, by optimizer; "adamw" stands for all optimizers except SGD.
+The middle rate for adamw is also the tuned rate of several shipped recipes."""
 _GRID = slice(2, 7)
-"""Part of a ladder that every test tries. If the best rate is at an end of this part, the test
-tries further rates."""
+"""Part of a ladder that every test tries. If the best rate is at an end of this part, the test may
+try further rates (``_extended``)."""
 _MIDDLE = 4
-"""Index of the rate to use if no test is possible, or if no rate reduces the loss."""
+"""Index of the default rate. It is used with differential privacy, which rules out a test, and if
+no rate reduces the loss and no client fails at the default."""
 _CLIENTS = 4
 """Maximum number of clients in a test."""
 _STEPS = 30
@@ -178,6 +182,8 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
         value = rates[middle] if finite else rates[best]
         choice = "the default" if finite else "the rate with the lowest loss"
         reason = f"{choice}, because none of {tested} reduced the loss"
+        if not finite:
+            reason += f", and a client failed at the default {rates[middle]:g}"
     return {
         "value": value,
         "reason": reason,

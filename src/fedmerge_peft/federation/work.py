@@ -23,8 +23,8 @@ MAX_STEPS = 1e10
 def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) -> None:
     """Warn about a run of more than ``MANY_STEPS`` optimizer steps; refuse more than ``MAX_STEPS``.
 
-    A run has R rounds of k clients. Each client trains p times in a round (``passes_per_round``),
-    and each of these trainings takes s_i steps on its n_i examples. The run therefore takes
+    A run has R rounds of k clients. Client i trains at most p times in a round
+    (``passes_per_round``), and each time takes s_i steps on its n_i examples. The estimate is
     R · k · p · mean(s_i) steps. Extra steps of a strategy, such as warm-up steps, are not counted.
 
     Args:
@@ -33,7 +33,7 @@ def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) ->
         chosen: Values of keys that are ``auto``.
 
     Raises:
-        RecipeError: The run has more than ``MAX_STEPS`` steps.
+        RecipeError: The estimate is above ``MAX_STEPS``.
     """
     training = chosen.apply_to(recipe.training)
     clients = cohort_size(recipe, len(sizes))

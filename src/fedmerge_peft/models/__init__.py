@@ -1,1 +1,1 @@
-"""Frozen pretrained model with an adapter slot, and stacks of adapters in one forward pass."""
+"""Frozen pretrained model with a slot for one adapter; stacks of adapters for one forward pass."""

@@ -1,4 +1,7 @@
-"""Checks that every name and pattern in the section ``lora`` matches something in the model."""
+"""Checks of the section ``lora`` against the model.
+
+Every name and pattern must match something in the model, and the LoRA factors must fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ def adaptable_modules(model: Any) -> list[str]:
 
 
 def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str) -> None:
-    """Raise ``BackboneError`` if a name in ``lora`` is not in the model.
+    """Raise ``BackboneError`` if the model lacks a module, parameter, layer or token of ``lora``.
 
     Args:
         model: Transformers model, without an adapter.
-        lora: Section of the adapter.
+        lora: The recipe's section ``lora``.
         defaults: PEFT's target modules for the architecture. They apply if ``lora`` names none.
         name: Name of the model, for error messages.
     """
@@ -57,7 +60,7 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
 
     Args:
         model: Transformers model, without an adapter.
-        lora: Section of the adapter.
+        lora: The recipe's section ``lora``.
     """
     targets = lora.target_modules
     widths = [
@@ -80,7 +83,7 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
 
     Args:
         model: PEFT model.
-        lora: Section of the adapter.
+        lora: The recipe's section ``lora``.
     """
     from peft.utils.other import get_pattern_key
 
@@ -99,10 +102,11 @@ def check_matches(model: Any, lora: LoraRecipe) -> None:
             )
     if lora.layers_to_transform not in (None, []):
         for path in modules:
-            if _layer(path) not in _listed(lora):
+            if (layer := _layer(path)) not in _listed(lora):
+                remedy = "remove it" if layer is None else "name it by the last part of its path"
                 raise BackboneError(
-                    f"lora.layers_to_transform: PEFT adapts {path} in any layer, because "
-                    "lora.target_modules names it by its whole path; use the last part of its name"
+                    f"lora.layers_to_transform: PEFT adapts {path} outside the listed layers, "
+                    f"because lora.target_modules names it by its whole path; {remedy}"
                 )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = list(getattr(lora, field))

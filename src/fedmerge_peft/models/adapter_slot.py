@@ -11,7 +11,7 @@ from fedmerge_peft.models.backbone import Backbone
 
 
 class AdapterSlot:
-    """Adapter in the slot of the backbone, computed by plain PEFT.
+    """Adapter in the slot of the backbone, applied by plain PEFT.
 
     Args:
         backbone: Model. The adapter is loaded into its slot.

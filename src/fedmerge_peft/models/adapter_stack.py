@@ -91,7 +91,7 @@ class AdapterStack:
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """Compute W x + scaling · B_k A_k x, as PEFT does in a linear layer."""
+        """Return a forward pass: W x + scaling · B_k A_k x, as PEFT computes in a linear layer."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -112,7 +112,7 @@ class AdapterStack:
         return forward
 
     def _convolution(self, layer: Any) -> Forward:
-        """Compute W ∗ x + scaling · B_k ∗ (A_k ∗ x), with the factors of one adapter after another.
+        """Return a forward pass: W ∗ x + scaling · B_k ∗ (A_k ∗ x), for one adapter after another.
 
         Grouped convolutions could compute all adapters at once, but need channels of all adapters
         side by side, which costs a copy of x.
@@ -134,7 +134,7 @@ class AdapterStack:
         return forward
 
     def _linear(self, layer: Any) -> Forward:
-        """Compute W_k x + b_k. ``Conv1D`` stores W_kᵀ."""
+        """Return a forward pass: W_k x + b_k. ``Conv1D`` stores W_kᵀ."""
 
         def forward(x: Tensor) -> Tensor:
             weight = self._stacked(layer.weight)
@@ -199,14 +199,17 @@ def stacking_obstacle(backbone: Backbone) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in stacked:
             return (
-                f"{_short_name(name)} is trainable, but belongs to neither LoRA, "
-                "a linear layer nor a LayerNorm"
+                f"{_short_name(name)} is trainable, but is neither a LoRA factor nor part of a "
+                "linear layer or LayerNorm that is trained in full"
             )
     return None
 
 
 def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules whose forward pass depends on the adapter."""
+    """Yield the modules whose forward pass the stack replaces.
+
+    These are plain LoRA layers, and linear layers and LayerNorms that are trained in full.
+    """
     from peft.tuners.lora.layer import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
@@ -234,9 +237,10 @@ def _stacked_tensors(module: nn.Module) -> list[Tensor]:
 def _is_plain_lora(layer: Any) -> bool:
     """Return True if the layer computes W x + scaling · B A x, example by example.
 
-    W may have 4 bits, because each weight is dequantized alike for all examples. W must not have 8
-    bits: in LLM.int8 (arXiv 2208.07339), all examples of a batch determine the columns that are
-    computed in 16 bits. DoRA and embeddings are not plain LoRA either.
+    The products may be convolutions. W may have 4 bits, because each weight is dequantized alike
+    for all examples. W must not have 8 bits: in LLM.int8 (arXiv 2208.07339), all examples of a
+    batch determine the columns that are computed in 16 bits. DoRA and embeddings are not plain LoRA
+    either.
     """
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
@@ -255,7 +259,7 @@ def _is_convolution(layer: Any) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Return True if the configuration, a nested one, or the class of a module names experts."""
+    """Return True if the configuration, one nested in it, or a module's class names experts."""
     from transformers import PretrainedConfig
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -233,6 +233,8 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
     )
     parts = with_baselines(recipe, directory)
     if not distributed.on_rank_zero(lambda: RunDirectory(directory).rounds_on_disk):
+        if len(parts) > 1:
+            Federation(recipe, engine, None, ledger, directory)  # raises its own errors first
         for one, _ in parts[1:]:
             if one.strategy.name not in reused:
                 _check_baseline(one, engine, ledger, directory)

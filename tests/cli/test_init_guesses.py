@@ -142,7 +142,7 @@ def test_the_task_is_inferred_from_the_column_of_the_labels(here):
 def test_options_that_a_task_does_not_read_are_refused(here):
     chats = {"messages": [{"role": "user", "content": "a"}], "label": one_of("x", "y")}
     reported = fault(made(here, chats), "--yes", "--label", "label", "--task", "causal-lm")
-    assert "init: --label: the task causal-lm reads no such column; remove the option" in reported
+    assert "init: --label has no effect on the task causal-lm with this table; remove" in reported
 
 
 @pytest.mark.parametrize(

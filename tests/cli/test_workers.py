@@ -144,5 +144,5 @@ def test_a_killed_process_is_one_message(tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "Traceback" not in errors
-    assert re.search(r"process 0 of 2 was killed \(SIGKILL\)|rank 1 lost the connection", errors)
+    assert re.search(r"rank 0 of 2 was killed \(SIGKILL\)|rank 1 lost the connection", errors)
     assert len(Run.open(path).records) >= 2

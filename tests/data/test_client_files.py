@@ -93,7 +93,7 @@ def test_class_numbers_without_a_name_become_missing_values(tmp_path):
 @pytest.mark.parametrize(
     ("files", "fault"),
     [
-        ({}, "no file matches"),
+        ({}, "nothing matches"),
         ({"a_csv": ROWS, "a_tsv": "text\tqueue\nx\tred\n"}, "both belong to the client a"),
         ({"a_csv": ROWS, "b_txt": "x"}, "b.txt, which is not a table"),
         ({"a_csv": ROWS, "b_csv": "text\nx\n"}, r"different columns \(queue"),

@@ -94,7 +94,7 @@ def test_the_command_writes_and_prints_vllms_option_and_the_next_step(run, fedme
         run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base"
     )
     assert (code, err) == (0, "")
-    assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
+    assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, the state after round 2"
     assert (
         "vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
     )

@@ -23,7 +23,8 @@ def chat(
         bool,
         typer.Option(
             "--best",
-            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
+            help="Use the round with the lowest validation loss. Default: the round that the "
+            "recipe's evaluation.serve selects.",
         ),
     ] = False,
     device: Annotated[

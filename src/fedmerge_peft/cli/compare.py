@@ -29,7 +29,8 @@ def compare(
     target: Annotated[
         float | None,
         typer.Option(
-            help="Count rounds until this score. Default: fedavg's final score on the same seed."
+            help="Count the rounds until the mean score stays at this value or better. Default: "
+            "fedavg's final score on the same seed."
         ),
     ] = None,
     metric: Annotated[
@@ -38,10 +39,10 @@ def compare(
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write the table to this CSV file in full precision; overwritten."),
+        typer.Option(help="Write all methods to this CSV file in full precision; overwritten."),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the table to this Markdown file; overwritten.")
+        Path | None, typer.Option(help="Write the tables to this Markdown file; overwritten.")
     ] = None,
     figure: Annotated[
         Path | None,
@@ -49,10 +50,11 @@ def compare(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.
+    """Compare methods over seeds: scores, worst clients, gains over local and fedavg, costs.
 
-    Runs that differ only in their seed count as one method. Runs with different data, tasks or
-    backbones are listed in separate tables.
+    Runs count as one method if they differ only in seed, name, baselines, evaluation, reporting,
+    device and speed options. Runs with different data, tasks or backbones are listed in separate
+    tables.
 
     Example: fedmerge compare runs sweeps/quickstart --figure methods.png
     """

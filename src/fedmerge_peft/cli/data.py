@@ -30,7 +30,7 @@ def data(
         ),
     ] = 0,
 ) -> None:
-    """Show each client's number of examples and its labels.
+    """Show the number of each client's examples by split, and of its training examples by label.
 
     Example: fedmerge data quickstart --figure clients.png --show 3
     """

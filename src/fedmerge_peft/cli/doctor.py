@@ -13,7 +13,7 @@ _MARKS = {"ok": "ok", "optional": "--", "failed": "!!"}
 def doctor() -> None:
     """Check versions, devices, hub access, extras and disk space.
 
-    Marks: ok; -- optional, and missing or limited; !! a problem, which also sets exit code 1.
+    Marks: ok; -- missing or limited, but not required; !! a problem, which sets exit code 1.
 
     Example: fedmerge doctor
     """

@@ -24,7 +24,9 @@ def estimate(
     device: Annotated[
         Literal["cpu", "cuda"] | None,
         typer.Option(
-            help="Device to estimate for; this machine need not have it. Default: the recipe's."
+            help="Device to estimate for; this machine need not have it. Default: the recipe's. "
+            "There, auto means cuda if the backbone is quantized or this machine has a GPU, else "
+            "cpu."
         ),
     ] = None,
 ) -> None:

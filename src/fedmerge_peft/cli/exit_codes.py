@@ -15,11 +15,11 @@ from fedmerge_peft.errors import FedMergeError
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Print a ``FedMergeError`` of the block as one message, and exit with code 2.
+    """Print a ``FedMergeError`` that the block raises as one message, and exit with code 2.
 
-    On several ranks, only the rank that failed prints the message. With ``FEDMERGE_TRACEBACK=1`` in
-    the environment, the error is raised instead. Ctrl-C exits with code 130, and a closed pipe with
-    code 1. Other exceptions are raised.
+    On several ranks, only the lowest rank that failed prints the message. With
+    ``FEDMERGE_TRACEBACK=1`` in the environment, the error is raised instead. Ctrl-C exits with code
+    130, and a closed pipe with code 1. Other exceptions are raised.
 
     Commands themselves exit with code 1 after a failed check, and with code 143 after SIGTERM.
     """

@@ -33,13 +33,20 @@ def export(
         ),
     ] = False,
     to: Annotated[
-        Path | None, typer.Option("--to", "--out", help="A new folder. Default: RUN/exported/NAME.")
+        Path | None,
+        typer.Option(
+            "--to",
+            "--out",
+            help="A new folder. Default: RUN/exported/NAME, with the client's name, all or soup as "
+            "NAME.",
+        ),
     ] = None,
     best: Annotated[
         bool,
         typer.Option(
             "--best",
-            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
+            help="Use the round with the lowest validation loss. Default: the round that the "
+            "recipe's evaluation.serve selects.",
         ),
     ] = False,
     base_model_id: Annotated[
@@ -104,7 +111,7 @@ def export(
         write, name = partial(export_soup), "soup"
     folder = to if to is not None else run / "exported" / name
     written = write(opened, folder=folder, best=best, base_model_id=base_model_id, repo=push)
-    print(printable(f"wrote {written}, after round {opened.round(best=best)}"))
+    print(printable(f"wrote {written}, the state after round {opened.round(best=best)}"))
     print(printable(vllm_support(opened)))
     if hub is None:
         print(

@@ -57,7 +57,7 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="SITE=NAME",
-            help="A client of a site; repeatable. Default: one client per site, of the same name.",
+            help="A client of a site; repeatable. Default: one client, with the site's name.",
         ),
     ] = None,
     server: Annotated[
@@ -148,13 +148,14 @@ def server(
 def site(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The site's kit.")],
     data: Annotated[
-        Path | None, typer.Option(help="The examples: csv, tsv, json, jsonl, parquet, or a folder.")
+        Path | None,
+        typer.Option(help="The examples: csv, tsv, json, jsonl, parquet or arrow file, or folder."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a site of a federation until it is stopped.
 
-    DIR/site.yaml contains the settings of the site.
+    DIR/site.yaml contains the site's settings, and the path of the data if --data is not given.
 
     Example: fedmerge federate site north --data tickets.csv
     """
@@ -199,13 +200,10 @@ def run(
     ],
     wait: Annotated[
         float,
-        typer.Option(
-            min=0,
-            help="Seconds to wait for all sites; the run then starts with the connected ones.",
-        ),
+        typer.Option(min=0, help="Seconds to wait for all sites; after that, --min-sites suffice."),
     ] = 600,
     min_sites: Annotated[
-        int, typer.Option(min=1, help="Minimum of connected sites to start with.")
+        int, typer.Option(min=1, help="Smallest number of connected sites to start a job with.")
     ] = 1,
     reconnect_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a server that does not respond.")
@@ -300,10 +298,10 @@ def rehearse(
     recipe: RecipeSource,
     overrides: Overrides = None,
     sites: Annotated[
-        int, typer.Option(min=1, help="Number of sites that share the recipe's clients.")
+        int, typer.Option(min=1, help="Number of sites, each with some of the recipe's clients.")
     ] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="A new folder. Default: rehearsals/NAME.")
+        Path | None, typer.Option(help="A new folder. Default: rehearsals/NAME (recipe's name).")
     ] = None,
     wire_dtype: WireDtype = "float32",
     segment: Segment = 10,

@@ -23,7 +23,8 @@ def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
         clients: Items of the form ``SITE=NAME``.
 
     Raises:
-        FederateError: Names of sites are missing or repeated, or a client is malformed.
+        FederateError: Names of sites are missing or repeated; an item of ``clients`` is malformed
+            or names an unknown site.
     """
     from fedmerge_peft.errors import FederateError
 

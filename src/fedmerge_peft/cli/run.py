@@ -33,7 +33,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New or empty run directory. Default: runs/NAME."),
+        typer.Option(help="New or empty run directory. Default: runs/NAME (the recipe's name)."),
     ] = None,
     quiet: Annotated[
         bool,
@@ -47,8 +47,8 @@ def run(
     """Run a recipe's federation and its baselines.
 
     The lines of evaluated rounds show the scores of the adapters at the start of the round
-    (served), and of the same adapters after local training (finetuned). The line after the last
-    round shows the scores of the final adapters.
+    (served), and of the same adapters after local training (finetuned, unless evaluation.finetuned
+    is false). The line after the last round shows the scores of the final adapters.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
@@ -94,7 +94,8 @@ def resume(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Overrides of rounds, stop, evaluation.every, tracking, callbacks or plugins.",
+            help="Overrides of name, rounds, evaluation.every, stop.patience, stop.metric, "
+            "tracking, callbacks or plugins.",
         ),
     ] = None,
     quiet: Annotated[
@@ -133,7 +134,8 @@ def _run_stoppable(start: Callable[..., Run], run: Run, console: Console, quiet:
     """Run with a progress bar.
 
     If a signal stops the run, print the command that resumes it, and raise ``typer.Exit``. If the
-    run fails, add the command to the error as a note.
+    run fails in a way that resuming may repair, add the command to the error as a note. A run that
+    cannot be resumed has no such command.
     """
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import (
@@ -187,7 +189,7 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
         clients = progress.add_task("clients", total=None)
 
         class ShowProgress(Callback):
-            """Update the progress bars and print one line per round."""
+            """Update the progress bars, and print one line per round and one per decision."""
 
             def on_start(self, federation: Federation, run: RunDirectory) -> None:
                 stop.check()

@@ -47,7 +47,10 @@ def scores(
 
 
 def print_tables(run: RunDirectory, console: Console) -> None:
-    """Print the scores of a finished run and its baselines, and the merging weights π, if any."""
+    """Print the scores of a finished run and its baselines, if it has any.
+
+    If the strategy learns to merge several adapters, print the merging weights π too.
+    """
     from fedmerge_peft.analysis import scores_table, weights_table
 
     if run.summary["final"]["served"] is not None:

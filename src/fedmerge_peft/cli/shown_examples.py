@@ -27,6 +27,8 @@ _SEGMENTS, _TOKENS = 16, 160
 def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Console) -> None:
     """Print the tokens of training examples, one example from each client in turn.
 
+    The last lines count the examples that truncation cuts, among all examples of the clients.
+
     Args:
         recipe: Recipe with the task, and with the backbone whose tokenizer is loaded.
         data: Table and clients.
@@ -106,7 +108,7 @@ def _tokens(segment: Segment, mark: str) -> Text:
 def _ends(items: list[Any], most: int) -> list[Any]:
     """Shorten a list of more than ``most`` items to its first and last ``most`` / 2 items.
 
-    The items between them, which are not shown, become one item: a list. Other lists are copied.
+    The items between them, which are not shown, become one item: a list. A shorter list is copied.
     """
     if len(items) <= most:
         return [*items]

@@ -32,7 +32,10 @@ def sweep(
     recipe: RecipeSource,
     values: Values = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run directories. Default: sweeps/NAME.")
+        Path | None,
+        typer.Option(
+            help="Folder of the run directories. Default: sweeps/NAME (the recipe's name)."
+        ),
     ] = None,
     jobs: Annotated[
         int,
@@ -46,8 +49,8 @@ def sweep(
     """Run every combination of the given values, then compare the runs.
 
     Commas in brackets, braces and quotes belong to the value. The recipe's baselines run once for
-    each combination of the values outside the section strategy. Repeating the command continues
-    the sweep: finished runs are kept and interrupted ones are resumed.
+    each combination of the values outside the sections strategy and baselines. Repeating the
+    command continues the sweep: finished runs are kept and interrupted ones are resumed.
 
     Example: fedmerge sweep quickstart strategy.adapters=3,5 seed=0,1,2
     """
@@ -91,7 +94,7 @@ def sweep(
     if finished:
         try:
             print_tables(Comparison.of(finished), console)
-        except RunError as error:  # such as runs with different metrics; the sweep itself succeeded
+        except RunError as error:  # such as different metrics; not a failure of the sweep
             console.print(printable(f"no comparison: {error}"), markup=False, soft_wrap=True)
     if failed is not None:
         raise failed

@@ -58,8 +58,8 @@ def run_jobs(
 
     Each process loads the data and the model itself, and takes runs that no other process is
     writing. Unless ``OMP_NUM_THREADS`` is set, each process uses as many threads as its share of
-    the CPU cores. The first SIGINT or SIGTERM ends each run after its current round, the second
-    ends it immediately.
+    the CPU cores. The first SIGINT or SIGTERM ends each run after its current round. A process that
+    has not completed a round yet ends at once. A second signal ends all processes at once.
 
     Args:
         count: Number of processes.

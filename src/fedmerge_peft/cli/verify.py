@@ -16,10 +16,11 @@ def verify(
         list[Path], typer.Argument(metavar="PATH", help="Run directories or exported folders.")
     ],
 ) -> None:
-    """Compare all files of runs or exports with their SHA-256 sums.
+    """Compare the files of runs or exports with their SHA-256 sums.
 
-    If files are damaged, missing or unknown, each of them is listed, and the exit code is 2. The
-    sums detect accidental changes; they do not prove who wrote a file.
+    If files of a PATH are damaged, missing or unknown, each of them is listed, later PATHs are not
+    checked, and the exit code is 2. Files of experiment trackers are not checked. The sums detect
+    accidental changes; they do not prove who wrote a file.
 
     Example: fedmerge verify runs/first
     """

@@ -42,7 +42,7 @@ def number_of_workers(requested: str, device: str) -> int:
 
     Raises:
         DeviceError: The value is neither ``auto`` nor an integer of at least 1, or a launcher has
-            already started this process and the value is neither ``auto`` nor 1.
+            already started several processes and the value is neither ``auto`` nor 1.
     """
     if requested == "1" or (requested == "auto" and launched_processes() > 1):
         return 1
@@ -117,7 +117,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             number, first = error.get_first_failure()
             if first.exitcode < 0:  # killed, before it could print an error
                 raise RankError(
-                    f"process {number} of {count} was killed ({first.signal_name()}), for example "
+                    f"rank {number} of {count} was killed ({first.signal_name()}), for example "
                     "because memory ran out; use fewer workers. fedmerge resume continues from the "
                     "last finished round"
                 ) from None

@@ -65,11 +65,12 @@ def federate_data(
         rows.
 
     Raises:
-        DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of
-            the splits differ; all training examples have the same label; no label of a split occurs
-            in training; there are fewer examples than clients; a client has no training rows; the
-            validation and test fractions leave no training rows; the scheme cannot divide the rows,
-            or returns an invalid assignment.
+        DataError: The data cannot be loaded; the label column or a column of the scheme does not
+            exist or has nulls; the columns of the splits differ; with ``whole``, all training
+            examples have the same label, or no label of a split occurs in training; there are fewer
+            training examples than clients; a client has no training rows; the validation and test
+            fractions leave no training rows; the scheme cannot divide the rows, or returns an
+            invalid assignment.
         PluginError: A scheme from a plugin fails.
     """
     splits = load_splits(recipe, media, splits)
@@ -86,7 +87,8 @@ def federate_data(
     if validation + test >= 1:
         raise DataError(
             f"data: validation_fraction {validation:g} and test_fraction {test:g} leave nothing to "
-            "train on; lower one of them, or name a split"
+            "train on; lower one of them, or name a split in data.validation_split or "
+            "data.test_split"
         )
     clients = []
     for number, (name, rows, group) in enumerate(partitioned["train"]):

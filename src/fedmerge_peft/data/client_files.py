@@ -28,13 +28,15 @@ def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[s
     """Read one file or folder per client.
 
     A client has the name of its folder, or of its file without the suffix, such as ``.csv.gz``. A
-    column that names the client of each row is added (``client_column``). Folders are read with
-    ``read_local``; class numbers, such as the labels of images, are replaced by class names.
+    column that names the client of each row is added, unless it exists (``client_column``). Folders
+    are read with ``read_local``; class numbers, such as the labels of images, are replaced by class
+    names.
 
     Raises:
-        DataError: Nothing matches the pattern; a file is not a table; a file or folder cannot be
-            read or has no rows; two clients have the same name, or differ in splits, columns or
-            types; a row names another client.
+        DataError: Nothing matches the pattern; it matches a file that is not a table, or both files
+            and folders; a file or folder cannot be read or has no rows; two clients have the same
+            name, or differ in splits or columns; a column has no common type; a row names another
+            client.
     """
     paths = _matches(pattern)
     if all(path.is_dir() for path in paths.values()):
@@ -64,7 +66,7 @@ def _matches(pattern: Path) -> dict[str, Path]:
     """Return the file or folder of each client by name, in the order of the paths."""
     paths = [Path(path) for path in sorted(glob(str(pattern)))]  # noqa: PTH207 - absolute too
     if not paths:
-        raise DataError(f"data.path: no file matches {pattern.absolute()}; correct the pattern")
+        raise DataError(f"data.path: nothing matches {pattern.absolute()}; correct the pattern")
     named: dict[str, Path] = {}
     for path in paths:
         suffix = "" if path.is_dir() else format_suffix(path)
@@ -78,7 +80,7 @@ def _matches(pattern: Path) -> dict[str, Path]:
 
 
 def _with_label_names(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Replace class numbers, which differ between folders, by class names.
+    """Replace class numbers, whose meaning differs between folders, by class names.
 
     A missing number becomes a missing value, as does a number that has no name, such as -1.
     """

@@ -1,4 +1,4 @@
-"""Join the tables of single clients into one table with a column that names the client."""
+"""Join the tables of single clients into one table per split, with a column of client names."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Registries of all parts that recipes refer to by name, and plugins that extend them.
 
 A plugin is a Python module that registers its parts when it is imported (``register_strategy`` and
-the other decorators of ``recipe/registration.py``). There are two ways to name a plugin:
+the other decorators of ``recipe/registration.py``). A plugin is imported if it is named
 
 - in the entry-point group ``fedmerge_peft.plugins`` of an installed package;
-- in a recipe: ``plugins: [my_module]``.
+- in a recipe: ``plugins: [my_module]``;
+- in the option ``--plugin`` of ``fedmerge ls`` or ``fedmerge schema``.
 
 The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
 registries. Modules in ``recipe/`` register them with the import paths of their code, so that
@@ -32,7 +33,7 @@ from fedmerge_peft.errors import FedMergeError, PluginError
 log = logging.getLogger(__name__)
 
 GROUP = "fedmerge_peft.plugins"
-"""The entry-point group; each entry point names a module."""
+"""The entry-point group of plugins; each entry point names a module."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class RegistryEntry:
     code: Any
     """The class or function, or its import path ``package.module:attribute``."""
     recipe: type[BaseModel] | None = None
-    """Class of the recipe section with its settings; None for parts without settings."""
+    """Class of the part's section in recipes; None for parts without one, such as metrics."""
     about: str = ""
     """One sentence for listings."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -71,9 +72,10 @@ class RegistryEntry:
 
     @contextmanager
     def named_in_errors(self, kind: str) -> Iterator[None]:
-        """Convert an error inside the context to ``PluginError``, which names the part and line.
+        """Convert an error inside the context to ``PluginError``.
 
-        A ``FedMergeError`` and errors of built-in parts are raised unchanged.
+        The message names the part, and the file and line that failed. A ``FedMergeError``
+        and errors of built-in parts are raised unchanged.
         """
         try:
             yield
@@ -117,13 +119,14 @@ class Registry:
     ) -> None:
         """Register a part under a name.
 
-        The name becomes the only allowed value, and the default, of the field ``key`` of the
-        section ``recipe``. A module may register a name again, so a notebook cell can run twice.
+        The section ``recipe`` has a field that names the part (the registry's ``key``). The name
+        becomes the default and the only allowed value of this field. A module may register a name
+        again, so that a notebook cell can run twice.
 
         Args:
             name: The name in recipes.
             code: A class or function, or its import path ``package.module:attribute``.
-            recipe: Class of the recipe section with its settings; None if it has no settings.
+            recipe: Class of the part's section in recipes; None for a part without one.
             about: One sentence for listings. Default: the first paragraph of the docstring of the
                 section, else of the code.
             facts: Further facts about the part.
@@ -239,8 +242,8 @@ def import_modules(names: Iterable[str]) -> None:
                     f"{name} cannot be imported: {error}; install the package that has {absent!r}"
                 ) from error
             raise PluginError(
-                f"there is no module {absent!r}; install the package that has it, or add its "
-                "folder to PYTHONPATH (PYTHONPATH=. for the current folder)"
+                f"there is no module {absent!r}; install the package that has it, or add the "
+                "folder that contains it to PYTHONPATH (PYTHONPATH=. for the current folder)"
             ) from error
         except (Exception, SystemExit) as error:
             cause = str(error) if isinstance(error, PluginError) else _named(error)

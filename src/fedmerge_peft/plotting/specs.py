@@ -1,6 +1,7 @@
-"""Figures as data.
+"""Specifications of figures: what they show, independent of how they are drawn.
 
-``svg.py`` draws them for the HTML report, and ``render.py`` draws them for files and trackers.
+``svg.py`` draws them as SVG, for the HTML report and for the progress of a run in a notebook.
+``render.py`` draws them with matplotlib, for files, trackers and other figures in notebooks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Line:
-    """A line with an optional band. Points that are not finite are omitted."""
+    """A line of a chart, with an optional band. Points whose ``y`` is not finite are omitted."""
 
     name: str
     x: Sequence[float]
@@ -25,8 +26,8 @@ class Line:
     style: int = 0
     """Index into the palette's colors and dashes, 0 to 5."""
     kind: Literal["main", "second", "reference"] = "main"
-    """``second`` is thin and dotted, in the method's color, for another quantity of a method.
-    ``reference`` is gray and dashed, for a constant to compare with."""
+    """main: the color and dashes of ``style``. second: the color of ``style``, thin and dotted, for
+    another quantity of the same method. reference: gray and dashed, for a constant."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Lines:
     y: str
     """Title of the y axis, with its unit."""
     floor: float | None = None
-    """Value that the y axis must include at its lower end."""
+    """Value at or below which the y axis begins."""
     ceiling: float | None = None
     """Upper limit of the y axis."""
 
@@ -59,14 +60,14 @@ class MethodScores:
 
 @dataclass(frozen=True)
 class Dumbbell:
-    """Scores of a few methods, one row per client, in the order given."""
+    """Dumbbell chart: one row per client, in the order of ``names``, and one mark per method."""
 
     names: Sequence[str]
     """Names of the clients."""
     methods: Sequence[MethodScores]
     """The method of interest, then one to three others. A bar connects the first two."""
     x: str
-    """Title of the scores, with their unit."""
+    """Name of the score, which is part of the x axis's title."""
     greater_is_better: bool = True
     intervals: Sequence[tuple[float, float]] | None = None
     """Confidence interval of each score of the first method; (nan, nan) where there is none."""
@@ -80,7 +81,7 @@ class Spread:
 
     methods: Sequence[MethodScores]
     x: str
-    """Title of the scores, with their unit."""
+    """Name of the score, which is part of the x axis's title."""
     greater_is_better: bool = True
 
 
@@ -127,7 +128,7 @@ class Bars:
     label: str
     """Meaning of the values, with their unit."""
     styles: Sequence[int] = ()
-    """Indices into the palette's colors, one per bar. Default: the first color."""
+    """Indices into the palette's colors, one per bar. Default: the first color for all bars."""
 
 
 Drawing = Lines | Dumbbell | Spread | Heat | Strip | Bars

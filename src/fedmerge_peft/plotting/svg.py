@@ -1,7 +1,8 @@
-"""Draw figures as SVG for the HTML report.
+"""Draw figures as SVG, for the HTML report and for the progress of a run in a notebook.
 
-The report's style sheet sets the colors for light and dark mode. All figures are ``WIDTH`` units
-wide, about a phone's width in CSS pixels, so that text stays legible when the page scales them.
+The style sheet of the page sets the colors; in the report, it has a light and a dark mode. All
+figures are ``WIDTH`` units wide, about a phone's width in CSS pixels, so that text stays legible
+when the page scales them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _BAR = 28
 
 
 def draw(drawing: Drawing) -> Markup:
-    """Return an ``svg`` element, or an empty string if there is nothing to draw."""
+    """Return a figure as an ``svg`` element.
+
+    The result is an empty string for a ``Lines``, ``Dumbbell`` or ``Spread`` without data to draw.
+    """
     match drawing:
         case Lines():
             return lines(drawing)

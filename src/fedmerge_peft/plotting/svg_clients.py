@@ -1,4 +1,4 @@
-"""Scores of clients under several methods, as SVG: dumbbells, and one dot per client."""
+"""Charts of the clients' scores under several methods, as SVG: ``Dumbbell`` and ``Spread``."""
 
 from __future__ import annotations
 
@@ -29,22 +29,26 @@ from fedmerge_peft.plotting.svg_marks import (
 from fedmerge_peft.util.text import printable
 
 MAX_CLIENTS = 240
-"""Limit on the rows of a dumbbell chart. With more clients, every n-th is drawn."""
+"""Limit L on the rows of a dumbbell chart. Of m > L clients, every ⌈m / L⌉-th is drawn."""
 _NAMED = 80
-"""Limit on clients for charts in which every row has a name and its gain."""
+"""Limit on clients for charts that print, in every row, the client's name and its gain: the score
+of the first method minus that of the second, with the sign reversed if lower is better."""
 _WRAPPED = 30
 """Limit on clients for charts in which a name may take two lines."""
 _TALL = 320
-"""Height above which the axis is repeated at the top."""
+"""Height of the grid above which the tick labels are repeated at its top."""
 _RATIO = 20.0
-"""The axis of a lower-is-better metric is logarithmic if the greatest score is more than this many
-times the least."""
+"""The axis of a lower-is-better metric is logarithmic if all scores are positive and the greatest
+is more than this many times the least."""
 _NAME = 0.42
 """Limit on the fraction of the width that names take."""
 
 
 def dumbbell(drawing: Dumbbell) -> Markup:
-    """Draw one row per client; return nothing if no client has scores of the first two methods."""
+    """Draw one row for each client with scores of the first two methods, up to ``MAX_CLIENTS``.
+
+    Return an empty string if there is no such client, or only one method.
+    """
     methods = drawing.methods
     values = [value for method in methods for value in method.values if math.isfinite(value)]
     kept = [
@@ -93,7 +97,10 @@ def dumbbell(drawing: Dumbbell) -> Markup:
 
 
 def spread(drawing: Spread) -> Markup:
-    """Draw one row per method, one dot per client, and the mean; return nothing without scores."""
+    """Draw one row for each method that has scores: a dot per client, and the mean.
+
+    Return an empty string if no method has scores.
+    """
     rows = [
         (method, [value for value in method.values if math.isfinite(value)])
         for method in drawing.methods
@@ -114,7 +121,8 @@ def spread(drawing: Spread) -> Markup:
     parts = [*_grid(across, marks, 18, bottom), text("num", WIDTH, 10, "mean", anchor="end")]
     for index, (method, finite) in enumerate(rows):
         y = 24 + height * (index + 0.5)
-        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # separates equal
+        # Shifts separate the dots of equal scores.
+        shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]
         parts += [
             label(left - 4, y, wrapped(method.name, left - 8)),
             *(
@@ -136,7 +144,7 @@ def spread(drawing: Spread) -> Markup:
 
 
 def is_logarithmic(values: Sequence[float], *, greater_is_better: bool) -> bool:
-    """Return True if scores, such as perplexities, are too far apart for a linear axis."""
+    """Return True if scores, such as perplexities, need a logarithmic axis (``_RATIO``)."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     return not greater_is_better and low > 0 and high / low > _RATIO

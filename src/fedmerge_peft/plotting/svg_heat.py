@@ -126,7 +126,10 @@ def binned_groups(groups: Sequence[str], limit: int) -> list[str]:
 
 
 def _brackets(groups: Sequence[str], left: float, wide: float, height: float) -> list[str]:
-    """Draw a bracket with a name beside each group's rows, and a line between groups."""
+    """Draw a bracket and a name beside each group's rows, and lines between groups.
+
+    A name that would overlap the name above it is omitted.
+    """
     parts, start, free = [], 0, -math.inf
     x = left + wide + 4
     for name, members in groupby(groups):
@@ -155,7 +158,10 @@ def _brackets(groups: Sequence[str], left: float, wide: float, height: float) ->
 def _column_names(
     columns: Sequence[str], left: float, cell: float, bottom: float
 ) -> tuple[list[str], float]:
-    """Return the column names below a heat map, rotated if they are wide, and their height."""
+    """Return the parts that draw column names below a heat map, and their height.
+
+    The names are rotated if one is wider than a cell. Names that would overlap are omitted.
+    """
     names = [short(name, 110, small=True) for name in columns]
     longest = max((text_width(name, small=True) for name in names), default=0.0)
     turned = longest > cell
@@ -185,7 +191,7 @@ def _color_scale(top: float, label: str, y: float) -> list[str]:
 
 
 def _cells(values: NDArray[Any], left: float, wide: float, tall: float) -> str:
-    """Draw one path per shade, which takes a tenth of the bytes of one rectangle per cell."""
+    """Draw one path per shade; one rectangle per cell would take about three times the bytes."""
     shades = np.nan_to_num(
         np.clip(np.ceil(np.nan_to_num(values) * _LEVELS - 1e-9), 0, _LEVELS)
     ).astype(int)

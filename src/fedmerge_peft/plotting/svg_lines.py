@@ -29,13 +29,14 @@ _HEIGHT = 250
 _DOTS = 12
 """Target number of dots on a line; fewer than twice as many are drawn."""
 _KEY = 24
-"""Width of the sample of a line beside its name."""
+"""Width of a line's sample together with the space between it and the line's name."""
 _MAX_LABEL = 100
-"""Limit on the width of names beside the lines. With a wider name, a legend below has all names."""
+"""Limit on the width of names beside the lines. If a name is wider, or there are more names than
+fit beside the chart, a legend below the chart has all names."""
 
 
 def lines(drawing: Lines) -> Markup:
-    """Draw a line chart; return nothing if no value is finite."""
+    """Draw a line chart; return an empty string if no value is finite."""
     x_values = [value for line in drawing.series for value in line.x]
     y_values = [
         value for line in drawing.series for value in _heights(line) if math.isfinite(value)

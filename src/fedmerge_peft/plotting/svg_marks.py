@@ -28,7 +28,10 @@ def text_width(text: str, *, small: bool = False) -> float:
 
 
 def short(name: str, width: float, *, small: bool = False) -> str:
-    """Shorten a name in the middle: its last characters distinguish the clients of a group."""
+    """Shorten a name in the middle if it is wider than ``width``, to eight characters at least.
+
+    The end is kept because it distinguishes the clients of a group.
+    """
     name = printable(name)
     most = max(int(width / (_SMALL if small else _CHARACTER) + 1e-9), 8)
     if _columns(name) <= most:
@@ -38,7 +41,10 @@ def short(name: str, width: float, *, small: bool = False) -> str:
 
 
 def wrapped(name: str, width: float, *, small: bool = False) -> list[str]:
-    """Break a name into at most two lines at a space; shorten lines that are still too long."""
+    """Break a name into two lines at a space if it is wider than ``width``.
+
+    Lines that are still wider are shortened, as is a name without a space.
+    """
     name = printable(name)
     words = name.split(" ")
     breaks = [(" ".join(words[:at]), " ".join(words[at:])) for at in range(1, len(words))]
@@ -88,7 +94,10 @@ def mark(shape: int, x: float, y: float, radius: float, style: int) -> str:
 
 
 def flow(widths: Sequence[float], left: float) -> list[tuple[float, int]]:
-    """Return the position and row of items placed side by side, as many per row as fit."""
+    """Return the x coordinate and row number of each item in a legend.
+
+    Items are placed side by side from ``left``, as many per row as fit into ``WIDTH``.
+    """
     x, row, places = left, 0, []
     for width in widths:
         if x > left and x + width > WIDTH:

@@ -15,10 +15,11 @@ class BackboneRecipe(Section):
     revision: Source | None = None
     """Branch, tag or commit on the hub."""
     gguf_file: Source | None = None
-    """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. It is dequantized once, to
-    `dtype`, and kept in the cache folder. Requires the extra `gguf`."""
+    """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. Its weights are dequantized to
+    `dtype` once, and the result is kept in the cache folder. Requires the extra `gguf`."""
     tokenizer: Source | None = None
-    """Id or folder of the tokenizer or image processor. Default: the model's id or folder."""
+    """Id or folder of the tokenizer, or of the processor of images or audio. Default: the id or
+    folder of the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights. Adapters are always float32."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -28,8 +29,8 @@ class BackboneRecipe(Section):
     Requires the extra `quantization` (bitsandbytes), and a CUDA GPU or a CPU. On a CPU,
     quantization saves memory and costs time. With 8 bits, clients train one at a time."""
     double_quantization: Boolean = True
-    """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
-    per weight."""
+    """With `quantization: 4bit`, quantize the scales of the weights as well, which saves about
+    0.4 bits per weight."""
     gradient_checkpointing: Boolean = False
     """Recompute activations in the backward pass: less memory, but about a third more time."""
     trust_remote_code: Boolean = False

@@ -43,11 +43,12 @@ class PartitionRecipe(Section):
     """Name of the scheme."""
 
     counts_lists: ClassVar[bool] = False
-    """True if the column ``by`` may contain lists, of which the scheme uses the first value."""
+    """True if the column of the classes (``by``, else the label) may have lists; only their first
+    values count."""
 
     @property
     def client_column(self) -> str | None:
-        """Column whose values name the clients; None if the scheme makes clients by itself."""
+        """Column whose values name the clients; None if the scheme creates them itself."""
         return None
 
     def summary(self) -> str:
@@ -63,7 +64,7 @@ class IidRecipe(PartitionRecipe):
 
 
 class DirichletRecipe(PartitionRecipe):
-    """Each class is distributed over the clients by a Dirichlet distribution (Yurochkin 2019)."""
+    """Classes divided among the clients in Dirichlet-distributed proportions (Yurochkin 2019)."""
 
     counts_lists = True
     clients: Count
@@ -71,10 +72,11 @@ class DirichletRecipe(PartitionRecipe):
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.1
     """Concentration. Smaller values concentrate each class at fewer clients."""
     min_examples: Count = 10
-    """Minimum number of training examples per client. The draw is repeated until every client has
-    at least this number; after 1,000 draws, the partition is refused."""
+    """Minimum number of training examples per client, including those that are then set aside for
+    validation and testing. The draw is repeated until every client has at least this number; after
+    1,000 draws, the partition is refused."""
     by: str | None = None
-    """Column whose values are distributed. A list counts as its first value. Default: the label."""
+    """Column whose values are the classes. A list counts as its first value. Default: the label."""
 
 
 class ClustersRecipe(PartitionRecipe):
@@ -87,9 +89,10 @@ class ClustersRecipe(PartitionRecipe):
     classes_per_group: Labels = 30
     """Number of classes per group. Groups may share classes."""
     size_spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Maximum relative deviation of a group's number of clients from the mean. The numbers are
-    drawn at random. With 0.3, 100 clients in ten groups form groups of 7 to 13 clients, as in the
-    program of FedMerge's authors."""
+    """Maximum relative deviation of a group's number of clients from the mean, before rounding.
+    With 0, the numbers differ by at most 1; otherwise, they are drawn at random. With 0.3, 100
+    clients in ten groups form groups of 7 to 13 clients, as in the program of FedMerge's
+    authors."""
     deck: bool = False
     """Deal the classes to the groups from one deck, as FedMerge's authors do, so that groups share
     as few classes as possible. With false, each group draws from all classes."""
@@ -128,7 +131,7 @@ class NaturalRecipe(PartitionRecipe):
 
 
 class ShardsRecipe(PartitionRecipe):
-    """Examples sorted by label and cut into shards, a few per client (McMahan 2017)."""
+    """Examples sorted by class and cut into equal shards, a few per client (McMahan 2017)."""
 
     clients: Count
     """Number of clients."""
@@ -161,20 +164,21 @@ class DataRecipe(Section):
     path: NonEmpty
     """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables, images or
     audio, a folder written by save_to_disk of datasets, a pattern that matches one file or folder
-    per client (clients/*.csv), an embedded data set such as embedded:support-tickets, or memory for
-    examples that Python passes with data=."""
+    per client (clients/*.csv), an embedded data set such as embedded:support-tickets, or the word
+    memory for examples that Python passes with data=."""
     separator: Separator | None = None
     """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
     tab for .tsv."""
     quoting: Quoting = "auto"
     """Meaning of quotation marks in csv and tsv files. double: quotation marks enclose fields; a
     mark within a field is written twice. none: quotation marks are text. auto: as double, or as
-    none if a file with tabs cannot be read otherwise; an ambiguous file is an error."""
+    none if a tab-separated file cannot be read as double. With auto, a file of several columns is
+    refused if a quoted field spans lines, but each line of the file is also a complete row."""
     encoding: Encoding | None = None
     """Encoding of csv, tsv and json files, such as cp1252. Default: the encoding of the byte order
     mark if the file has one, else utf-8."""
     config: str | None = None
-    """Configuration (subset) of a data set on the hub."""
+    """Configuration (subset) of a data set on the hub, or in a folder whose README.md names it."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     train_split: str = "train"
@@ -186,7 +190,7 @@ class DataRecipe(Section):
     """Name of the test split. Default: `test` if that split exists, else a part of each client's
     training examples."""
     split_column: str | None = None
-    """Column with the split of each row, for files that contain several splits."""
+    """Column with the name of each row's split, for data without other splits."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Column values of the rows to keep: one value, or a list of alternatives, for each column."""
     validation_fraction: Fraction = 0.2

@@ -14,8 +14,9 @@ _ABSENT = object()
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values by dotted key, in the order of the schema.
 
-    The result has the form ``{"name": ..., "strategy.adapters": 5, ...}``. Defaults
-    that depend on other keys, such as ``server_lr``, are replaced by the values that take effect.
+    The result has the form ``{"name": ..., "strategy.adapters": 5, ...}``. Lists, such as
+    ``baselines``, stay one value. Defaults of strategies that depend on other keys, such as that of
+    ``server_lr``, are replaced by the values that take effect.
     """
     values = recipe.model_dump()
     for strategy, section in zip(
@@ -39,7 +40,10 @@ def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys, in order, whose values differ or are missing in some flat recipes."""
+    """Return the keys whose values differ between flat recipes, in the order of their occurrence.
+
+    A key that only some of the recipes have is among them.
+    """
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [
         key
@@ -49,7 +53,11 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def written(value: object) -> str:
-    """Format a value for a label: text unchanged, other values as JSON without spaces or quotes."""
+    """Format a value for labels and messages.
+
+    Text is unchanged. Other values become JSON without spaces after separators, and without
+    quotation marks.
+    """
     return (
         value
         if isinstance(value, str)

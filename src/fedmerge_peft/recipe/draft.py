@@ -1,4 +1,4 @@
-"""A commented recipe for a user's table, from a few answers."""
+"""Write a commented recipe for a user's table, from the answers to a few questions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ backbone:
   model: {model}   # a hub id, or a folder
 
 # lora:
-#   r: 8                             # size of the adapter
+#   r: 8                             # rank of the adapter
 #   target_modules: [query, value]   # needed for models for which PEFT has no default
 
 data:
@@ -38,7 +38,7 @@ data:
 {partition}
 
 strategy:
-  name: fedmerge   # each client gets a mixture of several adapters; fedmerge ls --all has others
+  name: fedmerge   # each client gets a mixture of several adapters; fedmerge ls --all lists others
 
 baselines: [fedavg, local]   # for comparison: one adapter for all; each client alone
 
@@ -54,14 +54,14 @@ class Answers:
 
     name: str
     file: str
-    """Name of the recipe's file, for its first comment."""
+    """Path of the recipe's file, for the commands in the comment at its beginning."""
     task: str
     path: str
     model: str
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     """Column, or list of columns, by key of the task's section, such as ``text`` and ``label``."""
     client: str | None = None
-    """Column with one client for each value; None to assign the rows to clients at random."""
+    """Column whose values each become one client; None to assign the rows to clients at random."""
     clients: int = 4
     """Number of clients if ``client`` is None."""
     split: str | None = None

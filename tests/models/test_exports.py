@@ -159,7 +159,7 @@ def test_heads_keep_running_statistics_when_they_start_afresh(tmp_path, processo
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (lambda model, state: None, r"PEFT saves the adapter of .*, but does not load it again"),
+        (lambda model, state: None, "PEFT does not restore .* when it saves the adapter and loads"),
         (lambda model, state: state["nowhere"], "PEFT cannot load the adapter .*: .*nowhere"),
     ],
     ids=["ignored", "refused"],

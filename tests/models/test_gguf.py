@@ -91,7 +91,7 @@ def test_weights_of_another_user_are_not_used(tiny_models, tmp_path, cache, monk
     written = model_folder(recipe(tmp_path), tmp_path)
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     monkeypatch.setattr(reader, "is_own", lambda path: False)
-    with pytest.raises(BackboneError, match=f"{written} is not used .*belongs to another user"):
+    with pytest.raises(BackboneError, match=f"{written} are not used .*belongs to another user"):
         model_folder(recipe(tmp_path), tmp_path)
 
 

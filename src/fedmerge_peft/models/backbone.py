@@ -1,4 +1,4 @@
-"""Frozen pretrained model with one LoRA slot, into which adapters are loaded as flat rows."""
+"""Frozen pretrained model with one adapter slot, into which adapters are loaded as flat rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Backbone:
         self.layout = layout
         self.shared = shared
         """Frozen tensors that all adapters share: the buffers of heads and, with ``merge:
-        shared_a``, the factors A."""
+        shared_a``, the factors with random initial values (A of layers, B of embeddings)."""
         self.prefix = find_prefix(model)
         """Frozen layers before the first trainable layer; None if ``find_prefix`` finds none."""
         self.trainable = trainable
@@ -157,21 +157,23 @@ class Backbone:
         frozen = getattr(self.model.get_submodule(name).base_layer, "weight", None)
         if frozen is None or not frozen.is_floating_point():
             raise BackboneError(
-                f"backbone: the weights of {name} are quantized, and cannot be updated; "
-                "use another strategy, or a model that is not quantized"
+                f"backbone.model: the weights of {name} are quantized, and cannot be updated; "
+                "choose strategies and baselines that do not update them (flora and fedex_lora do) "
+                "or a model that is not quantized"
             )
         parameters = self.model.named_parameters(remove_duplicate=False)
         if sum(parameter is frozen for _, parameter in parameters) > 1:
             raise BackboneError(
-                f"lora.target_modules: {name} is tied to another layer, which would change too; "
-                "leave it out"
+                f"lora.target_modules: {name} is tied to another layer, which would change too if "
+                "the server updated the weights of this layer (as in flora and fedex_lora); remove "
+                "it from the target modules"
             )
 
     def train(self) -> None:
         """Put the model into training mode.
 
         Dropout is active except in the frozen prefix (``Prefix.freeze``). Running statistics
-        (BatchNorm) keep their pretrained values.
+        (BatchNorm) do not change.
         """
         self.model.train()
         if self.prefix is not None:
@@ -185,7 +187,10 @@ class Backbone:
         self.model.eval()
 
     def _bind(self, values: Tensor, gradient: Tensor | None) -> None:
-        """Make the trainable tensors and their gradients views of these vectors ``(P,)``."""
+        """Make the trainable tensors and their gradients views of these vectors ``(P,)``.
+
+        If ``gradient`` is None, the tensors have no gradients.
+        """
         for parameter, entry in zip(self.trainable, self.layout.entries, strict=True):
             parameter.grad = None
             parameter.data = values[entry.columns].view(entry.shape)
@@ -209,11 +214,10 @@ def load_backbone(
         task: Task, which determines model class, labels and padding token.
         folder: Folder or hub id from ``model_folder``.
         device: Device of the model.
-        seed: Seed for tensors that the pretrained model lacks.
+        seed: Seed of the LoRA factors, and of tensors that the pretrained model lacks.
 
     Raises:
-        BackboneError: The model cannot be loaded, or does not support the adapter. The message
-            names alternatives.
+        BackboneError: The model cannot be loaded, or does not support the adapter.
     """
     with seeded(derive(seed, "backbone"), device):
         model, missing = load_model(backbone, task, folder, device)
@@ -234,7 +238,7 @@ def load_backbone(
 
 
 def _with_layout(model: Any) -> Backbone:
-    """Create the backbone; match trainable tensors with saved names by memory address."""
+    """Create the backbone. Find the name under which PEFT saves a tensor by its memory address."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import ModulesToSaveWrapper

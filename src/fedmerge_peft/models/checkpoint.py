@@ -1,7 +1,7 @@
 """Checks of a model's weights against its configuration: missing, mismatched and unused tensors.
 
 Transformers initializes missing tensors at random, and ignores tensors that the model does not use.
-Both are right for heads, and wrong for all other modules.
+Both are right for heads and poolers, and wrong for all other modules.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def check_folder(name: str, folder: Path) -> None:
 def adapter_found(name: str) -> str:
     """Return the message for a model that comes with an adapter."""
     return (
-        f"backbone.model: {name} holds a PEFT adapter ({ADAPTER_FILE}); name a folder with the "
-        "base model alone, or merge the adapter into it first "
+        f"backbone.model: {name} holds a PEFT adapter ({ADAPTER_FILE}); name the base model "
+        "alone, or merge the adapter into it first "
         "(PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
     )
 
@@ -65,7 +65,9 @@ def adapter_found(name: str) -> str:
 def missing_tensors(
     model: Any, report: Mapping[str, Any], name: str, *, new_heads: bool
 ) -> set[str]:
-    """Return the names of the tensors in heads and poolers that the checkpoint lacks.
+    """Return the names of the tensors in heads and poolers that are not pretrained.
+
+    The checkpoint lacks these tensors, or has them in another shape.
 
     Args:
         model: Model of transformers, loaded.
@@ -116,8 +118,12 @@ def missing_tensors(
 def in_head(model: nn.Module, key: str) -> bool:
     """Return True if a tensor belongs to a head or a pooler, and not to the pretrained layers.
 
-    The pretrained layers are the module that transformers names in ``base_model_prefix`` or, if
-    there is none, all modules but the last.
+    The pretrained layers are the module that transformers names in ``base_model_prefix``. If there
+    is no such module, they are all direct submodules except the last one that has tensors.
+
+    Args:
+        model: Model of transformers.
+        key: Name of the tensor.
     """
     module, _, rest = key.partition(".")
     if not rest:  # a tensor of the model itself
@@ -131,8 +137,11 @@ def in_head(model: nn.Module, key: str) -> bool:
 
 
 def _has_no_place(model: nn.Module, key: str) -> bool:
-    """Return True for a tensor of a layer beyond the last one, or of a disabled bias."""
-    # The checkpoint of a model without a head has no prefix.
+    """Return True for a tensor of a layer beyond the last one, or of a disabled bias.
+
+    Return False for all tensors of heads and poolers.
+    """
+    # In the checkpoint of a model without a head, the names have no prefix.
     names = (key, f"{getattr(model, 'base_model_prefix', '')}.{key}")
     return any(not in_head(model, name) and _is_cut_off(model, name) for name in names)
 
@@ -151,6 +160,6 @@ def _is_cut_off(model: nn.Module, key: str) -> bool:
 
 
 def _state_names(model: nn.Module) -> Collection[str]:
-    """Return the names of the tensors in a checkpoint, with one name for tied weights."""
+    """Return the names of the parameters in a checkpoint, with one name for tied weights."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return [name for name, _ in model.named_parameters() if name not in tied]

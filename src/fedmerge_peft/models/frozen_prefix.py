@@ -82,9 +82,10 @@ class Prefix:
 
     @contextmanager
     def replay(self, states: Tensor) -> Iterator[None]:
-        """Skip the prefix and pass ``states`` to layer l in forward passes inside the context.
+        """Skip the layers before l, and pass ``states`` to layer l in passes inside the context.
 
-        Call ``record`` before the first ``replay``.
+        Run a forward pass inside ``record`` before the first ``replay``. It shows whether the
+        layers return tuples.
         """
 
         def replace_input(
@@ -158,9 +159,10 @@ def find_prefix(model: nn.Module) -> Prefix | None:
     """Find the frozen prefix from the model's parameters and the order of its modules.
 
     The prefix is found if exactly one ``ModuleList`` has layers with trainable tensors, its first
-    layer has none, and all other trainable tensors belong to heads after it. These conditions are
-    necessary, but not sufficient; ``PrefixCache`` verifies the prefix by running the model. A model
-    from outside transformers has no prefix, because the order in which its parts run is unknown.
+    layer has none, and all other trainable tensors belong to heads after it. A ``ModuleList``
+    inside another one is not counted. These conditions are necessary, but not sufficient;
+    ``PrefixCache`` verifies the prefix by running the model. A model from outside transformers has
+    no prefix, because the order in which its parts run is unknown.
 
     Returns:
         The prefix, or None.

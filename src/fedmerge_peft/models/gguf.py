@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -> Path:
-    """Return a folder with the weights and the tokenizer of a GGUF file, as safetensors.
+    """Return a folder with the weights of a GGUF file, as safetensors, and with its tokenizer.
 
     The folder is written once for each file and number format. A file is considered new if its
     path, size or modification time differs.
@@ -120,9 +120,9 @@ def _gguf_errors(path: Path) -> AbstractContextManager[None]:
 
 
 def _is_written(target: Path) -> bool:
-    """Return True if this user has written the folder; make its parent folder private.
+    """Return True if the folder exists and has a model; make its parent folder private.
 
-    Raises ``BackboneError`` if the folder is a link or belongs to another user.
+    Raises ``BackboneError`` if the folder or its parent is a link or belongs to another user.
     """
     try:
         if not is_own(target):
@@ -132,14 +132,14 @@ def _is_written(target: Path) -> bool:
         return False
     except OSError as error:
         raise BackboneError(
-            f"backbone.model: {target} is not used ({error.strerror or error}); set FEDMERGE_CACHE "
-            "to another folder"
+            f"backbone.model: the dequantized weights in {target} are not used "
+            f"({error.strerror or error}); set FEDMERGE_CACHE to another folder"
         ) from error
     return (target / "config.json").is_file()
 
 
 def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
-    """Write the causal language model of a GGUF file, and its tokenizer."""
+    """Write the causal language model of a GGUF file, and its tokenizer, to ``target``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": path.name}

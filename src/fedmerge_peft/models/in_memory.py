@@ -63,8 +63,8 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
             )
     with library_errors(
         lambda reason: BackboneError(
-            f"model: the {type(passed.model).__name__} cannot be copied, so runs could change it: "
-            f"{reason}"
+            f"model: the {type(passed.model).__name__} cannot be copied to {device}, and a run "
+            f"trains only a copy: {reason}"
         )
     ):
         copy: Any = deepcopy(passed.model).to(device, getattr(torch, backbone.dtype))

@@ -28,7 +28,8 @@ class LabeledHead:
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
         self.unchanged = False
-        """True if the model returns the layer's output unchanged, so that ``losses`` are exact."""
+        """True if the model returns the layer's output unchanged, and the task's losses need only
+        cross-entropies, so that ``losses`` may replace the logits."""
 
     @contextmanager
     def applied(self, labeled: Tensor) -> Iterator[None]:
@@ -78,13 +79,14 @@ class LabeledHead:
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """Compute ``-log softmax(logits)[target]`` at n positions, in chunks of ``CHUNK`` logits.
 
-        A loss depends only on the state of its own position. Its gradient is therefore computed
-        together with the chunk. The backward pass multiplies this gradient by the upstream
-        gradient, which contains, for example, the weights of examples. Both passes together need
-        two matrix products, as without chunks. ``torch.utils.checkpoint`` and
-        ``functional.linear_cross_entropy(reduction="none")`` would compute the logits twice; other
-        reductions of ``linear_cross_entropy`` cannot weight positions. Because the layer itself is
-        called, biases, quantized weights and autocast have their usual effect.
+        A loss depends only on the state of its own position. The forward pass can therefore compute
+        its gradient, too, before it discards the logits of a chunk. The backward pass multiplies
+        this gradient by the upstream gradient, which contains, for example, the weights of
+        examples. Both passes together need two matrix products, as without chunks.
+        ``torch.utils.checkpoint`` and ``functional.linear_cross_entropy(reduction="none")`` would
+        compute the logits twice; other reductions of ``linear_cross_entropy`` cannot weight
+        positions. Because the layer itself is called, biases, quantized weights and autocast have
+        their usual effect.
 
         Args:
             states: ``(n, width)``, from ``set_aside``.
@@ -98,7 +100,7 @@ class LabeledHead:
 
 
 def frozen_output_layer(model: Any) -> nn.Linear | None:
-    """Return a PEFT model's output layer; None if the model has none, or if the layer trains."""
+    """Return a PEFT model's output layer; None unless it is a linear layer with a frozen weight."""
     layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
     return layer if isinstance(layer, nn.Linear) and not layer.weight.requires_grad else None
 

@@ -17,7 +17,8 @@ class Packing:
 
     Args:
         mask: Attention mask of the padded batch, ``(batch, length)``.
-        adapters: K. Each of K equal parts of the batch gets R separate rows.
+        adapters: K, the number of adapters in the pass. The batch consists of K equal parts, one
+            for each adapter. Each part gets R rows, the largest number that a part needs.
     """
 
     def __init__(self, mask: Tensor, adapters: int = 1) -> None:

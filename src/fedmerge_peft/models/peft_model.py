@@ -28,7 +28,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     """Wrap the model in a PEFT model with a LoRA adapter.
 
     Args:
-        model: Transformers model.
+        model: Transformers model, or a copy from ``copy_module``.
         lora: Section of the adapter.
         task: Task, which determines the heads.
         name: Name of the model, for error messages.
@@ -47,8 +47,8 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         lora = _with_targets(model, lora, head, task)
     heads = _heads(model, task, lora.modules_to_save or [], missing)
     if head is not None:
-        # PEFT treats every module whose path ends with the name of a head as a head: the name
-        # ``out`` would include lora_dropout. Therefore, this name is the whole path.
+        # PEFT treats every module whose path ends with the name of a head as a head: with the name
+        # ``out``, lora_dropout would be one. The whole path is therefore used as the name.
         heads.append(f"base_model.model.{head}")
     _check_trainable(model, lora.modules_to_save or [])
     model_type = getattr(model.config, "model_type", "") or type(model).__name__
@@ -66,8 +66,8 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     check_rank(model, lora)
     if lora.bias != "none" and model.dtype != torch.float32:
         raise BackboneError(
-            "lora.bias: trained biases are float32 and belong to the backbone's layers; "
-            "use backbone.dtype=float32"
+            "lora.bias: trained biases are float32, but the other parameters of their layers are "
+            f"{str(model.dtype).removeprefix('torch.')}; use backbone.dtype=float32"
         )
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
     if lora.target_modules == "all-linear":
@@ -106,9 +106,10 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
 def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
     """Return the path of the layer that serves as the head of a module from outside transformers.
 
-    This is the output layer, if it has one output per label. Return None for models of
+    This is the last linear layer, if it has one output per label. Return None for models of
     transformers and for tasks without labels. Return None, too, if ``lora.modules_to_save`` is set,
-    if a module has the name of one of the task's heads, or if LoRA adapts the output layer.
+    if a module has the name of one of the task's heads, or if the list ``lora.target_modules``
+    names the last linear layer.
     """
     from transformers import PreTrainedModel
 
@@ -142,7 +143,7 @@ def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list
 
 
 def check_reload(model: Any) -> None:
-    """Check that PEFT loads the tensors of an adapter that it saves.
+    """Check that PEFT restores all tensors of an adapter when it saves the adapter and loads it.
 
     PEFT renames the tensors of some models when it saves or loads them, and ignores tensors with
     unknown names. The predictions of an exported adapter would then differ.
@@ -151,7 +152,7 @@ def check_reload(model: Any) -> None:
         model: PEFT model. Its values are restored.
 
     Raises:
-        BackboneError: PEFT fails, or loads other values than it saves.
+        BackboneError: PEFT fails, or does not restore the value of a trainable tensor.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -184,19 +185,27 @@ def check_reload(model: Any) -> None:
         for tensor, value in zip(tensors, held, strict=True):
             tensor.copy_(value)
     if lost:
-        module = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        module, factor, _ = lost[0].removeprefix("base_model.model.").partition(".lora_")
         raise BackboneError(
-            f"lora: PEFT saves the adapter of {module}, but does not load it again "
-            f"({len(lost)} tensors); name the module in lora.exclude_modules"
+            f"lora: PEFT does not restore {module} when it saves the adapter and loads it again "
+            f"({len(lost)} tensors); "
+            + (
+                "name the module in lora.exclude_modules"
+                if factor
+                else "remove the key of lora that trains it, or choose another model"
+            )
         )
 
 
 def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:
-    """Return the modules to train fully.
+    """Return the names or paths of the modules to train fully.
 
     These are the requested ones, the task's heads, and all modules without pretrained weights.
     A module without pretrained weights must be part of the adapter. Otherwise its random values
     would differ each time the adapter is loaded.
+
+    Raises ``BackboneError`` if a module without pretrained weights is outside the other heads, and
+    the task has no heads or the module has submodules.
     """
     heads = list(requested)
     heads += [
@@ -235,7 +244,8 @@ def prepare_heads(model: Any, missing: set[str], outputs: Sequence[str]) -> None
     Args:
         model: PEFT model.
         missing: Names of tensors that are not pretrained.
-        outputs: Names of heads whose outputs stay in float32.
+        outputs: Names of heads whose outputs stay in float32. The outputs of other heads are
+            converted to the backbone's number format.
     """
     from peft.utils import ModulesToSaveWrapper
 

@@ -46,12 +46,14 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
             or ``memory:DIGEST`` for a model that a Python program passes. If an installed package
             contains the weights of a hub id, the package's folder is used. GGUF files are
             dequantized.
-        scratch: Folder for the files of a tiny model, or of a model in memory.
+        scratch: Folder for the files of a tiny model, or of a model in memory. No files are written
+            for a module that ``load_model`` copies (``models/in_memory.py``).
 
     Raises:
-        BackboneError: The folder does not contain a model, or contains an adapter; a GGUF file
-            cannot be loaded; the model is a URL; KIND is unknown; no program passes the model in
-            memory, or the program has changed the model after it was passed.
+        BackboneError: The folder does not contain a model, or contains an adapter or damaged
+            weights; a GGUF file is missing or cannot be loaded; ``gguf_file`` is given for a model
+            on the hub; the model is a URL; KIND is unknown; no program passes the model in memory,
+            or the program has changed the model after it was passed.
     """
     model = backbone.model
     if (passed := passed_model(model)) is not None:
@@ -137,11 +139,11 @@ class ModelRequirements(Protocol):
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names of the outputs of the head. Empty for models without one."""
+        """Names of the outputs of the head. Empty if they have no names, or if there is no head."""
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id with which tokens are padded; None if the inputs are not tokens."""
+        """Id with which tokens are padded; None to keep the id in the model's configuration."""
 
     @property
     def heads(self) -> Sequence[str]:
@@ -167,8 +169,8 @@ def load_model(
         The model, and the names of its tensors that are not pretrained.
 
     Raises:
-        BackboneError: The model cannot be loaded, contains an adapter, or has weights that do not
-            match its configuration.
+        BackboneError: The model cannot be loaded or quantized, contains an adapter, or has weights
+            that do not match its configuration.
     """
     import transformers
 
@@ -241,7 +243,11 @@ def load_model(
 
 
 def _prepared(model: Any, task: ModelRequirements) -> Any:
-    """Set a model's padding token, name its outputs and align its weights; return the model."""
+    """Set the padding id, make the model return outputs by name, and align its weights.
+
+    Returns:
+        The model.
+    """
     # Decoders with a classification head look for the last token before the padding.
     if task.pad_token_id is not None:
         set_pad_token_id(model.config, task.pad_token_id)
@@ -300,7 +306,7 @@ def _quantized_without_weights(model: Any, report: Mapping[str, Any]) -> list[st
 
 
 def _is_quantized_layer(layer: Any) -> bool:
-    """Return True for a layer of bitsandbytes, which exists only if it is installed."""
+    """Return True for a quantized layer. Compare names, as bitsandbytes may not be installed."""
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
@@ -331,7 +337,7 @@ def quantization_options(backbone: BackboneRecipe, unquantized: Sequence[str]) -
     """Return transformers' ``quantization_config`` as a dictionary; empty without quantization.
 
     Args:
-        backbone: Number of bits.
+        backbone: Number of bits, and whether scales are quantized, too.
         unquantized: Names of layers that are not quantized, such as a new head, which is trained
             fully. If there are none, transformers excludes the output layer.
     """

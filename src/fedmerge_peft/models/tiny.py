@@ -52,10 +52,10 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
     """Write a tiny model.
 
     The models have 2 layers of width 32. Text models have a byte-level BPE tokenizer with at most
-    400 tokens, and 128 positions. The image model takes 32 × 32 pixels in patches of 8 × 8.
-    ``bert`` and ``vit`` have no head. ``llama`` is a causal language model with an untied output
-    matrix and a chat template. ``gpt2`` is a causal language model with a tied output matrix and no
-    pad token, like the original. ``t5`` has an encoder and a decoder.
+    400 tokens, and a limit of 128 tokens per text. The image model takes 32 × 32 pixels in patches
+    of 8 × 8. ``bert`` and ``vit`` have no head. ``llama`` is a causal language model with an untied
+    output matrix and a chat template. ``gpt2`` is a causal language model with a tied output matrix
+    and no pad token, like the original. ``t5`` has an encoder and a decoder with 2 layers each.
 
     The state of torch's random generators is preserved.
 

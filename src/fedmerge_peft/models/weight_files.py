@@ -67,7 +67,8 @@ def _types(path: Path) -> dict[str, str]:
 
     def fault(reason: str) -> BackboneError:
         if kind := foreign_content(path):
-            if "download" not in kind and "fetches" not in kind:  # advice for tables
+            # The advice after the semicolon is for tables, unless it says how to get the file.
+            if "download" not in kind and "fetches" not in kind:
                 kind = f"{kind.partition(';')[0]}, not safetensors; write it with save_pretrained"
             return BackboneError(f"backbone.model: {path} is {kind}")
         return BackboneError(

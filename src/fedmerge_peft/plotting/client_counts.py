@@ -19,13 +19,14 @@ class ClientCounts(Picture):
 
     data: FederatedData
     column: str | None
-    """Label column; None to draw the splits only."""
+    """Column whose values are the labels; None to draw the splits only."""
 
     def draw(self) -> Any:
         """Return a new ``matplotlib.figure.Figure``.
 
         Raises:
-            DataError: The label column is missing, nested or has nulls.
+            DataError: The column cannot be counted (``encode_classes``), such as a column with
+                nulls.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Draw figures with matplotlib, for files and trackers.
+"""Draw figures with matplotlib, for files, notebooks and trackers.
 
 ``svg.py`` draws the same figures for the HTML report.
 """
@@ -26,11 +26,12 @@ from fedmerge_peft.util.text import printable
 SUFFIXES = (".png", ".svg", ".pdf")
 """File suffixes of the supported formats."""
 _PAGE_SUFFIXES = (".png", ".svg")
-"""Suffixes of the files that ``save`` writes."""
+"""Suffixes of the two files that the function ``save`` writes."""
 _ROW_HEIGHT = 0.19
-"""Height of a named row of a heat map, inches."""
+"""Height of a row of a heat map, inches."""
 _MAX_HEIGHT = 8.0
-"""Height limit of a heat map, inches."""
+"""Limit on the height of all rows of a heat map, inches. It is 1.5 times as high for a dumbbell
+chart."""
 _LINES_HEIGHT = 3.6
 """Height of a line chart, inches."""
 _MAX_NAMES = 40
@@ -142,7 +143,10 @@ def draw(drawing: Drawing, title: str) -> Any:
 
 
 def _blank(width: float, height: float, title: str, panels: int = 1) -> tuple[Any, Any]:
-    """Return an empty figure of ``width`` × ``height`` inches, and its axes."""
+    """Return an empty figure of ``width`` × ``height`` inches, and its axes.
+
+    With several panels, the axes are an array ``(1, panels)``.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Infer the types of columns from all rows of all files, and convert uncommon types."""
+"""Infer column types from all rows of all files, and convert columns of uncommon Arrow types."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ def type_texts(texts: Any) -> Any:
 def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -> Any:
     """Convert the JSON values of a column to an Arrow array of one type.
 
-    If the contents of lists or objects have different types, all values of the column become JSON
-    text.
+    If the values are lists or objects that Arrow cannot represent, such as lists of different
+    types, all values of the column become JSON text. A column without any value has the type text.
 
     Args:
         values: Values of all rows; None is a missing value.
-        name: Column, for error messages.
-        place: Function from a row number to its place for error messages: ``rows.jsonl:7``.
+        name: Name of the column, for error messages.
+        place: Function that returns the place of a row, such as ``rows.jsonl:7``, for error
+            messages. Its argument is the number of the row, from 0.
 
     Raises:
-        DataError: Values have different types, are too large for an exact number, or are not
-            valid text.
+        DataError: Values have different types; a number is too large to be exact; or a text has
+            an unpaired surrogate.
     """
     known = next((row for row, value in enumerate(values) if value is not None), None)
     if known is None:
@@ -83,9 +84,10 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
 def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
     """Convert a ``pyarrow.ChunkedArray`` of an uncommon type to a type that the package supports.
 
-    Views, dictionary-encoded and run-end-encoded columns become plain values. Float16, which Arrow
-    cannot sort, becomes float32. Arrow's JSON is parsed. UUIDs and pandas periods become text.
-    Other extension types become their storage type.
+    String, binary and list views, and dictionary-encoded and run-end-encoded columns become columns
+    of plain values. Float16, which Arrow cannot sort, becomes float32. Values of Arrow's JSON type
+    are parsed. UUIDs and pandas periods become text. Other extension types become their storage
+    type.
 
     Raises:
         DataError: ``json_column`` rejects the values of a JSON column, such as values of different
@@ -114,7 +116,7 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
 
 
 def as_text(values: Any) -> Any:
-    """Convert a ``pyarrow.ChunkedArray`` of booleans or numbers to text in JSON's notation."""
+    """Convert a ``pyarrow.ChunkedArray`` of booleans or numbers to text: ``true``, ``1.5``."""
     if not pa.types.is_floating(values.type):
         return values.cast(pa.string())
     texts = [None if value is None else repr(value) for value in values.to_pylist()]
@@ -124,7 +126,8 @@ def as_text(values: Any) -> Any:
 def whole_numbers(columns: Sequence[Any]) -> list[Any]:
     """Convert floating-point columns to int64 if all of their values are whole and exact.
 
-    Pandas stores integers as floats, such as 1.0, if some values are missing. NaN becomes null.
+    Pandas stores integers as floats, such as 1.0, if some values are missing. In converted columns,
+    NaN becomes null.
 
     Args:
         columns: The ``pyarrow.ChunkedArray`` of each split. Either all or none are converted.
@@ -137,7 +140,7 @@ def whole_numbers(columns: Sequence[Any]) -> list[Any]:
     ]
     try:
         converted = [column.cast(pa.int64()) for column in known]
-    except pa.ArrowInvalid:  # fractions, infinities
+    except pa.ArrowInvalid:  # a value is a fraction or infinite
         return list(columns)
     small = (pc.all(pc.less(pc.abs(column), LARGEST_EXACT), min_count=0) for column in converted)
     return converted if all(check.as_py() for check in small) else list(columns)

@@ -58,7 +58,7 @@ def did_you_mean(wrong: object, names: Iterable[object]) -> str:
 
 
 def check_column(table: Dataset, name: str, key: str) -> None:
-    """Raise ``DataError``, which begins with the recipe key ``key``, if a table lacks a column."""
+    """Raise ``DataError`` if a table lacks a column; the message begins with the recipe key."""
     if name not in table.column_names:
         raise DataError(
             f"{key}: there is no column {name!r}{did_you_mean(name, table.column_names)}; "
@@ -67,7 +67,7 @@ def check_column(table: Dataset, name: str, key: str) -> None:
 
 
 def no_client(name: object, names: Iterable[str]) -> str:
-    """Return the end of a message about a missing client; it follows the name of the run."""
+    """Return ``has no client ...; it has ...``, for messages whose subject is the run."""
     known = list(names)
     return f"has no client {name!r}{did_you_mean(name, known)}; it has {join_values(known)}"
 
@@ -77,7 +77,7 @@ def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
 
     Args:
         names: Names of labels or clients.
-        key: Recipe key that names their column.
+        key: Recipe key with which the warning begins, such as ``task.label``.
         kind: Plural noun for the names.
     """
     if groups := lookalikes(names):
@@ -94,10 +94,14 @@ def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
 
 
 def class_label(names: Sequence[str], other: Sequence[str] | None) -> str:
-    """Describe a column of class numbers by their names.
+    """Describe a ClassLabel column by its class names, to show how it differs from another column.
 
-    If the names of an ``other`` column differ from these only after the fifth, the first difference
-    is shown instead of the first five.
+    The description has the first five names. If the names differ from those of the other column
+    only after the fifth, it has the first difference instead.
+
+    Args:
+        names: Class names of the column.
+        other: Class names of the other column, or None if that is not a ClassLabel column.
     """
     pairs = enumerate(zip_longest(names, other or ()))
     place = next((number for number, (own, its) in pairs if own != its), 0)
@@ -116,12 +120,12 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
         key: Recipe key that names the column, for error messages.
 
     Raises:
-        DataError: The column does not exist, or its entries are lists, records or bytes, or have
-            several types.
+        DataError: The column does not exist; its entries are lists, records or bytes; or
+            ``plain_column`` rejects them.
     """
     check_column(dataset, name, key)
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
-    column = plain_column(column, name, lambda row: f"{key}: row {row}")
+    column = plain_column(column, name, lambda row: f"{key}: row {row} (from 0)")
     if pa.types.is_nested(column.type) or _is_bytes(column.type):
         raise DataError(
             f"{key}: the column {name} has the type {shortened(str(column.type), 80)}; "
@@ -139,7 +143,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def value_name(dataset: Dataset, column: str, value: object) -> str:
-    """Return the display name of a value: its class name in a ClassLabel, else its text."""
+    """Return the display name of a value: its class name in a ClassLabel column, else its text."""
     names = getattr(dataset.features[column], "names", None)
     known = names is not None and isinstance(value, int) and 0 <= value < len(names)
     return str(names[value]) if names is not None and known else str(value)
@@ -165,12 +169,13 @@ def encode_classes(
         lists: True to replace each list by its first value.
 
     Returns:
-        Class numbers ``(rows,)`` of each split, and the names of the C classes. A value that does
-        not occur in the training split has the number -1.
+        Class numbers ``(rows,)`` of each split, and the names of the classes in the order of their
+        numbers. A value that does not occur in the training split has the number -1.
 
     Raises:
-        DataError: The column does not exist, is nested, or has nulls, blank texts or inexact
-            numbers; it has too many distinct values, or one that is too long.
+        DataError: The column cannot be read (``read_column``); it has nulls, blank texts,
+            infinities or floats that are too large to be exact; or it has too many distinct
+            values, or one that is too long.
     """
     firsts = (
         {split: first_of_lists(dataset, column) for split, dataset in splits.items()}
@@ -211,7 +216,7 @@ def check_class_names(names: Sequence[str], subject: str) -> None:
 
     Args:
         names: Distinct values.
-        subject: Key and column; the message begins with them.
+        subject: Beginning of the message, which names the column.
     """
     if len(names) > MAX_CLASSES:
         raise DataError(
@@ -278,7 +283,7 @@ def matching_rows(
         Row numbers, and the subset of ``values`` that occurs.
 
     Raises:
-        DataError: The column does not exist or is nested.
+        DataError: The column cannot be read (``read_column``).
     """
     entries = read_column(dataset, column, key)
     typed = {value: _as_type(value, entries.type, dataset.features[column]) for value in values}

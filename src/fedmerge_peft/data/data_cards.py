@@ -1,8 +1,9 @@
-"""Data sets on the hub, and folders with a data set card that names the files of their splits.
+"""Find the tables that a data set card names, and download data sets from the hub.
 
-Tables are read like any other local table, so codes with leading zeros stay text. The package
-``datasets`` reads the files instead if one of them is not a supported table, or if the card sets
-reader options other than the separator, or declares column types for a format other than csv.
+``local_files`` reads these tables like other local tables, so codes with leading zeros stay text.
+The package ``datasets`` reads the files instead if one of them is not a supported table, if the
+card sets reader options other than the separator, or if it declares column types for a format other
+than csv.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class DescribedFiles:
     separator: str | None
     """Character between fields; None for a comma or a format without separators."""
     features: Features | None
-    """Declared types of the columns of csv files; None if there are none."""
+    """Declared types of the columns of csv files; None if the card declares no types."""
 
 
 def described_files(source: str, config: str | None, revision: str | None) -> DescribedFiles | None:
@@ -73,7 +74,7 @@ def described_files(source: str, config: str | None, revision: str | None) -> De
 
 
 def load_described(source: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
-    """Load the splits that the card describes, with the readers of ``datasets``."""
+    """Load all splits of a folder or of a data set on the hub, with the readers of ``datasets``."""
     import datasets
 
     loaded = datasets.load_dataset(source, config, revision=revision)

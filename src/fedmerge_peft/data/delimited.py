@@ -1,4 +1,4 @@
-"""Read csv and tsv files; a row that cannot be read is an error that names its line."""
+"""Read csv and tsv files. If a row cannot be read, the error names its line."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
     """Split the text of a file into columns of text.
 
     The first row contains the column names. Empty fields are nulls. Rows without any value are
-    skipped. If spaces precede names in the first row, spaces after separators are ignored.
+    skipped. If a space follows a separator in the first line, spaces after separators are ignored
+    in all lines.
 
     With ``quoting: auto``, quotation marks enclose fields, as RFC 4180 defines. If a tab-separated
-    file cannot be parsed in this way, its quotation marks are read as text. If a field spans
-    several lines, but each line is also a complete row, the file is ambiguous.
+    file cannot be parsed in this way, its quotation marks are read as text. A file with several
+    columns is ambiguous if a quoted field spans several lines, but each line is also a complete
+    row.
 
     Args:
         path: File, for error messages.
@@ -152,12 +154,13 @@ def _check_width(path: Path, records: Sequence[_Record], separator: str, *, quot
     """Raise ``DataError`` if the row that was read last has more or fewer fields than the first."""
     names, row = records[0].fields, records[-1]
     if len(row.fields) != len(names):
+        example = "," if separator == ";" else ";"
         quote = f"enclose fields that contain {separator!r} in quotation marks, " if quoted else ""
         raise DataError(
             f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
             f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); "
-            f'{quote}set data.separator (such as data.separator=";"), or remove lines that are not '
-            "rows"
+            f'{quote}set data.separator (such as data.separator="{example}"), or remove lines that '
+            "are not rows"
         )
 
 

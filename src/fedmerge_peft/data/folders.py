@@ -20,14 +20,15 @@ Splits = dict[str, list[Path]]
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order, and follow links.
+    """Yield the files below a folder, and follow links.
 
-    Hidden files, hidden folders and folders that begin with ``__`` are skipped.
+    The files of a folder precede those of its subfolders; both are sorted by name. Hidden files,
+    hidden folders and folders whose names begin with ``__`` are skipped.
     """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(parent)
-        if real in visited:  # a link to a folder that is already visited
+        if real in visited:  # a link led to this folder before
             folders.clear()
             continue
         visited.add(real)
@@ -42,14 +43,14 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     ``tickets_train.csv``, ``train-00000-of-00002.parquet``), the names determine the splits.
     Otherwise, the same rule is applied within each subfolder (``en/train.csv``, ``de/train.csv``),
     unless one of the names is simply that of the training split. If this leads to no evaluation
-    split, all files form the training split. If a folder contains nothing but a subfolder that is
-    not named as a split, the subfolder takes its place.
+    split, all files form the training split. If all tables lie in one subfolder whose name does not
+    end with that of a split, these rules are applied to the subfolder instead of the folder.
 
     Raises:
-        DataError: A file or folder has the name of an evaluation split, such as ``test.csv``, or
-            names end with both the training split and an evaluation split, but other names lack a
-            split; or a subfolder contains an evaluation split, but another file or subfolder is
-            without splits.
+        DataError: Some names are those of splits, but others are not, and the former include the
+            plain name of an evaluation split, such as ``test.csv``, or names that end with the
+            training split and names that end with an evaluation split. Or a subfolder contains an
+            evaluation split, but another file or subfolder is without splits.
     """
     return _split_within(folder, files) or {"train": list(files)}
 
@@ -95,8 +96,8 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
     if rest := [entry for entry in entries if entry not in known]:
         raise DataError(
             f"data.path: {folder} has files that are named as splits in {join_values(known, 5)}, "
-            f"but not in {join_values(rest, 5)}; name the files in all folders as splits (train, "
-            "validation, test), or in none"
+            f"but not in {join_values(rest, 5)}; put all tables into subfolders and name them "
+            "there as splits (train, validation, test), or name none of them as a split"
         )
     merged = {
         split: [path for splits in known.values() for path in splits.get(split, ())]
@@ -160,7 +161,7 @@ def _by_entry(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _words(entry: str) -> list[str]:
-    """Return the words of a name in lower case, without part numbers (``train-00000-of-00002``)."""
+    """Return the words of a name in lower case, without suffix and ``-00000-of-00002``."""
     words = entry.partition(".")[0].lower().replace("-", "_").split("_")
     while len(words) > 1 and (words[-1].isdecimal() or words[-1] == "of"):
         words.pop()

@@ -40,15 +40,16 @@ class ColumnProfile:
 
     name: str
     kind: str
-    """text, number, fraction (numbers that are not all whole), image, list (of texts or integers)
-    or other."""
+    """text, image, list (of texts or integers), fraction (numbers that are not all whole), number
+    (any other plain values: whole numbers, booleans, dates) or other."""
     distinct: int
     """Number of different values; 0 for the kinds image, list and other."""
     length: float
     """Mean number of characters of the different texts; 0 without texts."""
     example: str
     is_value: bool = False
-    """True if the name is a number or one of the values, as in a table without a header line."""
+    """True if the name is a number or one of the values, as in a table without a header line.
+    Always False for the kinds image, list and other."""
 
     def __str__(self) -> str:
         values = f"{self.distinct:,} different" if self.distinct else self.kind
@@ -68,7 +69,8 @@ def guess_task(columns: Sequence[ColumnProfile], rows: int, label: str | None = 
     Args:
         columns: All columns, except the column of clients if it is known.
         rows: Number of rows.
-        label: Column of the labels, if it is known. Other columns that could be labels are ignored.
+        label: Column of the labels, if it is known. Other columns that could be labels (fractions,
+            lists, and columns with few values) are ignored.
     """
     if any(column.name == label for column in columns):
         columns = [
@@ -108,7 +110,7 @@ def _has(usual: UsualColumn, columns: Sequence[ColumnProfile], rows: int) -> boo
 
 def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -> bool:
     """Return True if columns of these kinds are not clear evidence for one task."""
-    if "number" in kinds:  # it may be the score of a class, or an annotator's confidence
+    if "number" in kinds:  # perhaps the score of a class, or an annotator's confidence
         others = _free(columns, [guess_column(NUMBER, columns, rows)])
         if _named(_likely_labels(others, rows), LABEL.names):
             return True
@@ -159,7 +161,10 @@ def guess_column(
 def guess_choices(
     usual: UsualColumn, columns: Iterable[ColumnProfile], taken: Iterable[str] = ()
 ) -> list[str]:
-    """Return the column of lists of choices, or the columns of single choices; else ``[]``."""
+    """Return the column of lists of choices, or the columns of single choices; else ``[]``.
+
+    Of several groups of columns, such as A and B, and ending0 to ending3, the largest is returned.
+    """
     free = _free(columns, taken)
     nested = [column for column in free if column.kind in ("list", "other")]
     if (name := _named(nested, usual.names)) is not None:
@@ -184,10 +189,10 @@ def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str
 def guess_any(
     kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
 ) -> str | None:
-    """Return a column of a kind, whatever its name; None if there is none, or no clear one.
+    """Return a column for a kind of ``KINDS``, even if its name is unusual; None if none is clear.
 
     For ``list``, this is the only column of lists. For ``number``, it is the only column of
-    fractions; without fractions, ``guess_label`` chooses among the columns of whole numbers. For
+    fractions; without fractions, ``guess_label`` chooses among the columns of the kind number. For
     other kinds, ``guess_label`` chooses among all columns.
     """
     free = _free(columns, taken)
@@ -205,7 +210,11 @@ def guess_any(
 
 
 def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnProfile]:
-    """Return the candidate with a usual name, or all candidates with the fewest values."""
+    """Return the candidate with a usual name, else all candidates with the fewest values.
+
+    Candidates have 2 to 200 values, at least two rows per value on average, and a name that is not
+    usual for clients.
+    """
     fit = [
         column
         for column in columns
@@ -221,8 +230,8 @@ def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnPr
 def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of clients: one with a usual name, else the text column with most values.
 
-    Candidates have at least four rows per value on average, or only two values. Return None if
-    there is none.
+    Candidates have two different values, or more than two and at least four rows per value on
+    average. Return None if there is none.
     """
     fit = [
         column
@@ -278,7 +287,7 @@ def _column(table: Dataset, name: str) -> ColumnProfile:
 
 
 def _values(table: Dataset, name: str) -> Any:
-    """Return the values of a column; None if they are lists, records or bytes."""
+    """Return the values of a column; None if they are not plain values (``read_column``)."""
     try:
         return read_column(table, name, "column")
     except DataError:

@@ -42,23 +42,25 @@ def take_data(
 ) -> tuple[DataRecipe, dict[str, Dataset]]:
     """Convert examples in memory to splits.
 
-    The keys of a mapping are the clients; they replace the recipe's partition. They are stored in
-    the column ``partition.by`` for the natural scheme, else in the column ``client``.
+    The keys of a mapping are the clients. With the natural scheme, they are stored in its column
+    ``by``. With another scheme, they are stored in the column ``client``, and a natural partition
+    by this column replaces the recipe's partition.
 
     Args:
         recipe: Names of the splits, and the partition.
         data: The examples.
-        label: Label column of the task. If it is given, errors about missing labels name the
-            client.
+        label: Label column of the task. If it is given and the recipe has no filter, the labels of
+            each key of a mapping are checked, so that errors name the client.
 
     Returns:
         The recipe with the fingerprint of the examples as ``path``, and the splits by name.
 
     Raises:
         DataError: A table has an unsupported type or invalid columns; there are no rows, or a
-            client has no training rows; keys are missing, not unique or names of splits; the tables
-            of clients differ in columns or splits, or name other clients; labels are missing. If
-            the fault is in the table of one client, the message names this client.
+            client has no training rows; a mapping is empty; a key is None or NaN, two keys are the
+            same as text, or all keys are names of splits; the tables of clients differ in columns
+            or splits, or name other clients; labels are missing. If the fault is in the table of
+            one client, the message names this client.
     """
     with no_progress_bars():
         if isinstance(data, Mapping) and not _is_dataset_dict(data):
@@ -87,15 +89,16 @@ def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[s
         return {name: _read(part, f"{source}: {name}") for name, part in pairs}
     if _is_dataset_dict(parts):
         return {name: _read(part, f"{source}: {name}") for name, part in dict(parts).items()}
-    return {recipe.train_split: _read(parts, source)}
+    several = ", or several splits as a DatasetDict or a pair (train, test)"
+    return {recipe.train_split: _read(parts, source, several)}
 
 
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 sum of all values.
 
-    The sum does not depend on the order of columns, or on differences of Arrow types that do not
-    change Python values, such as string and large_string. A path counts as text; its file is not
-    read.
+    The sum includes the names of splits, columns and classes, and the numbers of rows. It does not
+    depend on the order of columns, or on differences of Arrow types that do not change Python
+    values, such as string and large_string. A path counts as text; its file is not read.
     """
     digest = sha256()
     for split, table in sorted(splits.items()):
@@ -110,7 +113,7 @@ def fingerprint(splits: Mapping[str, Dataset]) -> str:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _read(table: Any, source: str) -> Dataset:
+def _read(table: Any, source: str, alternatives: str = "") -> Dataset:
     import pandas as pd
     from datasets import Dataset
 
@@ -119,8 +122,8 @@ def _read(table: Any, source: str) -> Dataset:
         return table.with_format(None)
     if not isinstance(table, pd.DataFrame | pa.Table):
         raise DataError(
-            f"{source}: found {found(table)}, expected a datasets.Dataset, a pandas frame, an "
-            "Arrow table, a DatasetDict, a pair (train, test), or a dictionary of these by client"
+            f"{source}: found {found(table)}, expected a datasets.Dataset, a pandas frame or an "
+            f"Arrow table{alternatives}"
         )
     with reading(source):
         check_names(source, [str(name) for name in table.columns])
@@ -168,7 +171,7 @@ def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
     names = {client_name(key) for key in data}
     splits = {"train", "validation", "test", recipe.train_split}
     if not names:
-        raise DataError("data: the dictionary is empty; its keys are the clients")
+        raise DataError("data: the dictionary is empty; pass one entry per client")
     if len(names) < len(data):
         raise DataError("data: two clients have the same name; give each its own")
     if names <= splits:

@@ -28,7 +28,7 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
 
     Raises:
         DataError: The text is not JSON in one of these forms, or an object repeats a key. The
-            message names the line or the row.
+            message names the line or the row, unless the file is one object of columns.
     """
     values, places = _values(path, text)
     if len(values) == 1 and isinstance(values[0], list):
@@ -67,7 +67,7 @@ def _has_columns(value: object) -> bool:
 
 
 def kind(value: object) -> str:
-    """Return the JSON type of a value with its article, such as ``a list``."""
+    """Return the JSON type of a value as messages name it, such as ``a list`` or ``text``."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
 

@@ -56,10 +56,10 @@ def load_splits(
 ) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
 
-    If the recipe does not name an evaluation split, the data's split ``validation`` or ``test`` is
-    used. It is not used if the recipe names it as another split, or if the filter removes all of
-    its rows. If the result lacks an evaluation split, ``federate_data`` replaces the split by a
-    fraction of the training examples.
+    If the recipe names no validation split, the data's split ``validation`` is used, if there is
+    one. It is not used if the recipe names it as another split, or if the filter removes all of its
+    rows. The same holds for ``test``. If the result lacks one of these splits, ``federate_data``
+    replaces the split by a fraction of the training examples.
 
     Args:
         recipe: Source of the examples.
@@ -74,8 +74,9 @@ def load_splits(
     Raises:
         DataError: The data do not exist or cannot be read; a split or column of the recipe does not
             exist; the training split is also an evaluation split, or has no rows; the recipe names
-            a ``split_column``, but the data already have several splits; the filter removes all
-            rows of a split that the recipe names, or names a value that does not occur.
+            a ``split_column``, but the data already have several splits, or its values are
+            missing or differ only in case; the filter removes all rows of a split that the recipe
+            names, or names a value that does not occur.
     """
     if splits is None:
         with no_progress_bars():
@@ -183,7 +184,7 @@ def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[st
         if name == recipe.train_split and role != "train":
             raise DataError(
                 f"data.{role}_split: {name} is the training split; name another split, or remove "
-                f"data.{role}_split to hold out a fraction of the training examples"
+                f"data.{role}_split to use its default"
             )
     for role in ("validation", "test"):
         if requested[role] is None and role in splits and role not in requested.values():
@@ -237,7 +238,7 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
             )
             raise DataError(
                 f"data.filter: no row of the split {requested[split]} ({split}) passes the filter; "
-                f"its columns have {contents}"
+                f"choose other values; in this split, the columns have {contents}"
             )
     return {split: dataset for split, dataset in filtered.items() if len(dataset)}
 

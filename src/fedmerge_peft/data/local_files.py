@@ -37,9 +37,10 @@ def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, D
             folder of the table if it leads to a file there.
 
     Raises:
-        DataError: A file cannot be read; the message then names the file and, for text, the line.
-            Or the folder has no suitable files; a table exists in two formats; the names of files
-            do not define splits or labels; no card names the files of ``recipe.config``.
+        DataError: A file cannot be read; the message then names the file and, if a row of text is
+            invalid, its line. Or the folder has no suitable files; a table exists in two formats;
+            only some files or folders are named as splits (``split_tables``, ``split_media``);
+            images or audio have no labels; no card names the files of ``recipe.config``.
     """
     import datasets
 
@@ -60,7 +61,11 @@ def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, D
 
 
 def read_hub(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
-    """Read a data set on the hub; its splits and types are determined as for a local folder.
+    """Read a data set on the hub.
+
+    Splits and types are determined as for a local folder, with two exceptions: the package
+    ``datasets`` determines them if ``save_to_disk`` wrote the data set, or if the hub has no file
+    of it in a supported format.
 
     Raises:
         DataError: The data set cannot be loaded.
@@ -169,7 +174,7 @@ def _image_suffixes() -> set[str]:
 
 
 def _media_files(files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """Return the name of the media column, and the images, or without images the audio files."""
+    """Return the images, or the audio if there are no images, after the name of their column."""
     for column, suffixes in (("image", _image_suffixes()), ("audio", AUDIO_SUFFIXES)):
         if matches := [path for path in files if path.suffix.lower() in suffixes]:
             return column, matches
@@ -197,13 +202,14 @@ def _read_media(
 
 
 def _describes_media(path: Path) -> bool:
-    """Return True for a table that describes images or audio by its name, such as metadata.csv."""
+    """Return True if a table has the name ``metadata``, as it then describes images or audio."""
     return path.name.partition(".")[0] == "metadata"
 
 
 def _with_media(table: pa.Table, path: Path, media: str | None) -> pa.Table:
-    """Resolve relative paths to existing files against the folder of the table.
+    """Resolve relative paths in the media column against the folder of the table.
 
+    A path that leads to no file there is left unchanged.
     In a metadata table, the column ``file_name`` gets the name of the media column.
     """
     if _describes_media(path) and "file_name" in table.column_names:

@@ -1,7 +1,8 @@
 """Random partitions of rows among clients, with numpy's generators.
 
-``classes`` contains one class number per row, from 0. Rows with class -1 are not assigned. A scheme
-returns disjoint, sorted row numbers of one split for each client. ``assign_by_class`` divides a
+The argument ``classes`` contains one class number per row, from 0. Rows with class -1 are not
+assigned. The schemes ``iid``, ``dirichlet``, ``clusters``, ``natural`` and ``shards`` return
+disjoint, sorted row numbers of one split for each client. ``assign_by_class`` divides a
 split in given proportions. ``split_off`` sets training rows aside for evaluation.
 """
 
@@ -106,7 +107,7 @@ def clusters(
 
     This is FedMerge's cluster setting (arXiv 2504.06768, experiments). The rows of a class are
     divided evenly among the clients of all groups that have it. A class without a group is unused.
-    Group g is named ``cluster-g``.
+    The groups are named ``cluster-0``, ``cluster-1``, ….
 
     Args:
         classes: Class number of each row, ``(rows,)``.
@@ -147,8 +148,9 @@ def clusters(
 
 
 def _random_sizes(total: int, groups: int, spread: float, rng: np.random.Generator) -> list[int]:
-    """Draw positive sizes that add up to ``total``, each within ±spread of the mean.
+    """Draw positive sizes that add up to ``total``, each in the range mean · (1 ± spread).
 
+    The lower limit of the range is rounded down, the upper limit up.
     Sizes are drawn one after another, uniformly from the values for which the remaining sizes can
     still reach ``total``. Then their order is shuffled.
     """
@@ -163,7 +165,7 @@ def _random_sizes(total: int, groups: int, spread: float, rng: np.random.Generat
 
 
 def _hands_of_deck(count: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
-    """Yield hands of ``size`` distinct numbers below ``count`` from a shuffled, renewed deck."""
+    """Yield hands of ``size`` distinct numbers below ``count``; renew the deck if it runs out."""
     deck = rng.permutation(count)
     while True:
         hand, deck = deck[:size], deck[size:]
@@ -239,9 +241,10 @@ def assign_by_class(
 ) -> list[Indices]:
     """Assign the rows of each class to clients in proportion to their shares.
 
-    Counts follow the largest remainder method (Hamilton). Of the n_k rows of class k, client i gets
-    ⌊n_k s_ik / Σ_i s_ik⌋. Each remaining row goes to the next largest remainder; ties go to the
-    client with the fewest rows so far. The counts are deterministic, the choice of rows is random.
+    Counts follow the largest remainder method (Hamilton). Of the n_k rows of class k, client i
+    first gets ⌊n_k s_ik / Σ_i s_ik⌋. The remaining rows go, one each, to the clients with the
+    largest remainders; ties go to the client with the fewest rows so far. The counts are
+    deterministic, the choice of rows is random.
 
     Args:
         classes: Class number of each row, ``(rows,)``.
@@ -279,9 +282,9 @@ def split_off(
 
     Test rows are drawn from all rows. At most ``max_train`` of the other rows are kept, and
     validation rows are drawn from these. Without ``max_train``, training : validation : test is
-    (1 - validation - test) : validation : test. If a client has three or more rows, at least one
-    row is drawn for each nonzero fraction, except that ``max_train=1`` leaves no validation row. If
-    it has fewer rows, none is drawn for validation or test.
+    about (1 - validation - test) : validation : test. If a client has three or more rows, at least
+    one row is drawn for each nonzero fraction, except that ``max_train=1`` leaves no validation
+    row. If it has fewer rows, none is drawn for validation or test.
 
     Args:
         rows: Row numbers of the client.

@@ -1,8 +1,9 @@
-"""Partition schemes by their names in recipes.
+"""Partition schemes: functions with the names of the schemes in recipes.
 
-A scheme takes its recipe section and the ``Splits``. It returns, for each split, the ``ClientRows``
-of each client, in the same order for all splits. ``partition_alike`` partitions the splits that a
-scheme does not return. The module ``partition`` draws the partitions.
+A scheme takes its recipe section and the ``Splits``. For the training split, and for other splits
+if the scheme divides them by its own rule, it returns the ``ClientRows`` of each client, in the
+same order for all splits. ``partition_alike`` partitions the splits that a scheme does not return.
+The module ``partition`` draws the partitions.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Splits:
         self._lists = lists
 
     def rng(self, split: str) -> np.random.Generator:
-        """Return a new random generator for one split; its stream is the same in each call."""
+        """Return a new random generator for a split; each of them draws the same numbers."""
         return generator(self.seed, cast(Stream, split))
 
     @property
@@ -119,7 +120,7 @@ def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
 
 
 def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | None:
-    """Return a description of the fault in a scheme's result, or None if it is valid."""
+    """Return the fault in a scheme's result, as words after "returned"; None if it is valid."""
     if not isinstance(assigned, Mapping) or "train" not in assigned:
         return "no dictionary with the key 'train'"
     for split, clients in assigned.items():
@@ -154,7 +155,7 @@ def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
 
 
 def dirichlet(recipe: DirichletRecipe, splits: Splits) -> Assigned:
-    """Distribute each class in proportions from a Dirichlet distribution."""
+    """Distribute each class over the clients in proportions from a Dirichlet distribution."""
     return {
         "train": partition.dirichlet(
             splits.classes["train"],

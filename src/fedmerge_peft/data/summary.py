@@ -32,8 +32,8 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
 
     Returns:
         Table with one row per client, indexed by name. ``table["examples"]`` has the columns train,
-        validation and test. ``table["labels"]`` has one column per value of ``column``. All entries
-        are numbers of examples.
+        validation and test. ``table["labels"]`` has one column per value of ``column`` in the
+        training rows; it does not exist if ``column`` is None. All entries are numbers of examples.
 
     Raises:
         DataError: The column cannot be counted (``encode_classes``), such as a column with nulls.
@@ -62,7 +62,7 @@ def terminal_chart(
         column: Label column, or None to show the sizes of the splits only. A list counts as its
             first value.
         width: Characters per line. Labels beyond the width are counted, not shown.
-        height: Maximum number of clients. Further clients are counted, not shown.
+        height: Maximum number of clients in the chart. Further clients are counted, not shown.
 
     Returns:
         Renderable for ``rich``.

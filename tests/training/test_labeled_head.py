@@ -71,6 +71,11 @@ def adapt_it(bench):
     head_of(bench).weight.requires_grad_(True)
 
 
+def train_its_bias(bench):
+    head = head_of(bench)
+    head.bias = nn.Parameter(torch.zeros(head.out_features))
+
+
 def mix_positions(bench):
     head_of(bench).register_forward_hook(lambda _, __, logits: logits - logits.mean(1, True))
 
@@ -89,7 +94,7 @@ def fail_at_other_lengths(bench):
     head_of(bench).register_forward_hook(check)
 
 
-@pytest.mark.parametrize("alter", [adapt_it, mix_positions, fail_at_other_lengths])
+@pytest.mark.parametrize("alter", [adapt_it, train_its_bias, mix_positions, fail_at_other_lengths])
 def test_models_that_need_all_positions_are_detected(make_bench, alter):
     bench = make_bench("gpt2", cached=False)
     alter(bench)

@@ -100,9 +100,11 @@ class LabeledHead:
 
 
 def frozen_output_layer(model: Any) -> nn.Linear | None:
-    """Return a PEFT model's output layer; None unless it is a linear layer with a frozen weight."""
+    """Return a PEFT model's output layer; None unless it is a linear layer without training."""
     layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
-    return layer if isinstance(layer, nn.Linear) and not layer.weight.requires_grad else None
+    if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
+        return None
+    return layer
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Run ``fedmerge`` as ``python -m fedmerge_peft``, which a launcher can start on several ranks.
 
-Example: ``torchrun -m fedmerge_peft run RECIPE``
+Example, on four ranks: ``torchrun --nproc_per_node 4 -m fedmerge_peft run RECIPE``
 """
 
 from fedmerge_peft.cli import main

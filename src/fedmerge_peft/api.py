@@ -48,7 +48,7 @@ class Run(RunDirectory):
 
         Args:
             name: The client's name.
-            best: Use the round with the lowest validation loss instead of the last.
+            best: Use the round with the lowest validation loss instead of the served round.
 
         Raises:
             RunError: The run has no such client; it has no completed round or, with ``best``, no
@@ -64,12 +64,13 @@ class Run(RunDirectory):
 
         Args:
             shares: Shares by adapter number or client name; they are divided by their sum.
-            best: Use the round with the lowest validation loss instead of the last.
+            best: Use the round with the lowest validation loss instead of the served round.
 
         Raises:
-            RunError: An adapter or client does not exist, a share is negative or infinite, or all
+            RunError: An adapter or client does not exist, a share is negative or not finite, or all
                 shares are 0; ``shares`` names an adapter although parts of the adapters are
-                private to the clients; or the clients have no single adapter (``fedem``).
+                private to the clients; the run has no completed round or, with ``best``, no saved
+                best round; or its clients have no single adapter (``fedem``).
         """
         return mixed_adapter(self, shares, best=best)
 
@@ -171,7 +172,7 @@ def federate(
             ``<out>/baselines/<strategy>``.
         data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
             ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
-            dictionary of these by client. The run stores only their fingerprint.
+            dictionary with one of these for each client. The run stores only their fingerprint.
         model: A loaded model, instead of ``backbone.model``: a model of transformers, or a module
             whose ``forward(**batch)`` returns logits. Runs train copies and store only the model's
             fingerprint.
@@ -191,7 +192,8 @@ def federate(
         RunExistsError: The directory is not empty. Nothing was changed.
         RunBusyError: Another process is writing the directory. Nothing was changed.
         BackboneError: The model cannot be loaded, or the passed model cannot be used.
-        FedMergeError: Any other error. Finished rounds are kept, and ``resume`` continues the run.
+        FedMergeError: Any other error. If the run had begun, its finished rounds are kept, and
+            ``resume`` continues it.
     """
     passed = take_model(model, tokenizer, processor)
     path = running.run_recipe(
@@ -243,9 +245,9 @@ def resume(
     Raises:
         RecipeError: An override is not allowed, or sets fewer rounds than are completed. Nothing
             was changed.
-        ResumeError: The run has ended and ``overrides`` sets no further rounds; its data, model,
-            recipe or checkpoints have changed; or examples or a model in memory, with which it
-            started, are not passed again.
+        ResumeError: The run has ended, and ``overrides`` changes neither ``rounds`` nor, if it
+            stopped early, ``stop``; its data, model, recipe or checkpoints have changed; or
+            examples or a model in memory, with which it started, are not passed again.
         RunBusyError: Another process is writing the run. Nothing was changed.
         FedMergeError: Any other error, as in ``federate``.
     """
@@ -277,9 +279,11 @@ def sweep(
 ) -> dict[str, Run]:
     """Run several recipes, each in its own run directory ``out/<name>``.
 
-    A repeated call continues the sweep: finished runs are kept and interrupted ones are resumed.
-    Recipes with the same data and model share them and run one after another, regardless of their
-    order in ``recipes``. Several processes may share a sweep: each takes runs that no other process
+    A repeated call continues the sweep: finished runs are kept and interrupted ones are resumed. An
+    interrupted run that has no completed round or cannot be resumed is removed and started again.
+    Recipes with equal seed, task, backbone, LoRA, data, device, precision, packing and prefix cache
+    share the loaded data and model, and run one after another, regardless of their order in
+    ``recipes``. Several processes may share a sweep: each takes runs that no other process
     is writing, then waits for the others.
 
     Args:
@@ -302,6 +306,7 @@ def sweep(
     Raises:
         RecipeError: A name is not a valid folder name, or ``recipes`` does not map names to
             recipes; nothing was started.
+        BackboneError, DataError: ``model`` or ``data`` cannot be used; nothing was started.
         DeviceError: A launcher such as ``torchrun`` has started several ranks.
         RunError: A directory contains the run of another recipe, or other files; nothing was
             started.

@@ -112,7 +112,8 @@ def test_weights_that_have_not_moved_are_warned_about():
 def test_unused_adapters_are_warned_about_by_number():
     weights = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]])
     assert merging_weights.weight_warnings(weights) == [
-        "adapter 2 of 3 is unused (less than a quarter of the uniform share of the clients' weight)"
+        "adapter 2 (numbered from 0) is unused: its mean merging weight over the clients is below "
+        "a quarter of 1/3"
     ]
     assert merging_weights.weight_warnings(torch.eye(3)) == []
     assert merging_weights.weight_warnings(torch.ones(3, 1)) == []

@@ -319,7 +319,7 @@ def test_a_run_given_twice_counts_once_with_a_notice(write_run, tmp_path, caplog
     again = write_run("b", [FEDMERGE, "name=again"], [[0.0], [0.6]])
     with caplog.at_level(logging.WARNING):
         assert compare([tmp_path])["runs"].item() == 1
-    assert caplog.messages == [f"skipped, the same method and seed again: {again}"]
+    assert caplog.messages == [f"skipped, same method and seed as another run: {again}"]
 
 
 def test_nothing_to_compare_is_an_error(write_run, tmp_path):

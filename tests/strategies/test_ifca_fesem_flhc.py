@@ -47,8 +47,8 @@ def test_ifca_may_leave_adapters_unused_with_a_warning():
     )
     assert strategy.weights.argmax(1).tolist() == [0] * 9
     assert strategy.warnings() == [
-        "adapters 1, 2 of 3 are unused (less than a quarter of the uniform share of the "
-        "clients' weight)"
+        "adapters 1, 2 (numbered from 0) are unused: their mean merging weight over the clients "
+        "is below a quarter of 1/3"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Adapters as rows of floats: layout, soup, merging weights."""
+"""Adapters as rows of floats: layout, soup, merging weights, exact averages of updates."""
 
 from fedmerge_peft.adapters.exact_merge import concat, merge_error
 from fedmerge_peft.adapters.layout import AdapterLayout

@@ -16,7 +16,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout, Entry
 Kind = Literal["head", "layers", "modules", "classes"]
 
 _FACTOR = re.compile(r"\.(lora_|modules_to_save)|\.(weight|bias)$")
-"""Pattern of the text after a module's name in PEFT's saved form."""
+"""Pattern whose first match marks the end of the module's name in a tensor's saved name."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Blocks:
         """Divide the columns of a layout.
 
         Args:
-            kind: Blocks to create. ``head``: the head, and all other columns. ``layers``: each
-                layer of the backbone, the head, and all other columns. ``modules``: each adapted
-                module, and the head. ``classes``: for each class the columns of the head's last
-                layer that produce its logit, and all other columns.
+            kind: Blocks to create. ``head``: the head, and all other columns. ``layers``: the
+                modules with the same layer number (in an encoder-decoder model, a layer of the
+                encoder and one of the decoder), the head, and all other columns. ``modules``: each
+                module with trainable tensors, and the head. ``classes``: for each class the columns
+                of the head's last layer that produce its logit, and all other columns.
             layout: Layout of the adapter.
 
         Raises:
@@ -68,7 +69,10 @@ class Blocks:
 
 
 def _name(kind: Kind, entry: Entry) -> Hashable:
-    """Return the key of a tensor's block; for ``classes``, ``create`` splits the classifier."""
+    """Return a key that is equal for all tensors of a block.
+
+    For ``classes``, all tensors have the same key; ``create`` then splits off the classes.
+    """
     if kind == "classes":
         return "others"
     if entry.role == "head" or kind == "head":
@@ -83,8 +87,8 @@ def _name(kind: Kind, entry: Entry) -> Hashable:
 class BlockWeights:
     """Merging weights by block: θ_ib = Σ_j π_ijb Θ_jb in the columns of block b.
 
-    Files and tables contain π_ij, the mean of π_ijb over the columns. This class stores the
-    differences from this mean.
+    A run's ``weights.safetensors`` and its tables contain π_ij, the mean of π_ijb over the columns.
+    This class, which the soup's file contains as well, stores the differences from this mean.
     """
 
     blocks: Blocks
@@ -97,7 +101,8 @@ class BlockWeights:
         Args:
             merged: Σ_j π_ij Θ_j, ``(P,)`` or ``(k, P)``.
             rows: Θ, ``(d, P)``.
-            clients: Weights over the clients, ``(m,)`` or ``(k, m)``; one-hot for a single client.
+            clients: Share of each client in each adapter, ``(m,)`` or ``(k, m)``; one-hot for the
+                adapter of a single client.
         """
         offsets = self.mixed(clients).to(rows)
         for block, columns in enumerate(self.blocks.columns):
@@ -107,7 +112,7 @@ class BlockWeights:
         """Return the offsets ``(B, d)`` of one mixture of clients, or ``(k, B, d)`` of k mixtures.
 
         Args:
-            clients: Weights over the clients, ``(m,)`` or ``(k, m)``.
+            clients: Share of each client in each mixture, ``(m,)`` or ``(k, m)``.
         """
         mixed: Tensor = torch.tensordot(clients.to(self.offsets), self.offsets, dims=1)
         return mixed
@@ -132,9 +137,9 @@ class BlockWeights:
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], layout: AdapterLayout, adapters: int
     ) -> BlockWeights:
-        """Return the weights of a file for a soup with this layout and number of adapters.
+        """Return the weights in a file's tensors, for a soup with this layout and these adapters.
 
-        Raises ``ValueError`` if they do not fit, and ``KeyError`` if one of them is missing.
+        Raises ``ValueError`` if a tensor does not fit, and ``KeyError`` if one is missing.
         """
         of, offsets = tensors["of"], tensors["offsets"]
         fits = of.dtype == torch.int64 and of.shape == (layout.size,) and layout.size > 0
@@ -146,5 +151,7 @@ class BlockWeights:
             or offsets.shape[1:] != (len(blocks), adapters)
             or not bool(offsets.isfinite().all())
         ):
-            raise ValueError("its weights of blocks do not fit its adapters")
+            raise ValueError(
+                "its merging weights by block do not fit its adapters, or are not finite"
+            )
         return cls(blocks, offsets)

@@ -3,7 +3,7 @@
 The paper (arXiv 2504.06768) averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j. The merged
 update (Σ_j π_j B_j)(Σ_j π_j A_j) contains cross terms B_j A_k. The average of the updates,
 Σ_j π_j B_j A_j, has no cross terms and has rank up to d·r. This module computes the average of the
-updates, and its distance from the average of parameters.
+updates, and the distance between both averages. It also adds updates of the backbone to an adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _check_exact(soup: AdapterSoup) -> None:
 
 
 def _factors_with_own_parts(soup: AdapterSoup) -> set[str]:
-    """Return the factors, ``A`` and ``B``, that have columns of the clients' own parts."""
+    """Return the names, ``A`` and ``B``, of the factors in which clients have own parts."""
     if soup.own is None:
         return set()
     own = torch.zeros(soup.layout.size, dtype=torch.bool)
@@ -51,19 +51,20 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
-        clients: Weights over the clients, ``(m,)``, as in ``AdapterSoup.merge``.
+        clients: Share of each client in the adapter, ``(m,)``, as in ``AdapterSoup.merge``.
 
     Own parts in the head are averaged exactly. If the clients have B of their own and share one A,
     as with ``fedsa_lora``, the average of B is exact too.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
-        the number of adapters with a nonzero weight; r with own B. The scaling is unchanged.
+        the number of adapters with a nonzero weight (in any block), or r with own B. The scaling is
+        unchanged.
 
     Raises:
         ValueError: The adapters use DoRA, or adapt convolutions or experts; own parts are private,
-            and ``clients`` does not sum to 1; or factors have own parts, and the average of the
-            updates is not the update of averaged factors.
+            and ``clients`` is None or does not sum to 1; or clients have own parts in both A and B,
+            or in one of them while several adapters have a nonzero weight.
     """
     _check_exact(soup)
     by_block, of = weights.expand(1, -1), None
@@ -111,7 +112,7 @@ def concat(
 def add_base_update(
     state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Add updates ΔW of the backbone to an adapter for use on the pretrained backbone.
+    """Add updates ΔW of the backbone to an adapter, so that it fits the pretrained backbone.
 
     scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW, where U S Vᵀ is the singular value
     decomposition of ΔW without singular values below the rounding error of float32.
@@ -164,7 +165,8 @@ def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
 
     The distance is ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted
     modules. It is 0 with ``merge: shared_a``, with one adapter, and with one-hot weights. It is
-    also 0 if the adapter has no factors or the average of the updates is zero.
+    also 0 if the adapter has no factors or the average of the updates is zero. Weights by block and
+    own parts of the clients are ignored.
 
     Args:
         soup: d adapters.

@@ -123,7 +123,7 @@ class AdapterLayout:
 
     @cached_property
     def classifier_bias(self) -> Entry | None:
-        """Bias of the last layer of the head, ``(classes,)``; None if the layer has no bias."""
+        """Bias of the layer of ``classifier``, ``(classes,)``; None if there is no such bias."""
         if self.classifier is None:
             return None
         key, shape = self.classifier.key.removesuffix("weight") + "bias", self.classifier.shape[:1]

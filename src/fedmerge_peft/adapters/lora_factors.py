@@ -1,4 +1,7 @@
-"""LoRA factors: names of A and B, masks of some ranks in a row, inner products of updates."""
+"""LoRA factors A and B: their names, columns in a row, and computations with B A.
+
+The computations, an inner product and a singular value decomposition, avoid the product B A itself.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ def check_plain_lora(layout: AdapterLayout) -> None:
                 f"{entry.key} stacks several experts in one tensor (lora.target_parameters)"
             )
         if "lora_magnitude_vector" in entry.key:
-            raise ValueError("DoRA's magnitudes are not linear in the update (lora.use_dora)")
+            raise ValueError(
+                "DoRA's magnitudes make the change of a weight nonlinear in B A (lora.use_dora)"
+            )
         if entry.key.endswith(_SUFFIXES) and len(entry.shape) != 2:
             raise ValueError(f"{entry.key} is the factor of a convolution")
 
@@ -55,7 +60,7 @@ class LayerFactors:
     """Factors of an adapted layer, whose update is scaling · B A."""
 
     module: str
-    """Name of the layer in the PEFT model: the saved name without ``.lora_A.weight``."""
+    """Name of the layer in the PEFT model: A's saved name without its suffix (``factor_pairs``)."""
     a: Entry
     """Entry of A, ``(r, in)``."""
     b: Entry

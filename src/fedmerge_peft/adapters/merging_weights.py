@@ -68,20 +68,21 @@ def adapter_shares(weights: Tensor) -> list[float]:
 
 
 def weight_warnings(weights: Tensor) -> list[str]:
-    """Return warnings if π ``(clients, d)`` has remained uniform or some adapters are unused."""
+    """Return warnings if π ``(clients, d)`` is uniform (to 0.01) or some adapters are unused."""
     adapters = weights.shape[1]
     if adapters < 2:
         return []
     if float((weights - 1 / adapters).abs().max()) < 0.01:
         return [
-            "the merging weights are still uniform: all clients get the same adapter. "
+            "the merging weights are still uniform (to 0.01): all clients get nearly the same "
+            "merged adapter. "
             "Raise strategy.weights_lr, or use strategy.rule=normalized if another rule is set"
         ]
     return unused_warning(weights)
 
 
 def unused_warning(weights: Tensor) -> list[str]:
-    """Return a list with a warning if some adapters are unused, else an empty list."""
+    """Return a list with a warning if some adapters of π ``(clients, d)`` are unused, else []."""
     adapters = weights.shape[1]
     idle = [
         str(adapter)
@@ -90,8 +91,8 @@ def unused_warning(weights: Tensor) -> list[str]:
     ]
     if not idle:
         return []
-    subject = "adapters {} of {} are" if len(idle) > 1 else "adapter {} of {} is"
+    noun, verb, whose = ("adapters", "are", "their") if len(idle) > 1 else ("adapter", "is", "its")
     return [
-        f"{subject.format(', '.join(idle), adapters)} unused "
-        "(less than a quarter of the uniform share of the clients' weight)"
+        f"{noun} {', '.join(idle)} (numbered from 0) {verb} unused: {whose} mean merging weight "
+        f"over the clients is below a quarter of 1/{adapters}"
     ]

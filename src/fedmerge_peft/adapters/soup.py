@@ -66,8 +66,8 @@ class AdapterSoup:
     """Θ, ``(d, P)``, float32 or bfloat16."""
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``, and
-    the buffers of heads, such as running statistics."""
+    """Frozen tensors that all adapters share, by PEFT's saved name: with ``merge: shared_a`` the
+    factors A (of embeddings, B), and the buffers of heads, such as running statistics."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Updates ΔW ``(out, in)`` of the backbone's own weights, by module name.
 
@@ -110,12 +110,13 @@ class AdapterSoup:
 
         Args:
             weights: π.
-            clients: Weights over the clients, ``(m,)`` or ``(k, m)``, one-hot for a single client.
-                They mix the clients' own parts and weights by block. If None, own parts and weights
-                by block are omitted.
+            clients: Share of each client in each row, ``(m,)`` or ``(k, m)``; one-hot for the
+                adapter of a single client. A row contains the clients' own parts, and uses their
+                weights by block, in proportion to these shares. If None, rows have no own parts,
+                and ``weights`` applies to all blocks.
 
         Raises:
-            ValueError: The own parts are private, and the weights of the clients do not sum to 1.
+            ValueError: The own parts are private, and ``clients`` is None or does not sum to 1.
         """
         if self.own is not None and self.own.private:
             total = torch.zeros(1) if clients is None else clients.sum(dim=-1)
@@ -132,7 +133,7 @@ class AdapterSoup:
         return merged
 
     def with_rows(self, rows: Iterable[Tensor], count: int) -> AdapterSoup:
-        """Return this soup with ``count`` rows ``(P,)`` in place of its own, in its storage."""
+        """Return a copy of this soup with ``count`` new rows ``(P,)``, stored as in ``storage``."""
         return replace(self, rows=self.storage.store(rows, count))
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
@@ -215,11 +216,11 @@ def _check_parts(
     base: Mapping[str, Tensor],
     layout: AdapterLayout,
 ) -> None:
-    """Raise ``ValueError`` unless the tensors of a file have the types and names of a soup."""
+    """Raise ``ValueError`` if a file's rows, shared tensors or backbone updates are invalid."""
     formats = (torch.float32, torch.bfloat16)
     if tensors["rows"].dtype not in formats or len(tensors["rows"]) == 0:
         raise ValueError("its rows are neither float32 nor bfloat16, or there are none")
     if twice := shared.keys() & {entry.key for entry in layout.entries}:
         raise ValueError(f"{min(twice)} is both shared and part of a row")
     if any(update.ndim != 2 or not update.is_floating_point() for update in base.values()):
-        raise ValueError("an update of the backbone is not a matrix")
+        raise ValueError("an update of the backbone is not a matrix of floats")

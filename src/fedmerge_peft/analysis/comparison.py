@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCES = ("local", "fedavg")
-"""Strategies over which the gains of methods are computed. Columns of the tables carry these names,
-so a plugin's strategy cannot become a reference."""
+"""Strategies against which the gains of all methods are computed. The list is fixed, because
+columns of the tables are named after it."""
 TARGET = "fedavg"
-"""Strategy whose final score is the target for counting rounds."""
+"""Strategy whose final score is the default target of ``rounds_to_target``."""
 _TOLERANCE = 1e-9
 """Rounding tolerance, relative and absolute, for reaching the target."""
 
@@ -88,16 +88,19 @@ class Comparison:
     """Finished runs, grouped into settings (one task, backbone and data) and methods."""
 
     runs: pandas.DataFrame
-    """One row per run: ``path``, ``setting``, ``method``, ``strategy``, ``seed``, ``metric``, and
-    the run's own values of the columns of ``methods``, from ``mean`` on."""
+    """One row per run: ``path``, ``setting``, ``method``, ``strategy``, ``seed``, and this run's
+    values of the columns of ``methods`` from ``metric`` on, except ``runs`` and those in ``_std``.
+    """
     curves: pandas.DataFrame
     """One row per run and evaluation of all its clients: ``run`` (index in ``runs``), ``setting``,
     ``method``, ``seed``, ``rounds`` completed before the evaluation, and ``mean`` over clients.
-    Evaluations of only some of the clients are omitted."""
+    Evaluations of fewer clients than have final scores are omitted."""
     methods: pandas.DataFrame
-    """One row per setting and method, the best mean of a setting first. Columns are means over
-    runs; columns with ``_std`` are sample standard deviations (nan for a single run).
+    """One row per ``setting`` and ``method``, the best mean of a setting first. Unless stated
+    otherwise, columns are means over the method's runs; columns with ``_std`` are sample standard
+    deviations over these runs (nan for a single run).
 
+    metric              name of the score, such as ``test_accuracy``
     runs                number of runs, one per seed
     mean                final score, mean over clients
     worst_tenth         final score, mean over the worst tenth of the clients; the number of these
@@ -108,14 +111,15 @@ class Comparison:
                         local runs of several methods match
     gain_over_fedavg    improvement of ``mean`` over fedavg, likewise
     finetuning          improvement of the served score by one round of local training, mean over
-                        the last tenth of the rounds; nan if finetuned scores were not evaluated
+                        those of the last tenth of the rounds in which all clients have the score
+                        before and after training; nan if there is no such round
     gap                 the local-global gap, ‖·‖₂, mean over the last tenth of the rounds
-    target              the target score for the next column: the argument ``target``, or each
-                        run's matching final score of fedavg, paired as for the gains
-    rounds_to_target    rounds completed at the first evaluation from which on the mean over all
-                        clients stayed at the target or better; median over the runs that have a
-                        target; inf if the mean was worse at the end; nan without a target. Near
-                        chance, a single evaluation that reaches the target may be luck
+    target              the target score for the next column: the argument ``target``, or the final
+                        score of fedavg, paired as for the gains; a fedavg run has its own
+    rounds_to_target    rounds completed at the first evaluation from which on, up to the served
+                        round, the mean over all clients stayed at the target or better; median over
+                        the runs that have a target; inf if the served round is worse; nan without a
+                        target. Near chance, a single evaluation that reaches it may be luck
     bytes_down          bytes sent to a client in the whole run, mean over clients
     bytes_up            bytes received from a client in the whole run, mean over clients
     seconds             wall time of the rounds
@@ -135,15 +139,15 @@ class Comparison:
 
         Args:
             runs: Runs, run directories, or folders with run directories at any depth. The baselines
-                of a run are runs too. Unfinished runs, runs without any score, and second runs of
-                the same method and seed are skipped with a warning.
+                of a run are runs too. Unfinished runs, runs without any score, and further runs of
+                the same setting, method and seed are skipped with a warning.
             metric: The score to compare, such as ``test_f1``. Default: the runs' main metric.
             target: The target score for counting rounds. Default: for each run, the final score of
                 fedavg on the same seed.
 
         Raises:
-            RunError: A path does not exist or holds no run, no run is finished, a run lacks the
-                metric, or the runs of a setting report different metrics.
+            RunError: A path does not exist or holds no run, no finished run has scores, a run lacks
+                the metric, or the runs of a setting report different metrics.
         """
         import pandas
 
@@ -158,7 +162,7 @@ class Comparison:
         frame = methods([run.recipe for run in finished]).join(pandas.DataFrame(rows))
         _check_metrics(frame)
         repeated = frame.duplicated(["setting", "method", "seed"])
-        _log_skipped("the same method and seed again", frame["path"][repeated])
+        _log_skipped("same method and seed as another run", frame["path"][repeated])
         frame = frame[~repeated]
         curves = pandas.DataFrame(points).merge(
             frame[["setting", "method", "seed"]], left_on="run", right_index=True
@@ -199,13 +203,18 @@ class Comparison:
 def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDirectory]:
     """Return the runs that have final scores, and log the others.
 
-    Raises ``RunError`` if there are none.
+    Raises ``RunError`` if no run has them.
     """
     candidates = find_runs(runs)
     ended = [run for run in candidates if (run.path / "summary.json").is_file()]
     scored = [run for run in ended if _final_scores(run)]
     _log_skipped("not finished", [run.path for run in candidates if run not in ended])
     _log_skipped("finished without any score", [run.path for run in ended if run not in scored])
+    if not scored and len(ended) == len(candidates):
+        raise RunError(
+            "no finished run has scores to compare; create one whose clients have test or "
+            "validation examples, with fedmerge run or fedmerge sweep"
+        )
     if not scored:
         raise RunError(
             "no finished run to compare; finish one with fedmerge resume, or create one with "

@@ -22,13 +22,14 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     model.
 
     Returns:
-        One row per round, with the column ``distance``. If clients were scored after local training
-        in any round (``evaluation.every``, ``evaluation.finetuned``), there are also the columns
-        ``loss`` and the run's metric, such as ``test_accuracy``. The distance is
-        ‖θ_i(trained) − θ_i(sent next)‖₂; flora, fedex_lora and flexlora measure it between updates
-        instead of adapters. The loss is next minus trained, in nats, and the metric is trained
-        minus next. They are means over the clients that have the trained and the next score, and
-        nan in rounds without such clients. Without a completed round, the frame is empty.
+        One row per round, with the column ``distance``: ‖θ_i(trained) − θ_i(sent next)‖₂, which
+        flora, fedex_lora and flexlora measure between updates instead of adapters. The columns
+        ``loss`` and the run's metric, such as ``test_accuracy``, are added if, for any round, both
+        the trained and the next models were scored (``evaluation.every``,
+        ``evaluation.finetuned``). The loss is next minus trained, in nats (squared errors for
+        regression), and the metric is trained minus next. Loss and metric are means over the
+        clients that have the trained and the next score, and nan in rounds without such clients.
+        Without a completed round, the frame is empty.
     """
     import pandas
 

@@ -25,7 +25,7 @@ def score_intervals(
         scores: Its scores, such as ``summary["final"]["served"]``.
 
     Returns:
-        Lower and upper limit by client; clients without examples are omitted. None if the metric is
+        Lower and upper limit by client; clients without a score are omitted. None if the metric is
         not the fraction of correct examples: the intervals of other metrics need the scores of
         single examples, which runs do not store.
     """

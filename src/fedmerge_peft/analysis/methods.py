@@ -31,17 +31,17 @@ _IRRELEVANT = (
     "plugins",
     *_SPEED,
 )
-"""Keys that do not define a method: seed, evaluation and reporting, device and speed."""
+"""Keys that do not define a method: names, seed, evaluation, reporting, plugins, device, speed."""
 
 
 def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     """Group recipes into settings and methods.
 
     A setting is one task, backbone and data set, regardless of metrics. Within it, recipes that
-    differ only in seed, name, baselines, evaluation, reporting and speed options are one method. A
-    method is named by its strategy and the values that distinguish it from other methods, such as
-    ``fedmerge adapters=3``. A setting is named by its recipes' name, or by the values that
-    distinguish it from other settings.
+    differ only in seed, name, baselines, evaluation, reporting, plugins, device and speed options
+    are one method. A method is named by its strategy and the values that distinguish it from other
+    methods, such as ``fedmerge adapters=3``. A setting is named by its recipes' name, or by the
+    values that distinguish it from other settings.
 
     Returns:
         One row per recipe: the names ``setting``, ``method`` and ``strategy``, the ``seed``, and
@@ -114,7 +114,16 @@ def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
 
 
 def _setting_names(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
-    """Name each setting by the name of its recipes, or by the values that distinguish it."""
+    """Name each setting by the name of its recipes, or by the values that distinguish it.
+
+    Recipe names are used if each setting has a single one and no two settings have the same.
+
+    Args:
+        recipes: Recipes of each setting, by the setting's key.
+
+    Returns:
+        Names by the settings' keys.
+    """
     names = {setting: {recipe.name for recipe in group} for setting, group in recipes.items()}
     if len(set().union(*names.values())) == sum(map(len, names.values())) == len(names):
         return {setting: name for setting, (name,) in names.items()}
@@ -137,7 +146,10 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _assignments(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Return ``key=value`` for the keys in ``values``. Use a key's last part if unambiguous."""
+    """Return ``key=value`` for each of the keys that ``values`` has.
+
+    A key is shortened to its last part, unless this part is ``name`` or also ends another key.
+    """
     last = [key.rpartition(".")[2] for key in keys]
     short = {
         key: end if last.count(end) == 1 and end != "name" else key

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComparisonPicture(Picture):
-    """Panels per setting: the mean score by round, and each method's final mean and worst tenth.
+    """Two panels per setting: mean scores by round, and final means and worst tenths by method.
 
     Bands and error bars are one standard deviation over runs.
     """
@@ -119,7 +119,7 @@ def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) ->
 def _draw_finals(axis: Any, methods: pandas.DataFrame, colors: dict[str, Any]) -> None:
     """Draw one row per method: a filled dot for the mean, a hollow one for the worst tenth.
 
-    The names are also the legend of the curves.
+    The methods' names, in their colors, are also the legend of the curves.
     """
     from matplotlib.lines import Line2D
 

@@ -1,4 +1,4 @@
-"""Tables of a comparison, for the terminal and for Markdown."""
+"""Tables of a comparison: for the terminal, in Markdown, and as CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEGEND = {
     "spread": "Spread: standard deviation over the clients.",
     "gain over": "Gains are paired by seed; positive is better.",
     "finetuning": (
-        "Finetuning: gain of one round of local training, in the last tenth of the rounds."
+        "Finetuning: gain from one round of local training, in the last tenth of the rounds."
     ),
     "rounds": (
         "Rounds: rounds completed at the evaluation from which on the mean over all clients stayed "
@@ -34,11 +34,14 @@ _LEGEND = {
     "MB": "MB: data sent to and received from a client in the whole run.",
 }
 _OPTIONAL = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", "runs")
-"""Columns that are dropped if a table is too wide, in this order."""
+"""Columns that are dropped, in this order, until a table fits its width."""
 
 
 def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
-    """Yield a table of at most ``width`` characters for each setting, and then one legend."""
+    """Yield a table for each setting, and then one legend.
+
+    A table that is wider than ``width`` characters loses optional columns.
+    """
     columns: set[str] = set()
     for title, cells in _settings(comparison):
         cells = _fitting(cells, width)
@@ -61,7 +64,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the tables and the legend in Markdown, with all columns."""
+    """Return the tables and the legend in Markdown, with all columns that are not empty."""
     parts = []
     columns: set[str] = set()
     for title, cells in _settings(comparison):
@@ -123,7 +126,7 @@ def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
 
 
 def _fitting(cells: pandas.DataFrame, width: int) -> pandas.DataFrame:
-    """Drop optional columns one by one until the table fits the width, in characters."""
+    """Drop optional columns until the table fits the width in characters, or none is left."""
     for name in ("", *_OPTIONAL):
         cells = cells.drop(columns=name, errors="ignore")
         widths = (

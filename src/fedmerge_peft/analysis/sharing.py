@@ -18,7 +18,7 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
     the most frequent main adapter of its clients.
 
     Returns:
-        One row per group (``data.partition.group``, or the column of a natural partition):
+        One row per group in ``run.clients``:
         ``clients`` (number), ``adapter`` (number of the group's main adapter), ``share`` (fraction
         of the group's clients with this main adapter) and ``others`` (names of the other groups
         with this main adapter).

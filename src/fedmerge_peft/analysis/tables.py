@@ -1,4 +1,4 @@
-"""Terminal tables of a finished run."""
+"""Terminal tables of a run: final scores and merging weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
 
     Args:
         run: A finished run.
-        most: Limit on rows.
+        most: Largest number of clients with a row of their own.
     """
     runs: Mapping[str, RunDirectory] = {run.recipe.strategy.name: run, **run.baselines}
     final = {name: method.summary["final"]["served"] for name, method in runs.items()}
@@ -78,7 +78,7 @@ def weights_table(run: RunDirectory, most: int = 40) -> Table:
 
     Args:
         run: A run with at least one finished round.
-        most: Limit on rows.
+        most: Largest number of clients with a row of their own.
     """
     weights = run.weights
     many = weights.shape[1] > _MAX_SHADED

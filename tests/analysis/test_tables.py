@@ -73,3 +73,15 @@ def test_the_column_of_groups_is_left_out_where_each_client_is_its_own_group():
     assert [line.split()[:3] for line in alone.splitlines() if line.startswith("  a ")] == [
         ["a", "9", "4"]
     ]
+
+
+@pytest.mark.parametrize("scores", [{}, {"validation_loss": 1.0}, None])
+def test_a_client_without_a_score_has_a_dash(scores):
+    run = WithScores(["", "", ""])
+    clients = run.summary["final"]["served"]["clients"]
+    if scores is None:
+        del clients["b"]
+    else:
+        clients["b"] = scores
+    (row,) = [line for line in shown(scores_table(run)).splitlines() if line.split()[:1] == ["b"]]
+    assert row.split() == ["b", "9", "4", "–"]

@@ -23,6 +23,8 @@ _MAX_ADAPTERS = 15
 def scores_table(run: RunDirectory, most: int = 40) -> Table:
     """Return a table of each client's final score under the run's strategy and its baselines.
 
+    A client without a score, such as one without test examples, has a dash.
+
     Args:
         run: A finished run.
         most: Largest number of clients with a row of their own.
@@ -45,17 +47,20 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
     for name in runs:
         table.add_column(name, justify="right")
 
-    def cells(values: list[float]) -> list[str]:
+    def cells(values: list[float | None]) -> list[str]:
+        known = [value for value in values if value is not None]
         return [
-            f"[bold]{value:.3f}[/]"
-            if value == best_of(values) and len(values) > 1
+            "–"
+            if value is None
+            else f"[bold]{value:.3f}[/]"
+            if value == best_of(known) and len(values) > 1
             else f"{value:.3f}"
             for value in values
         ]
 
     clients = run.clients
     for row, (client_name, client) in enumerate(clients.head(most).iterrows()):
-        values = [scores["clients"][client_name][metric] for scores in final.values()]
+        values = [scores["clients"].get(client_name, {}).get(metric) for scores in final.values()]
         table.add_row(
             _plain(client_name),
             *([_plain(groups[row])] if groups else []),

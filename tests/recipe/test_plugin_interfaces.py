@@ -62,17 +62,23 @@ def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
 @pytest.mark.parametrize(
     ("register", "message"),
     [
-        (lambda: register_metric(len), "the metric len has no name"),
+        (
+            lambda: register_metric(len),
+            "the metric len has no name; pass a name to the decorator, as in @register_metric(",
+        ),
         (lambda: register_strategy("../up")(FedAvg), "'../up': a name has letters"),
         (lambda: register_strategy("f")(lambda recipe, context: 0), "is not a class"),
         (
             lambda: register_strategy("s", recipe=StrategyRecipe),
-            "is not a subclass of StrategyRecipe",
+            "expected a class that is derived from StrategyRecipe",
         ),
-        (lambda: register_strategy("s", recipe=3), "3 is not a subclass of StrategyRecipe"),
+        (
+            lambda: register_strategy("s", recipe=3),
+            "recipe=3, expected a class that is derived from",
+        ),
         (
             lambda: register_metric("m", of="clases"),
-            "of=clases, expected classes, class_scores, tokens, texts",
+            "of=clases, expected any of classes, class_scores, tokens, texts",
         ),
         (lambda: register_metric("loss"), "every task already has that score"),
         (lambda: register_metric("m", range=(1, 0)), "range=(1, 0), expected the smallest and"),

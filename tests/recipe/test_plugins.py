@@ -226,7 +226,7 @@ def test_a_section_has_one_name():
     register_strategy("one", recipe=OneRecipe)(Other)
     with pytest.raises(PluginError, match="OneRecipe, which belongs to 'one'"):
         register_strategy("two", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="int is not a subclass of StrategyRecipe"):
+    with pytest.raises(PluginError, match="recipe=int, expected a class that is derived from"):
         register_strategy("three", recipe=int)(Other)
 
 

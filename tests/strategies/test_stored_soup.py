@@ -181,7 +181,7 @@ def test_settings_that_need_whole_rows_are_refused(soup, settings, fault):
 @pytest.mark.parametrize(
     ("aggregator", "fault"),
     [
-        (Aggregator(RobustnessRecipe(aggregation="krum")), "krum compares whole updates"),
+        (Aggregator(RobustnessRecipe(aggregation="krum")), "krum needs whole updates"),
         (
             PrivateAggregator(PrivacyRecipe(mode="central", noise=1.0, clip=1.0), 4, 0),
             "noise on the sum of updates needs a float32 soup in memory",
@@ -199,7 +199,7 @@ def test_aggregations_that_need_whole_rows_are_refused(formulas, soup, aggregato
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        (["robustness.aggregation=krum"], "krum compares whole updates"),
+        (["robustness.aggregation=krum"], "krum needs whole updates"),
         (["privacy.mode=central"], "noise on the sum of updates needs a float32 soup in memory"),
     ],
     ids=["krum", "central privacy"],

@@ -1,14 +1,14 @@
 """The public decorators that register a plugin's parts.
 
 Each decorator takes the name of the part in recipes. The decorators of strategies, tasks, partition
-schemes and callbacks also take the class of the recipe section with the part's settings. The
-registered class or function then gets an instance of this class as its first argument,
-``recipe``. Parts are called as follows:
+schemes and callbacks also take the class of the recipe section with the part's settings. These
+parts get the section, an instance of that class, as their first argument, ``recipe``. Parts are
+called as follows:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
     partition    ``mine(recipe, splits)``, returns the clients' rows, see ``data.schemes``
-    metric       ``mine(predicted, expected)``, returns a number
+    metric       ``mine(predicted, expected)``, or ``mine(loss)``; returns a number
     aggregation  ``mine(deltas, weights, recipe)``, returns one update for each adapter
     callback     ``Mine(recipe)``, a ``Callback``
 """
@@ -66,10 +66,12 @@ def register_strategy(
 
     Args:
         name: The value of ``strategy.name`` in recipes.
-        recipe: The section with the strategy's settings and facts. Default: a section without keys.
+        recipe: Class of the section with the strategy's settings and facts. Default: a section
+            without settings.
 
     Raises:
-        PluginError: Another module has registered the name, or an argument is invalid.
+        PluginError: Another module has registered the name, the section belongs to another name, an
+            argument is invalid, or the decorated object is not a class.
     """
     return _section_of(STRATEGIES, name, recipe, StrategyRecipe)
 
@@ -77,8 +79,8 @@ def register_strategy(
 def register_task(name: str, *, recipe: type[TaskRecipe]) -> Callable[[Code], Code]:
     """Register a subclass of ``Task`` under a name, the value of ``task.name`` in recipes.
 
-    ``recipe`` is the section with the task's columns and settings. Raises ``PluginError`` if
-    another module has registered the name, or an argument is invalid.
+    ``recipe`` is the class of the section with the task's columns and settings. Raises
+    ``PluginError`` in the cases that ``register_strategy`` lists.
     """
     return _section_of(TASKS, name, recipe, TaskRecipe)
 
@@ -88,12 +90,14 @@ def register_partition(
 ) -> Callable[[Code], Code]:
     """Register, under a name, a function that assigns rows to clients.
 
-    The name is the value of ``data.partition.scheme`` in recipes. The function takes its section
-    (``recipe``, by default a section without keys) and the ``Splits``. It returns a dictionary from
-    the name of each split to a list with the ``ClientRows`` of each client. If the dictionary has
-    only ``train``, the other splits are partitioned in the same proportions.
+    The name is the value of ``data.partition.scheme`` in recipes. ``recipe`` is the class of the
+    scheme's section; by default, a section without settings. The function takes the section and the
+    ``Splits``. It returns, by name of the split, a list with the ``ClientRows`` of each client, in
+    the same order for all splits. Only ``train`` is required; splits that the function does not
+    return are partitioned in the proportions of ``train``.
 
-    Raises ``PluginError`` if another module has registered the name, or an argument is invalid.
+    Raises ``PluginError`` if another module has registered the name, if the section belongs to
+    another name, or if an argument is invalid.
     """
     return _section_of(PARTITIONS, name, recipe, PartitionRecipe)
 
@@ -103,8 +107,8 @@ def register_callback(
 ) -> Callable[[Code], Code]:
     """Register a subclass of ``Callback`` under a name, for the list ``callbacks`` of recipes.
 
-    ``recipe`` is the section with the callback's settings; by default, a section without keys.
-    Raises ``PluginError`` if another module has registered the name, or an argument is invalid.
+    ``recipe`` is the class of the section with the callback's settings; by default, a section
+    without settings. Raises ``PluginError`` in the cases that ``register_strategy`` lists.
     """
     return _section_of(CALLBACKS, name, recipe, CallbackRecipe)
 
@@ -124,13 +128,15 @@ def register_metric(
 
     Args:
         name: The name in recipes, tables and files.
-        of: Outputs that the function compares. ``classes``: predicted and expected ids of
-            classification tasks. ``class_scores``: probabilities of all classes, and expected ids.
-            ``tokens``: predicted and expected ids of language models. ``texts``: generated and
-            reference texts. ``tags``: predicted and expected lists of names, one for each text.
-            ``values``: predicted and expected numbers. ``label_sets``: predicted and expected lists
-            of 0 and 1. ``label_scores``: probabilities, and lists of 0 and 1. ``loss``: the mean
-            loss in nats, the only argument.
+        of: Kind of output that the function compares, or several kinds, of which it gets the first
+            that the task has. ``classes``: predicted and expected ids of classification tasks.
+            ``class_scores``: for each example a list with the probability of each class, and
+            expected ids. ``tokens``: predicted and expected ids of language models. ``texts``:
+            generated and reference texts. ``tags``: for each text the predicted and the expected
+            list of tag names. ``values``: predicted and expected numbers. ``label_sets``: for each
+            example the predicted and the expected list, with 1 for each label that applies and 0
+            for each other label. ``label_scores``: for each example a list with the probability of
+            each label, and the expected list. ``loss``: the mean loss in nats, the only argument.
         greater_is_better: True if larger values are better.
         range: Smallest and largest value. Across sites, scores outside this range are refused. In
             figures, metrics with the range 0 to 1 have this range as their axis.
@@ -138,13 +144,14 @@ def register_metric(
             Tables then show confidence intervals.
 
     Raises:
-        PluginError: Another module has registered the name, or an argument is invalid.
+        PluginError: The name is ``loss``, another module has registered the name, or an argument is
+            invalid.
     """
     outputs = (of,) if isinstance(of, str) else of
     if unknown := set(outputs) - set(get_args(Output)):
         raise PluginError(
-            f"the metric {name!r}: of={', '.join(sorted(unknown))}, expected "
-            f"{', '.join(get_args(Output))}"
+            f"the metric {name!r}: of={', '.join(sorted(unknown))}, expected any "
+            f"of {', '.join(get_args(Output))}"
         )
     if name == "loss":
         raise PluginError(
@@ -186,8 +193,8 @@ def _section_of(
         isclass(recipe) and issubclass(recipe, base) and recipe is not base
     ):
         raise PluginError(
-            f"the {registry.kind} {name!r}: {getattr(recipe, '__name__', repr(recipe))} is not "
-            f"a subclass of {base.__name__}; derive the section from that class"
+            f"the {registry.kind} {name!r}: recipe={getattr(recipe, '__name__', repr(recipe))}, "
+            f"expected a class that is derived from {base.__name__}"
         )
 
     def register(code: Code) -> Code:
@@ -218,11 +225,11 @@ def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code
 
 
 def _check_name(registry: Registry, name: object) -> None:
-    """Raise ``PluginError`` if a name is missing, or has characters that are not allowed."""
+    """Raise ``PluginError`` if a name is not text, or has characters that are not allowed."""
     if not isinstance(name, str):
         raise PluginError(
-            f"the {registry.kind} {getattr(name, '__name__', repr(name))} has no name; pass it to "
-            'the decorator, as in @register_strategy("mine")'
+            f"the {registry.kind} {getattr(name, '__name__', repr(name))} has no name; pass a "
+            f'name to the decorator, as in @register_{registry.kind.split()[0]}("mine")'
         )
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise PluginError(

@@ -41,15 +41,16 @@ class RobustnessRecipe(Section):
     aggregation: Annotated[str, NameIn(AGGREGATIONS)] = "mean"
     """Rule that combines the clients' updates, for each adapter. mean: the weighted mean. median
     and trimmed_mean: coordinate-wise and weighted (Yin et al. 2018, arXiv 1803.01498). krum: the
-    update nearest to its neighbors; multi_krum: the mean of the nearest ones (Blanchard et al.
-    2017, arXiv 1703.02757). cosine_filter: the weighted mean of the updates with a positive cosine
-    to the weighted sum of the other updates, each scaled to norm 1 (after Cao et al. 2021, arXiv
-    2012.13995, which compares with an update from the server's own data). similarity_filter: as
-    cosine_filter, except that clients whose updates are unusually similar share one vote (after
-    Fung et al. 2020, arXiv 1808.04866)."""
+    one update nearest to its neighbors. multi_krum: the weighted mean of the updates that are
+    nearest to their neighbors (both: Blanchard et al. 2017, arXiv 1703.02757). cosine_filter: the
+    weighted mean of the updates with a positive cosine to the weighted sum of the other updates,
+    each scaled to norm 1 (after Cao et al. 2021, arXiv 2012.13995, which compares with an update
+    from the server's own data). similarity_filter: as cosine_filter, except that clients whose
+    updates are unusually similar share one vote (after Fung et al. 2020, arXiv 1808.04866)."""
     trim: Minority = 0.2
-    """Fraction of the weight that trimmed_mean removes from the lowest and from the highest values
-    of each coordinate. Choose a value above the fraction of clients that may be malicious."""
+    """Fraction of the clients' total weight that trimmed_mean removes at each end of the sorted
+    values of a coordinate. Choose a value above the fraction of the weight that malicious clients
+    may have."""
     malicious: Minority = 0.2
     """Fraction of malicious clients that krum and multi_krum assume among an adapter's clients."""
     norm_bound: Norm | None = None
@@ -68,11 +69,11 @@ class RobustnessRecipe(Section):
         )
 
     def refusal(self, strategy: StrategyRecipe) -> str | None:
-        """Return the reason why a strategy does not support the rule; None if it does."""
+        """Return the reason why a strategy does not support the aggregation rule, or None."""
         if strategy.in_chunks and self.aggregation not in _BY_COLUMN:
             return (
-                f"strategy.soup: robustness.aggregation: {self.aggregation} compares whole "
-                "updates, but the soup is computed in chunks of columns; remove one of them, or "
-                f"use {', '.join(_BY_COLUMN)}"
+                "strategy.soup: a soup in bfloat16 or on disk is computed in chunks of columns, "
+                f"but robustness.aggregation: {self.aggregation} needs whole updates; remove soup, "
+                f"or use one of the rules {', '.join(_BY_COLUMN)}"
             )
         return None

@@ -61,7 +61,8 @@ class TrainingRecipe(Section):
     device: str = "auto"
     """auto (a CUDA GPU if available, else the CPU), cpu, mps, cuda, or cuda:1."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast in training. auto: bf16 (or fp16) on a CUDA GPU, no on other devices."""
+    """Autocast in training. auto: on a CUDA GPU bf16, or fp16 if the GPU does not support bf16; no
+    on other devices."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
         "adamw"
     )
@@ -76,8 +77,9 @@ class TrainingRecipe(Section):
     at a much higher rate, a rate between the two is chosen, because a single client overfits at
     lower rates than a federation. If no rate reduces the validation loss by more than its noise, or
     if there are no validation examples, the training loss decides. If no rate reduces that loss
-    either, the rate is 5e-3, or 0.1 for sgd. With `privacy`, this rate is used without a test,
-    because the replies to a test would not be private. The baselines use the chosen rate."""
+    either, the default is used: 5e-3, or 0.1 for sgd. If training fails at the default, the rate
+    with the lowest loss is used. With `privacy`, the default is used without a test, because the
+    replies to a test would not be private. The baselines use the chosen rate."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Weight decay: decoupled for adamw, the gradient of an L2 penalty for sgd."""
     momentum: Fraction = 0.0
@@ -87,7 +89,7 @@ class TrainingRecipe(Section):
     hundred examples, and small batches give them enough optimizer steps."""
     gradient_accumulation: BatchSize = 1
     """Micro-batches per optimizer step. The loss of a step is the exact mean over its examples or
-    labeled tokens, even if micro-batches differ in their number."""
+    labeled tokens, even if some micro-batches have fewer of these than others."""
     epochs: Count | Literal["auto"] = "auto"
     """Passes over a client's examples per round. auto: as many passes, at most 4, as a client of
     median size needs to take about 200 optimizer steps in the run, and at least 10 in each round.
@@ -113,12 +115,12 @@ class TrainingRecipe(Section):
     """GB of device memory for the inputs of the first layer with an adapter
     (`lora.layers_to_transform`), so that the frozen layers below it run once per example. If the
     memory does not suffice, or if the value is 0, these layers run in each pass. The results are
-    the same."""
+    the same up to rounding."""
     prefix_disk: Annotated[float, Field(ge=0, le=1e6)] = 10.0
     """GB of disk for the inputs that `prefix_cache` stores, in the cache folder (models.md), for
     later runs with the same model and examples; 0 to store none. Texts can be reconstructed from
     these files (privacy.md). The environment variable `FEDMERGE_PREFIX_DISK` takes precedence over
-    this key. The results are the same, bit for bit."""
+    this key. The results with and without the files are the same, bit for bit."""
     prefix_dtype: Literal["float16", "bfloat16"] | None = None
     """Number format in which `prefix_cache` and `prefix_disk` store the inputs. For a float32
     model, both formats need half of the space. The inputs are rounded to 11 (float16) or 8
@@ -149,7 +151,8 @@ class Recipe(Section):
     name: FileName
     """Name of the run. Its directory is runs/NAME unless --out is given."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the run. All random choices follow from it, the round and the client."""
+    """Seed of the run. All random choices follow from it, the round and the client, except the
+    noise of `privacy` across sites."""
     rounds: Count = 20
     """Number of rounds. More than 10 million optimizer steps of all clients together in a run cause
     a warning, and more than 10 billion are refused."""
@@ -167,10 +170,11 @@ class Recipe(Section):
     """Strategies to run as well, with the same clients and seed. Each has a subdirectory of the run
     directory. A baseline with the name of `strategy` is skipped."""
     baselines_from: str | None = None
-    """Directory of an earlier run whose finished baselines this run reuses instead of running them
-    again. The directory is refused if data, model, seed, rounds or any other setting of the
-    baselines differs. This run also uses the learning rate and the epochs that the earlier run
-    chose automatically."""
+    """Directory of an earlier run. Results of the earlier run and of its baselines replace those
+    `baselines` of this run that have the same strategy; the other baselines are run. The directory
+    is refused if an earlier result is not finished, or if data, model, seed, rounds or any other
+    setting that affects it differs. This run also uses the learning rate and the epochs that the
+    earlier run chose automatically."""
     clients: ClientsRecipe = ClientsRecipe()
     """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
@@ -225,7 +229,7 @@ class Recipe(Section):
         if any(baseline.chosen_preset for baseline in self.baselines):
             raise ValueError(
                 "baselines: a preset also sets rounds and training, which baselines share with "
-                "the strategy; name the preset under strategy"
+                "the strategy; remove preset from the baseline, or name it under strategy"
             )
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -289,6 +293,8 @@ class Recipe(Section):
         for strategy in (self.strategy, *self.baselines):
             reason = self.privacy.refusal(strategy) or self.robustness.refusal(strategy)
             reason = reason or strategy.quantization_refusal(self.backbone.quantization)
+            if reason is not None and strategy is not self.strategy:
+                reason = f"baselines: {strategy.name}: {reason.removeprefix('strategy.')}"
             if reason is not None:
                 raise ValueError(reason)
         if self.privacy.mode == "central" and self.robustness.defends:
@@ -303,10 +309,8 @@ class Recipe(Section):
         keys = {
             f"training: logits: {self.training.logits}": self.training.logits != "plain",
             "serving: label_prior": self.serving.label_prior,
-            **{
-                f"the strategy {strategy.name}": strategy.needs_labels
-                for strategy in (self.strategy, *self.baselines)
-            },
+            f"strategy: {self.strategy.name}": self.strategy.needs_labels,
+            **{f"baselines: {baseline.name}": baseline.needs_labels for baseline in self.baselines},
         }
         for key, needs_labels in keys.items():
             if needs_labels and self.task.label_column is None:
@@ -355,9 +359,16 @@ class Recipe(Section):
         """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
         Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
-        The modules that the recipe lists under ``plugins`` are imported with ``"import"``, and are
-        not imported with ``"ignore"``. With a ``Consent``, a module that it does not allow is an
-        error. Raises ``RecipeError`` with all faults.
+
+        Args:
+            source: Name or path.
+            overrides: Texts such as ``rounds=3``, applied in this order.
+            plugins: Treatment of the modules that the recipe lists under its key ``plugins``.
+                ``"import"`` imports them, and ``"ignore"`` does not. A ``Consent`` imports them if
+                it allows all of them, and otherwise causes an error.
+
+        Raises:
+            RecipeError: The recipe is invalid. The error lists all faults.
         """
         from fedmerge_peft.recipe.loading import load
 

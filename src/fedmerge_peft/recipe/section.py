@@ -1,4 +1,4 @@
-"""Base class of all sections of a recipe, and types of fields in several sections."""
+"""Base class of all sections of a recipe, and types of fields that several sections have."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Adapters = Annotated[int, Field(gt=0, le=1_000)]
 """Number of adapters on the server."""
 BatchSize = Annotated[int, Field(gt=0, le=65_536)]
 Coefficient = Annotated[float, Field(ge=0, le=1_000)]
-"""Weight of a term of the loss."""
+"""Weight of a term of the loss, or step size of the merging logits."""
 PositiveCoefficient = Annotated[float, Field(gt=0, le=1_000)]
 Count = Annotated[int, Field(gt=0, le=1_000_000)]
-"""Number of rounds, steps, clients or tokens."""
+"""Number of rounds, epochs, steps, clients, examples or tokens."""
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 FileName = Annotated[str, Field(min_length=1, max_length=200)]
 """Name of a file or folder."""
@@ -65,7 +65,11 @@ FOREIGN = "foreign"
 
 
 class Section(BaseModel):
-    """Base class of all sections. Unknown keys are rejected, and values are not coerced."""
+    """Base class of all sections.
+
+    Unknown keys and values of a wrong type are rejected. Only integers are converted to floats, and
+    the words of ``Boolean`` to booleans.
+    """
 
     model_config = ConfigDict(
         extra="forbid",

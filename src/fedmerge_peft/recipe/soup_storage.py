@@ -19,7 +19,7 @@ class SoupRecipe(Section):
     (Zamirai et al. 2020, arXiv 2010.06192). Clients receive and train float32 adapters."""
     storage: Literal["memory", "disk"] = "memory"
     """Place of the soup. memory: all of it in memory. disk: a temporary file in the run directory,
-    for soups larger than memory. Only a part of the file is in memory at a time, and each merge
+    for a soup larger than memory. Only a part of the file is in memory at a time, and each merge
     reads the whole file."""
 
     @property
@@ -55,7 +55,7 @@ class SoupServerRecipe(ServerRecipe):
         if self.in_chunks and mode == "central":
             return (
                 "strategy.soup: noise on the sum of updates needs a float32 soup in memory; remove "
-                "strategy.soup, or privacy.mode: central"
+                "soup, or privacy.mode: central"
             )
         return super().privacy_refusal(mode)
 

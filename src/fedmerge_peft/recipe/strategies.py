@@ -1,4 +1,4 @@
-"""Sections of the built-in strategies."""
+"""Sections of the built-in strategies, except those in ``personal_strategies``."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     learned_merging = True
     dp_modes = frozenset({"local", "central"})
     preset: Literal["paper"] | None = None
-    """paper: the values of the authors' CIFAR-100 program, for all keys that the recipe does not
-    set: 500 rounds; adapters 5, rule paper, start independent; SGD with learning rate 0.01, batches
-    of 32, 2 epochs, proximal 0.01 and no clipping; evaluation.serve best, which serves the round
-    with the lowest validation loss."""
+    """paper: values of the authors' CIFAR-100 program in place of the defaults: 500 rounds;
+    adapters 5, rule paper, start independent; SGD with learning rate 0.01, batches of 32, 2 epochs,
+    proximal 0.01 and no clipping; evaluation.serve best, which serves the round with the lowest
+    validation loss. Keys that the recipe sets keep their values."""
     adapters: Adapters | Literal["auto"] = "auto"
     """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups, which
     may be one. If `groups` is not set, validation losses in the next rounds may change the number
@@ -79,13 +79,14 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Weight of a client's own head after the grouping of `start: warm`. An own head changes only
     by its client's updates. The head that is merged from the soup has the remaining weight. auto:
-    an estimate of the share of a client's label distribution that differs from its group's; 0 if
-    the clients of a group have the same distribution, or with differential privacy."""
+    an estimate of the share of a client's label distribution that differs from its group's. It is 0
+    if a group's clients have the same distribution, or if the server does not know their label
+    counts, as with differential privacy."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Separate merging weights for each block of an adapter's parameters. Default: no blocks.
     head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
-    modules: each adapted module, and the head. classes: the head's parameters of each class, and
-    the rest. With blocks, there are no own heads."""
+    modules: each adapted module, and the head. classes: the parameters of each class in the head's
+    last layer, and the rest. With blocks, there are no own heads."""
     reseed_after: Count | None = None
     """Number of consecutive rounds after which an unused adapter is reassigned to some clients of
     the most used adapter. An adapter is unused if its mass is below 1 / (4 d). Default: never."""
@@ -168,14 +169,12 @@ class FedAvgRecipe(HeadRecipe, ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
-    """FedAvg with finetuning: each client predicts with the copy of the global adapter that it
-    trained last, in a round of FedAvg or in rounds of finetuning at the end.
-    """
+    """FedAvg with finetuning: each client predicts with a finetuned copy of the global adapter."""
 
     fedavg_rounds: Count | None = None
-    """Number of rounds of FedAvg. In all further rounds, each client finetunes the global adapter.
-    Default: all rounds are rounds of FedAvg, and a client predicts with the adapter that it trained
-    in its last round, before the aggregation."""
+    """Number of rounds of FedAvg. In all further rounds, each client finetunes its own copy of the
+    global adapter. Default: all rounds are rounds of FedAvg, and a client predicts with the adapter
+    that it trained in its last round, before the aggregation."""
     passes: Passes = 1
     """Passes of local training in each round after `fedavg_rounds`. Each pass takes
     training.epochs or training.steps."""
@@ -284,8 +283,8 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
     adapters: Adapters = 5
     """Number of clusters."""
     warm_rounds: WarmRounds = 2
-    """Rounds of FedAvg before the clustering. A run with fewer rounds trains one adapter, with
-    a warning."""
+    """Rounds of FedAvg before the clustering; more until `adapters` clients, or all, have replied.
+    A run with fewer rounds trains one adapter, with a warning."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""
     linkage: Literal["average", "complete", "single"] = "average"
@@ -333,8 +332,8 @@ class FedSALoraRecipe(ServerRecipe):
 
 
 class RoLoraRecipe(HeadRecipe, ServerRecipe):
-    """Clients train and send B in odd rounds, A in even rounds, and the head in all rounds (Chen et
-    al. 2025, arXiv 2502.01755).
+    """Clients train and send B in odd rounds, A in even rounds (on embeddings, A first), and the
+    head in all rounds (Chen et al. 2025, arXiv 2502.01755).
     """
 
     dp_modes = frozenset({"local", "central"})
@@ -346,7 +345,7 @@ class FlexLoraRecipe(HeadRecipe, StrategyRecipe):
     """
 
     ranks: Ranks | None = None
-    """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
+    """Ranks of the clients in order, repeated as needed; each at most lora.r. Default: lora.r."""
 
 
 class FLoraRecipe(HeadRecipe, StrategyRecipe):
@@ -356,7 +355,7 @@ class FLoraRecipe(HeadRecipe, StrategyRecipe):
 
     adds_to_backbone = True
     ranks: Ranks | None = None
-    """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
+    """Ranks of the clients in order, repeated as needed; each at most lora.r. Default: lora.r."""
 
 
 class FedExLoraRecipe(HeadRecipe, StrategyRecipe):

@@ -265,7 +265,7 @@ def test_a_module_predicts_next_tokens(tokenizer, tmp_path):
 def test_a_resumed_run_takes_the_same_model(run, tokenizer, tmp_path):
     path, given = tmp_path / "run", {"data": frame(), "tokenizer": tokenizer}
     federate(text_recipe(rounds=1), path, model=TextNet(), **given)
-    with pytest.raises(ResumeError, match=r"cannot continue with another model: it had memory:\w+"):
+    with pytest.raises(ResumeError, match=r"cannot be used with another model: it had memory:\w+"):
         resume(path, ["rounds=2"], model=TextNet(seed=1), **given)
     extended = resume(path, ["rounds=2"], model=TextNet(), **given)
     assert len(extended.records) == 2
@@ -280,7 +280,7 @@ def test_a_run_without_its_model_says_what_to_pass(tokenizer, tmp_path):
         resume(path, ["rounds=2"], data=frame())
     with pytest.raises(BackboneError, match=r"load_run\(path, model=\.\.\., tokenizer=\.\.\.\)"):
         load_run(path).predict({"North": ["a"]})
-    with pytest.raises(ResumeError, match="cannot continue with another model"):
+    with pytest.raises(ResumeError, match="cannot be used with another model"):
         load_run(path, model=TextNet(seed=4), tokenizer=tokenizer)
     assert load_run(path).clients is not None
     again = load_run(path, model=net, tokenizer=tokenizer)

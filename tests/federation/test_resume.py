@@ -377,7 +377,7 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
     clients = checked.read_document(path / "clients.json")["clients"]
     checked.write_document(path / "clients.json", {"clients": clients[1:]})
     with pytest.raises(
-        ResumeError, match=r"the data have changed and no longer match clients\.json"
+        ResumeError, match=r"the data or the model have changed and no longer match clients\.json"
     ):
         resume(path, engine=engine)
 

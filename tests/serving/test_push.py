@@ -64,7 +64,7 @@ def test_without_the_hub_the_folder_stays_and_the_next_command_is_printed(run, t
     """The tests run offline, so the real client raises the error."""
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
     with pytest.raises(
-        RunError, match=r"was written but not uploaded: .*later: hf upload me/mine .*mine"
+        RunError, match=r"was written but not uploaded: .*later: hf upload me/mine .*mine --private"
     ):
         push_to_hub(folder, "me/mine")
     assert (folder / "README.md").is_file()

@@ -2,8 +2,8 @@
 
 A SHA-256 sum shows that a file has not changed since it was written. It does not show who wrote the
 file: it may have been edited by hand with a new sum, or come from another version or a stranger.
-Every document is therefore checked when it is read. The first fault raises an error that names the
-file and the field.
+``read`` therefore checks every document against its schema. The first fault raises an error that
+names the file and describes the fault.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StoppedDocument:
 
 @dataclass(frozen=True)
 class PrivacyDocument:
-    """Privacy in ``summary.json``."""
+    """Privacy loss in ``summary.json``: ε, δ and the source of the noise."""
 
     epsilon: Number
     delta: Number
@@ -244,11 +244,12 @@ def read_rounds(path: Path, content: bytes | None = None) -> list[dict[str, Any]
     """Read ``metrics.jsonl``: one object per finished round.
 
     Args:
-        path: The file.
+        path: The file. If it is missing, the result is empty.
         content: Content of the file, if it has been read already.
 
     Raises:
-        RunError: A line is damaged, has an invalid field, or is out of order.
+        RunError: The file cannot be read; or a line is damaged, is out of order, or has a missing
+            or invalid field.
     """
     records = [*map(restore_scores, checked.read_records(path, content).records)]
     for number, record in enumerate(records, 1):
@@ -275,8 +276,9 @@ def _check_adapter_config(path: Path, document: Mapping[str, Any]) -> None:
 
     PEFT does not check its configurations: some keys name modules that it imports, and some values
     are regular expressions whose evaluation may not end. Keys that a recipe sets must follow the
-    recipe's rules. All others must have PEFT's defaults, except those in ``_FREE`` and
-    ``fan_in_fan_out``, which depends on the model.
+    recipe's rules. The other keys of PEFT must have PEFT's defaults, with two exceptions. Keys in
+    ``_FREE`` may be any text, boolean or null. ``fan_in_fan_out`` may be true or false, because it
+    depends on the model.
     """
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""Record the environment of a run: format, start time, versions, device and git commit."""
+"""Describe the environment of a run: format, start time, versions, machine and git commit."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def environment_of(engine: Engine) -> dict[str, Any]:
 def source(folder: Path) -> dict[str, Any]:
     """Return a folder's git ``commit``, and ``dirty``: True if its files differ from that commit.
 
-    The result is empty if git does not track the folder. It is cached, because a running process
-    does not reload its code.
+    The result is empty if git is absent, fails, or does not track the folder. It is cached, because
+    a running process does not reload its code.
     """
     # An installed package may lie below an unrelated repository, which does not track its files.
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:

@@ -12,7 +12,10 @@ FORMAT = 3
 
 
 def check_format(directory: Path) -> None:
-    """Raise ``RunError`` if the run has another format; accept runs without environment.json."""
+    """Raise ``RunError`` if the run has another format, or its ``environment.json`` is damaged.
+
+    Runs without ``environment.json`` are accepted.
+    """
     path = directory / "environment.json"
     if not path.is_file():
         return
@@ -30,7 +33,10 @@ def check_format(directory: Path) -> None:
 
 
 def _unchecked_format(path: Path) -> int | None:
-    """Return the format of a readable document without a SHA-256 sum; None for other files."""
+    """Return the format of a JSON object without a SHA-256 sum; None for other files.
+
+    A document without an entry ``format`` has format 1.
+    """
     try:
         document = strict_json.loads(path.read_bytes())
     except (OSError, ValueError):

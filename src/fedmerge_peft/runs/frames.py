@@ -20,7 +20,12 @@ _COLUMNS = (
 
 
 def metrics_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row per round: losses, means and worst tenths, entropy, gap, bytes, seconds."""
+    """Return one row per finished round; an empty frame without rounds.
+
+    The columns are the seconds, the mean training loss, the entropy of π, the gap, the bytes, and
+    for the served and the finetuned adapters the mean score, the mean of the worst tenth, and the
+    validation loss. Values that a round does not have are missing.
+    """
     import pandas as pd
 
     rows = []
@@ -36,7 +41,7 @@ def metrics_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def clients_frame(
     clients: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str, float]] | None
 ) -> pd.DataFrame:
-    """Return one row per client: group, numbers of examples and, if passed, scores."""
+    """Return one row per client: group, numbers of examples and, if passed, scores by metric."""
     import pandas as pd
 
     frame = pd.DataFrame(clients).set_index("name")

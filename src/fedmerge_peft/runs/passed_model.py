@@ -1,4 +1,4 @@
-"""Models that a Python program passes to a run; the run cannot continue with another model."""
+"""Models that a Python program passes to a run; the run cannot be used with another model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None 
 
 
 def check_model(run: RunDirectory, given: Recipe, *, needed: bool = True) -> None:
-    """Raise ``ResumeError`` unless the recipe has the run's model and it can be loaded.
+    """Raise ``ResumeError`` if ``given`` has another model, or a needed model is not in memory.
 
     Args:
         run: The run.
-        given: The run's recipe, with the model that the program passes in this call.
-        needed: True if the model will be loaded. A passed model must then be in memory.
+        given: The run's recipe. If the program passes a model in this call, this is its backbone.
+        needed: True if the model will be loaded. If a program passed it to the run, it must then be
+            in memory.
     """
     expected, now = run.recipe.backbone.model, given.backbone.model
     if expected != now and not is_passed(expected):
@@ -49,7 +50,7 @@ def check_model(run: RunDirectory, given: Recipe, *, needed: bool = True) -> Non
         )
     if expected != now:
         raise ResumeError(
-            f"{run.path} cannot continue with another model: it had {expected}, this is {now} "
+            f"{run.path} cannot be used with another model: it had {expected}, this is {now} "
             "(digests of structure, configuration, weights and tokenizer or image processor); pass "
             "the same model, unchanged"
         )

@@ -39,7 +39,8 @@ class Scores:
     """The client with the worst score; the first one if several have it."""
     worst_client_score: Number
     validation_loss: Number | None
-    """Mean over clients, nats. It determines the best round. None without validation examples."""
+    """Mean over the clients that have validation examples, nats; None if there are none. The best
+    round is the one with the lowest value for the served adapters."""
     clients: dict[Text, dict[Text, Number]]
     """All scores by client: ``validation_loss``, ``test_loss``, ``test_accuracy`` and so on."""
 
@@ -77,10 +78,12 @@ _NUMBERS = ("seconds", "train_loss", "gap", "weights_entropy", "update_norm", "e
 
 
 def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
-    """Convert all scores of a document to floats, in place, and return the document.
+    """Restore nan and infinite numbers of a document, in place, and return the document.
 
-    Files contain null in place of nan, and a text in place of an infinite score, such as the
-    perplexity of a diverged model (``strict_json``). Other values are not changed.
+    A file has null in place of nan, and the text "Infinity" or "-Infinity" in place of an infinite
+    number, such as the perplexity of a diverged model (``strict_json``). The texts become floats in
+    scores and in the fields ``_NUMBERS``. null becomes nan in ``gap`` and in scores, except in
+    ``validation_loss``. Other values are not changed.
     """
     for key in _NUMBERS:
         if document.get(key) in _INFINITE:
@@ -121,11 +124,12 @@ class RoundRecord:
     None if no client reports it, as in a federation of private sites."""
     served: Scores | None
     """Scores of the models served at the start of this round; for most methods these are the
-    adapters as sent, before any local training. None in rounds without evaluation."""
+    adapters as sent, before any local training. None if no client reports scores, as in rounds
+    without evaluation and with private sites."""
     finetuned: Scores | None
     """Scores after this round's local training; the difference from ``served`` is the gain of
-    finetuning. None in rounds without evaluation, and for methods whose training does not start
-    from the served model (``fedavg_ft``)."""
+    finetuning. None if ``served`` is None, with ``evaluation.finetuned: false``, and for methods
+    whose training does not start from the served model (``fedavg_ft``)."""
     gap: Number
     """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter that it
     would be sent next, mean over clients. For flora, fedex_lora and flexlora the distance is

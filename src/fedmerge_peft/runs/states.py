@@ -27,7 +27,8 @@ def read_state(folder: Path, clients: int) -> tuple[AdapterSoup, Tensor]:
     """Read the soup and π ``(clients, adapters)`` from a folder.
 
     Raises:
-        RunError: A file is missing or damaged, or the numbers of adapters or clients differ.
+        RunError: A file is missing or damaged, the two files have different numbers of adapters, or
+            a number of clients is not ``clients``.
     """
     weights = read_client_weights(folder / "weights.safetensors", clients)
     path = folder / "soup.safetensors"

@@ -96,7 +96,12 @@ class Tracking:
         self._for_each(lambda tracker: _log_figure(tracker, "merging_weights", figure, round))
 
     def final(self, scores: Scores | None, rounds: int) -> None:
-        """Log the final scores of all clients."""
+        """Log the mean, worst tenth and validation loss of the final scores, if there are any.
+
+        Args:
+            scores: Scores of the state that the run serves.
+            rounds: Number of completed rounds, which is the step of the values.
+        """
         self._log(_scores("final", scores), rounds)
 
     def _log(self, values: dict[str, float | None], step: int) -> None:
@@ -127,7 +132,9 @@ class Tracking:
 
 @contextmanager
 def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[Tracking]:
-    """Start the recipe's trackers, and close them when the block ends.
+    """Start the recipe's trackers on rank 0, and close them when the block ends.
+
+    On other ranks, and if the recipe names no tracker, nothing is logged.
 
     Args:
         recipe: Names the trackers (``tracking``); its values become the tracked configuration.

@@ -13,7 +13,7 @@ from fedmerge_peft.util import checked
 from fedmerge_peft.util.folders import SUMS, faults
 
 _ALWAYS = ("environment.json", "clients.json", "task.json", "adapter_config.json")
-"""Files, besides the recipe, that every run with a finished round must have."""
+"""Documents that every run with a finished round must have."""
 
 
 def verify(path: Path) -> int:
@@ -25,11 +25,12 @@ def verify(path: Path) -> int:
         path: A run directory, or a folder that ``fedmerge export`` has written.
 
     Returns:
-        The number of files that agree with their sums.
+        The number of checked files, including each ``SHA256SUMS``.
 
     Raises:
-        RunError: Files are damaged, missing, or not part of the run (the message has one line for
-            each), or the folder contains neither a run nor an export.
+        RunError: Files are damaged, missing, inconsistent, or not part of the run or export (the
+            message has one line for each); the folder contains neither a run nor an export; or a
+            run contains links or has another format.
     """
     if not (path / "recipe.yaml").is_file():
         if not (path / SUMS).is_file():
@@ -92,7 +93,7 @@ def _verify_file(file: Path) -> None:
 
 
 def _inconsistent(run: Path) -> list[str]:
-    """Return a sentence if files disagree on the numbers of clients or adapters, else []."""
+    """Return one sentence if files disagree on the number of clients or adapters, else []."""
     directory = RunDirectory(run)
     if not directory.rounds_on_disk:
         return []
@@ -107,7 +108,7 @@ def _inconsistent(run: Path) -> list[str]:
 
 
 def _missing(run: Path) -> list[str]:
-    """Return a sentence for each missing file of a run with finished rounds."""
+    """Return a sentence for each required file that a run with finished rounds lacks."""
     rounds = RunDirectory(run).rounds_on_disk
     if not rounds:
         return []

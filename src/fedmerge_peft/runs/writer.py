@@ -50,16 +50,18 @@ class RunWriter(RunDirectory):
         """Create the directory of a new run, or roll an interrupted run back.
 
         A new directory gets the metadata. An interrupted run goes back to its latest valid
-        checkpoint, and files written after it are removed.
+        checkpoint, or to its start if there is none. The output of later rounds is removed, except
+        ``best/``.
 
         Args:
             engine: The engine loaded for the recipe.
-            strategy: A new strategy. The checkpoint is restored into it.
+            strategy: A new strategy. The checkpoint is restored into it on rank 0.
 
         Raises:
             RunExistsError: The directory contains other files; nothing was changed.
             ResumeError: The run cannot be resumed; nothing was changed.
-            RunError: The directory cannot be written. The run can still be resumed later.
+            RunError: The directory cannot be written, or a document of the run is damaged. The run
+                can be resumed when the cause is removed.
         """
         if (self.path / "recipe.yaml").is_file():
             self._reopen(engine, strategy)
@@ -77,8 +79,8 @@ class RunWriter(RunDirectory):
                 strict_json.dumps(expected[name])
             ):
                 raise ResumeError(
-                    f"{path} cannot be resumed: the data have changed and no longer match {name}; "
-                    "restore the data, or start a new run"
+                    f"{path} cannot be resumed: the data or the model have changed and no longer "
+                    f"match {name}; restore them, or start a new run"
                 )
         metrics = path / "metrics.jsonl"
         checkpoint = checkpoints.read_latest(
@@ -89,8 +91,8 @@ class RunWriter(RunDirectory):
                 checkpoint.restore(strategy)
             except ValueError as error:
                 raise ResumeError(
-                    f"{path} cannot be resumed: its checkpoint belongs to another adapter or "
-                    f"another version ({error})"
+                    f"{path} cannot be resumed: its checkpoint belongs to another adapter or to "
+                    f"another version of fedmerge-peft ({error}); start a new run"
                 ) from error
         self._roll_back(checkpoint)
         self._write_metadata(recipe, engine)
@@ -108,8 +110,8 @@ class RunWriter(RunDirectory):
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write a finished round. Raises ``RunError``.
 
-        Soup and weights are written first, so that they exist for every line of
-        ``metrics.jsonl``. The checkpoint is written last.
+        The soup and the weights are written before the line of ``metrics.jsonl``. The second file
+        of the checkpoint, which completes the round, is written last.
         """
         with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
@@ -129,7 +131,7 @@ class RunWriter(RunDirectory):
 
     @rank_zero
     def save_if_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
-        """Save soup and weights to ``best/`` if ``scores.validation_loss`` is the lowest so far.
+        """Save a state to ``best/`` if its ``scores.validation_loss`` is the lowest so far.
 
         Args:
             completed: Number of completed rounds in this state.
@@ -160,8 +162,8 @@ class RunWriter(RunDirectory):
         """Write ``confusion.json`` after the last round.
 
         Args:
-            confusion: True class, predicted class and number of test examples, by client; None if
-                they were not counted.
+            confusion: Triples of true class, predicted class, and number of test examples or
+                words, by client. If None, no file is written.
         """
         if confusion is None:
             return
@@ -177,7 +179,10 @@ class RunWriter(RunDirectory):
         privacy: Mapping[str, Any] | None = None,
         stopped: str | None = None,
     ) -> Scores | None:
-        """Write ``summary.json``, and serve the best round if ``evaluation.serve`` is ``best``.
+        """Write ``summary.json``; with ``evaluation.serve: best``, serve the best round.
+
+        To serve it, ``soup.safetensors`` and ``weights.safetensors`` become the files in ``best/``.
+        If no best round was saved, the last round is served.
 
         Args:
             last_scores: Scores after the last round; None if no client has scores.
@@ -185,7 +190,7 @@ class RunWriter(RunDirectory):
             stopped: Reason for an end before the planned rounds; None after all rounds.
 
         Returns:
-            Scores of the round that is served; None if there are none.
+            Scores of the state that is served; None if no client has scores.
         """
         records = self.records
         last = {
@@ -244,7 +249,7 @@ class RunWriter(RunDirectory):
     def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
         """Remove the output of rounds after a checkpoint; of all rounds if ``checkpoint`` is None.
 
-        The removal can be repeated if it is interrupted.
+        ``best/`` is kept. The removal can be repeated if it is interrupted.
         """
         self.completed = checkpoint.manifest.round if checkpoint is not None else 0
         stale = [
@@ -264,7 +269,7 @@ class RunWriter(RunDirectory):
             hardlink(checkpoint.path, self.path / "soup.safetensors")
 
     def _truncate_metrics(self, manifest: checkpoints.Manifest | None) -> None:
-        """Keep the lines of ``metrics.jsonl`` up to a checkpoint.
+        """Keep the lines of ``metrics.jsonl`` up to a checkpoint; no line without a checkpoint.
 
         The file is replaced, so that hard links to the old file keep its content.
         """
@@ -277,7 +282,11 @@ class RunWriter(RunDirectory):
 
 
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
-    """Return the documents of clients, task, adapter, examples and labels, by file name."""
+    """Return the documents of clients, task, adapter, examples and labels, by file name.
+
+    ``examples.json`` is included only if the recipe has baselines and the engine has a digest, and
+    ``labels.json`` only if the engine counts labels.
+    """
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in engine.backbone.config.to_dict().items()

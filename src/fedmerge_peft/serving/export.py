@@ -2,9 +2,11 @@
 
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
          (the client's row of π) and, if the model generates text, the files of ``generation_files``
-all      one such folder per client, and clients.json (the folder of each client)
+all      one such folder per client, clients.json (the folder of each client) and, if requested,
+         serve.sh, which starts a vLLM server
 soup     a folder for each adapter (adapter-0, adapter-1, ...), weights.json (each client's row of
-         π), README.md with code that merges the adapters, and the files of ``generation_files``
+         π), README.md with code that merges the adapters and, if the model generates text, the
+         files of ``generation_files``
 
 A folder is written whole or not at all, with the SHA-256 sums of its files in ``SHA256SUMS``.
 """
@@ -12,6 +14,7 @@ A folder is written whole or not at all, with the SHA-256 sums of its files in `
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -46,8 +49,8 @@ def export_client(
 ) -> Path:
     """Write a client's merged adapter with a model card.
 
-    The adapter has the run's rank. If the run updated the backbone (flora), the update is part of
-    the adapter, whose rank is then higher.
+    The adapter has the run's rank. If the run updated the backbone (flora, fedex_lora), the update
+    is part of the adapter, whose rank is then higher.
 
     Args:
         run: A run with at least one finished round.
@@ -201,13 +204,14 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
             f"{folder} was written but not uploaded: {reason}. "
-            f"To upload it later: hf upload {repo} {folder}"
+            f"To upload it later: hf upload {repo} {shlex.quote(str(folder))}"
+            f"{' --private' if private else ''}"
         ) from error
     return str(commit.commit_url)
 
 
 def check_repo(repo: str) -> None:
-    """Raise ``RunError`` unless ``repo`` is a valid repository id on the hub."""
+    """Raise ``RunError`` unless ``repo`` has the form of a repository id on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -252,7 +256,7 @@ def _write_client(
 def _config(
     config: Mapping[str, Any], run: RunDirectory, base_model_id: str | None
 ) -> dict[str, Any]:
-    """Return PEFT's configuration with the public name of the base model."""
+    """Return PEFT's configuration with the public name and the revision of the base model."""
     return {
         **config,
         "base_model_name_or_path": base_model_id or run.recipe.backbone.model,

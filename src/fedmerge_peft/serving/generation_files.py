@@ -1,8 +1,9 @@
 """Files beside an exported adapter that make other programs generate text as the run does.
 
 generation_config.json   generation settings, which GenerationConfig.from_pretrained loads
-tokenizer files          only if the recipe sets a chat template or a system prompt: the tokenizer
-                         of the base model with this template, which AutoTokenizer loads
+tokenizer files          only for chats, if the recipe sets a chat template or a system prompt
+                         (``carries_tokenizer``): the run's tokenizer, with both in its chat
+                         template; AutoTokenizer loads it
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 def carries_tokenizer(run: RunDirectory) -> bool:
     """Return True if exports of a run include a tokenizer.
 
-    If a Python program passed the model, the export has neither the model nor its tokenizer.
+    They do if the examples are chats and the recipe sets a chat template or a system prompt. If a
+    Python program passed the model, the export has neither the model nor its tokenizer.
     """
     task = run.recipe.task.to_complete()
     return (
@@ -70,7 +72,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
-    """Return a function that writes the files of this module to an existing folder.
+    """Return a function that writes the files that this module describes to an existing folder.
 
     The function writes nothing if the task does not generate text.
 

@@ -53,7 +53,7 @@ class _ModelHead(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """θ = π Θ, one adapter of a run, created by ``run.client(name)`` and ``run.merge({...})``.
+    """θ = π Θ plus own parts of clients, created by ``run.client(name)`` and ``run.merge({...})``.
 
     Raises:
         RunError: The clients of the run have no single adapter (``fedem``).
@@ -66,14 +66,16 @@ class MergedAdapter:
     weights: Tensor
     """π, ``(d,)``; sums to 1."""
     round: int
-    """Number of completed rounds at which the adapter was saved."""
+    """Number of completed rounds after which the soup was saved."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
-    clients that were not evaluated."""
+    """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures, and if
+    the run has no scores of the client in this state."""
     clients: Tensor | None = None
-    """Weights over the clients, ``(m,)``, one-hot for a single client. They mix the clients' own
-    parts, such as heads or label priors, and with ``strategy.blocks`` their merging weights for
-    each block. If None, own parts are left out, and ``weights`` applies to all blocks."""
+    """Share of each client in the mixture, ``(m,)``; one-hot for a single client.
+
+    θ includes the clients' own parts, such as heads or label priors, in proportion to these shares.
+    With ``strategy.blocks``, π differs by block, also in proportion to these shares. If None, θ
+    includes no own parts, and ``weights`` applies to all blocks."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:
@@ -97,11 +99,13 @@ class MergedAdapter:
         return client_confusion(self.run, self.name, self.round)
 
     def peft_state(self, *, exact: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return PEFT's state dict and configuration, including updates of the backbone (flora).
+        """Return PEFT's state dict and configuration.
+
+        They include the run's updates of the backbone (flora, fedex_lora), which raise the rank.
 
         Args:
             exact: Concatenate the soup's factors instead of averaging them. The result is the exact
-                average of the updates ΔW; its rank is r times the number of adapters in use.
+                average of the products B A; ``concat`` states its rank.
 
         Raises:
             ValueError: ``exact`` is not possible for this kind of adapter (``concat``).
@@ -137,7 +141,7 @@ class MergedAdapter:
         return folder
 
     def card(self, place: str, base_model_id: str | None = None, *, rank: int) -> ModelCard:
-        """Return the model card of the adapter at a LoRA rank; see ``adapter_card``."""
+        """Return the model card of the adapter, whose LoRA rank is ``rank`` (``adapter_card``)."""
         if self.name in self.run.client_names:
             role, own = "one of {clients} of a federated fine-tuning run", "the client's own part"
             row = self.run.clients.loc[self.name]
@@ -174,8 +178,8 @@ class MergedAdapter:
         """Return a transformers pipeline with this adapter.
 
         Its kind follows from the run's task, such as text-classification. Texts are truncated to
-        the run's ``task.max_length``. Text is generated with the settings of the recipe, and chats
-        are formatted with its chat template and system prompt.
+        the run's ``task.max_length``, except prompts of text generation. Text is generated with the
+        settings of the recipe, and chats are formatted with its chat template and system prompt.
 
         Args:
             device: As in ``model``.
@@ -240,7 +244,7 @@ class MergedAdapter:
 
 
 def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> MergedAdapter:
-    """Return the adapter that serves a client, after the last or the best round.
+    """Return a client's adapter in the state that the run serves or, with ``best``, the best state.
 
     Raises:
         RunError: The run has no such client, no such round, or no single adapter per client.
@@ -256,7 +260,7 @@ def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> Merge
 def mixed_adapter(
     run: RunDirectory, shares: Mapping[str | int, float], *, best: bool = False
 ) -> MergedAdapter:
-    """Merge adapters and clients in proportion to ``shares``; see ``api.Run.merge``.
+    """Merge adapters of the soup and of clients in proportion to ``shares`` (``api.Run.merge``).
 
     Args:
         run: A run with at least one finished round.
@@ -264,9 +268,9 @@ def mixed_adapter(
         best: Use the round with the lowest validation loss, even if the run serves its last round.
 
     Raises:
-        RunError: The shares are invalid; an adapter or client does not exist; ``shares`` names
-            an adapter by its number, although parts of the adapters are private to the clients; or
-            the clients have no single adapter (``fedem``).
+        RunError: The shares are invalid; an adapter, client or round does not exist; ``shares``
+            names an adapter by its number, although parts of the adapters are private to the
+            clients; or the clients have no single adapter (``fedem``).
     """
     soup, known = run.state(best=best)
     adapters = len(soup)
@@ -309,9 +313,10 @@ def mixed_adapter(
 
 
 def load_shared_state(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) -> None:
-    """Load the tensors that all adapters of a run share into its backbone.
+    """Load the tensors that all adapters of a run's soup share into a backbone.
 
-    These are the adapters' frozen shared tensors, and the updates of the backbone (flora).
+    These are the frozen tensors ``soup.shared``, and the updates of the backbone's weights
+    ``soup.base`` (flora, fedex_lora).
 
     Raises:
         RunError: The adapters do not fit this model.

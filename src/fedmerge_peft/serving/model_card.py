@@ -113,7 +113,7 @@ _PADDING = {
     "none": "none, since outputs depend on it: give texts of one length, or one text at a time",
     "alone": "none, since outputs depend on the other texts of a batch: give one text at a time",
 }
-"""Advice for models that do not ignore padding on the right, by ``task.padding``."""
+"""Advice for models that do not ignore padding on the right, by ``padding`` in ``task.json``."""
 _QUANTIZED = {
     "8bit": "quantized to 8 bits with bitsandbytes",
     "4bit": "quantized to 4 bits (NF4) with bitsandbytes",
@@ -138,11 +138,11 @@ class Described(Protocol):
 
     @property
     def round(self) -> int:
-        """Number of completed rounds at which the soup was saved."""
+        """Number of completed rounds after which the soup was saved."""
 
     @property
     def scores(self) -> Mapping[str, float]:
-        """Scores on the client's own examples, by name."""
+        """Scores on the client's own examples, by name; empty if there are none."""
 
 
 def adapter_card(
@@ -209,7 +209,8 @@ def soup_card(
         folder: The folder that the example loads from, unless ``repo`` is given.
         repo: The hub repository that the example loads from.
         soup: The soup.
-        best: Use the scores of the best round, even if the run serves its last round.
+        best: State the round and the scores of the best state, even if the run serves its last
+            round.
     """
     clients = run.scores(best=best).values()
     names = dict.fromkeys(metric for scores in clients for metric in scores)
@@ -314,13 +315,16 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
 
 
 def _example(run: RunDirectory, base: str, load: str, place: str, imports: str) -> str:
-    """Return Python code that loads an adapter, and generates text if the task does.
+    """Return Python code that loads an adapter and, if the task generates text, uses it.
+
+    If a Python program passed the model, the code only loads the adapter.
 
     Args:
         run: The run.
         base: Public name of the base model.
         load: Code that loads the adapter.
-        place: Arguments, in Python syntax, that locate the folder with the adapter.
+        place: Arguments, in Python syntax, from which the exported tokenizer is loaded if the
+            folder has one.
         imports: Further imports.
     """
     recipe, labels = run.recipe, run.task["labels"]
@@ -365,7 +369,10 @@ def _wrapped(labels: Sequence[str]) -> str:
 
 
 def _recipe(run: RunDirectory, base: str) -> str:
-    """Return the run's recipe as YAML; local paths are reduced to their last part."""
+    """Return the run's recipe as YAML, with ``base`` as its model.
+
+    Local paths of the tokenizer and of the data are reduced to their last part.
+    """
     recipe = run.recipe
     backbone = {
         "model": base,

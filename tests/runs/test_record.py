@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedmerge_peft.runs.record import Scores, worst_tenth
+from fedmerge_peft.runs.record import Scores, restore_scores, worst_tenth
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,13 @@ def test_scores_name_the_worst_client_beside_the_worst_tenth():
     losses = {name: {"test_perplexity": -each["test_accuracy"]} for name, each in clients.items()}
     assert Scores.of("perplexity", losses).worst == pytest.approx(-0.025)
     assert Scores.of("perplexity", losses).worst_client == "client 0"
+
+
+def test_a_clients_loss_that_is_not_a_number_survives_the_file():
+    """A mean validation loss of null is none, and a client's is nan."""
+    scores = {"metric": "test_accuracy", "validation_loss": None}
+    document = {"served": {**scores, "clients": {"a": {"validation_loss": None, "x": "Infinity"}}}}
+    served = restore_scores(document)["served"]
+    assert served["validation_loss"] is None
+    assert math.isnan(served["clients"]["a"]["validation_loss"])
+    assert served["clients"]["a"]["x"] == math.inf

@@ -1,5 +1,6 @@
 """Predictions for many clients in one pass equal those for each client alone."""
 
+import json
 import logging
 
 import numpy as np
@@ -229,6 +230,11 @@ def test_dora_predicts_one_at_a_time(smoke, tmp_path):
 @pytest.mark.equality
 def test_flora_predicts_with_the_backbones_added_updates(smoke, smoke_engine, tmp_path):
     run = federate(smoke("strategy=flora", "rounds=2"), tmp_path / "run", engine=smoke_engine)
+    run.save_adapter(run.client_names[0], tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    ranks = set(config["rank_pattern"].values())
+    assert max(ranks) > config["r"]
+    assert f"rank {max(ranks)}" in (tmp_path / "adapter" / "README.md").read_text()
     name = run.client_names[0]
     found = run.predict({name: ["the badge reader is offline"]}, device="cpu")
     assert found[name][0]["score"] == pytest.approx(

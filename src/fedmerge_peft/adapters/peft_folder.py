@@ -11,6 +11,11 @@ from torch import Tensor
 from fedmerge_peft.util.files import translated_write_errors, write_json, write_tensors
 
 
+def highest_rank(config: Mapping[str, Any]) -> int:
+    """Return the highest LoRA rank of a PEFT configuration, ``rank_pattern`` included."""
+    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+
+
 def write_adapter(
     folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any
 ) -> Path:

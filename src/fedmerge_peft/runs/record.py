@@ -82,8 +82,9 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
 
     A file has null in place of nan, and the text "Infinity" or "-Infinity" in place of an infinite
     number, such as the perplexity of a diverged model (``strict_json``). The texts become floats in
-    scores and in the fields ``_NUMBERS``. null becomes nan in ``gap`` and in scores, except in
-    ``validation_loss``. Other values are not changed.
+    scores and in the fields ``_NUMBERS``. null becomes nan in ``gap`` and in scores, except in the
+    mean ``validation_loss``, which is null without validation examples. Other values are not
+    changed.
     """
     for key in _NUMBERS:
         if document.get(key) in _INFINITE:
@@ -103,7 +104,7 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
             for key in [key for key in keys if key in scores]:
                 if scores[key] in _INFINITE:
                     scores[key] = float(scores[key])
-                elif scores[key] is None and key != "validation_loss":
+                elif scores[key] is None and (scores is not value or key != "validation_loss"):
                     scores[key] = math.nan
     return document
 

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import torch
 
 from fedmerge_peft.adapters.exact_merge import add_base_update
-from fedmerge_peft.adapters.peft_folder import write_adapter
+from fedmerge_peft.adapters.peft_folder import highest_rank, write_adapter
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import generation_writer
@@ -249,7 +249,7 @@ def _write_client(
     state, config = merged.peft_state()
     weights = {"client": merged.name, "round": merged.round, "weights": merged.weights.tolist()}
     write_adapter(folder, state, _config(config, merged.run, base_model_id), weights=weights)
-    card = merged.card(place, base_model_id, rank=config["r"])
+    card = merged.card(place, base_model_id, rank=highest_rank(config))
     write_text(folder / "README.md", str(card))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.exact_merge import add_base_update, concat
-from fedmerge_peft.adapters.peft_folder import write_adapter
+from fedmerge_peft.adapters.peft_folder import highest_rank, write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder
@@ -137,7 +137,8 @@ class MergedAdapter:
         with whole_folder(folder) as partial:
             write_adapter(partial, state, config)
             write_generation(partial)
-            write_text(partial / "README.md", str(self.card(repr(str(folder)), rank=config["r"])))
+            card = self.card(repr(str(folder)), rank=highest_rank(config))
+            write_text(partial / "README.md", str(card))
         return folder
 
     def card(self, place: str, base_model_id: str | None = None, *, rank: int) -> ModelCard:

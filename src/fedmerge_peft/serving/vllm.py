@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedmerge_peft.adapters.peft_folder import highest_rank
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import carries_tokenizer
@@ -130,8 +131,7 @@ def _reasons(run: RunDirectory) -> list[str]:
 
 
 def _rank(run: RunDirectory) -> int:
-    config = run.adapter_config
-    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+    return highest_rank(run.adapter_config)
 
 
 def _slots(run: RunDirectory) -> int | None:

@@ -162,7 +162,10 @@ def test_text_that_is_not_one_mapping_is_refused_in_one_line(content, fault, fau
             "strategy: found the unpaired surrogate \\ud800, expected Unicode text",
         ),
         ("[a]: 3", "found a key that is not text; quote it"),
-        ('"\\udc00": 3', "found a key that is not text; quote it"),
+        (
+            '"\\udc00": 3',
+            "found a key with the unpaired surrogate \\udc00, expected Unicode text",
+        ),
     ],
 )
 def test_values_that_no_recipe_can_hold_are_refused_once(line, fault, minimal, faults):

@@ -25,8 +25,8 @@ class StrategyRecipe(Section):
     """True if the server also changes the backbone's weights. The ranks of exported adapters then
     differ by layer."""
     measures_features: ClassVar[bool] = False
-    """True if clients also return statistics of their features. Sites do not return them, so they
-    refuse such a strategy."""
+    """True if clients also return statistics of their features. Sites do not return such
+    statistics, so a federation across sites refuses the strategy."""
     needs_labels: ClassVar[bool] = False
     """True if each example must have one label, because the method depends on the classes."""
     shared_soup: ClassVar[bool] = False
@@ -47,12 +47,12 @@ class StrategyRecipe(Section):
 
     @property
     def passes_per_round(self) -> int:
-        """Largest number of passes of local training in a round."""
+        """Largest number of passes of local training in a round, without those of a warm-up."""
         return 1
 
     @property
     def requested_adapters(self) -> int | Literal["auto"] | None:
-        """Number of adapters: the key ``adapters`` of the section; None if it has no such key."""
+        """Value of the section's key ``adapters``; None if the section has no such key."""
         return getattr(self, "adapters", None)
 
     @property
@@ -72,11 +72,15 @@ class StrategyRecipe(Section):
 
     @property
     def private_head(self) -> bool:
-        """True if the method shares the whole adapter except its head."""
+        """True if ``make_strategy`` applies the method to the adapter without its head.
+
+        The heads then stay at the clients. Strategies that divide the adapter themselves, such as
+        ``fedrep``, have False.
+        """
         return False
 
     def effective_values(self) -> dict[str, float]:
-        """Return the effective values of the keys whose defaults depend on other keys."""
+        """Return effective values, by key, for keys with a default that depends on another key."""
         return {}
 
     @property
@@ -94,18 +98,19 @@ class StrategyRecipe(Section):
             return None
         return (
             f"backbone.quantization: {self.name} adds its updates to the backbone's weights, but "
-            f"quantized weights ({quantization}) cannot be updated; remove one of them"
+            f"quantized weights ({quantization}) cannot be updated; remove "
+            f"backbone.quantization, or the strategy {self.name}"
         )
 
 
 class ServerRecipe(StrategyRecipe):
-    """Server optimizer, which applies the mean update (FedOpt: Reddi et al. 2021, arXiv
+    """Base of the sections of strategies with a server optimizer (FedOpt: Reddi et al. 2021, arXiv
     2003.00295).
     """
 
     server_optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: step along the mean update. adam: scale the mean update elementwise by its moments
-    (FedAdam)."""
+    """Optimizer of the server. Its gradient is the mean update of the clients. sgd: SGD, as in
+    FedAvg. adam: Adam (FedAdam)."""
     server_lr: Rate | None = None
     """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
     server_momentum: Fraction | None = None
@@ -137,11 +142,11 @@ class HeadRecipe(Section):
     """Choice between a shared head and private heads."""
 
     head: Literal["shared", "private"] = "shared"
-    """shared: the head is averaged like the rest of the adapter. private: each client trains a
-    separate head, which stays at the client, as in FedPer (Arivazhagan et al. 2019, arXiv
-    1912.00818); only the rest of the adapter is shared."""
+    """shared: clients send the head with the rest of the adapter, and the server aggregates it.
+    private: each client trains a separate head, which stays at the client, as in FedPer
+    (Arivazhagan et al. 2019, arXiv 1912.00818); only the rest of the adapter is shared."""
 
     @property
     def private_head(self) -> bool:
-        """True if the method shares the whole adapter except its head."""
+        """True if the recipe chooses private heads."""
         return self.head == "private"

@@ -1,7 +1,7 @@
 """Other programs' names for keys and values of recipes, so that errors can suggest the right ones.
 
-The names come from transformers, PEFT, TRL and programs of federated learning. They are compared
-without case and punctuation (``util.text.folded``).
+The names come from transformers, PEFT, TRL, scikit-learn and programs of federated learning. They
+are compared without case, hyphens, underscores, dots and spaces (``util.text.folded``).
 """
 
 from __future__ import annotations
@@ -143,12 +143,16 @@ for _key, _words in _KEYS.items():
 
 
 def keys_for(word: str) -> list[str]:
-    """Return the dotted keys that a word of another program stands for."""
+    """Return the dotted keys that a word of another program stands for; empty if it has none."""
     return _KEYS_BY_WORD.get(folded(word), [])
 
 
 def closest_value(word: str, words: Iterable[str]) -> str | None:
-    """Return the valid word that a wrong word probably means; None if none is close."""
+    """Return the one of ``words`` that a wrong word probably stands for; None without a candidate.
+
+    Candidates are the words that equal the wrong word when both are ``folded``, then words with a
+    synonym that does, then close words (``util.text.closest``).
+    """
     known, meant = list(words), folded(word)
     exact = next((choice for choice in known if folded(choice) == meant), None)
     synonym = next((choice for choice in known if meant in map(folded, _synonyms(choice))), None)

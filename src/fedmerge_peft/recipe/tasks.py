@@ -32,8 +32,8 @@ def _template_text(value: str, info: ValidationInfo) -> str:
     name a file, because exports and messages would contain its content.
 
     Raises:
-        ValueError: The file does not exist, cannot be read or contains no chat template, or the
-            recipe comes from an untrusted source.
+        ValueError: The file does not exist, cannot be read, contains no chat template, or has more
+            than ``LARGEST_TEMPLATE`` characters; or the recipe comes from an untrusted source.
     """
     if "{" in value or _TEMPLATE_NAME.fullmatch(value):
         return value
@@ -73,23 +73,26 @@ class TaskRecipe(Section):
     name: str = ""
     """Name of the task."""
     sequences: ClassVar[int] = 1
-    """Number of token sequences in an example."""
+    """Number of token sequences in an example, for estimates of memory."""
     other_names: ClassVar[str] = ""
     """Names of the task in other programs, separated by spaces, for suggestions in errors."""
     small_model: ClassVar[str | None] = None
     """Hub id of a small model, which ``fedmerge init`` suggests."""
     usual_columns: ClassVar[UsualColumns] = {}
-    """Columns that ``fedmerge init`` looks for in a table and asks for, by key of the section."""
+    """Columns that ``fedmerge init`` looks for in a table, by key of the section."""
     known_columns: ClassVar[Sequence[str]] = ()
-    """Sets of columns that the task recognizes without keys in the recipe, one for each format of
-    rows. The names in a set are separated by spaces."""
+    """Sets of columns; the names in a set are separated by spaces. If a table has all columns of a
+    set, the task reads the table without keys in the recipe."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares this field itself."""
 
     @property
     def label_column(self) -> str | None:
-        """Column with one label per example; None if examples have no label or several labels."""
+        """Column with one class per example; None if examples have no class or several classes.
+
+        The right choice of ``multiple-choice`` is not a class.
+        """
         return None
 
     @property
@@ -104,7 +107,7 @@ class TaskRecipe(Section):
 
     @property
     def counts_labels(self) -> bool:
-        """True if the labels of a client's examples can be counted."""
+        """True if a run counts the labels of each client's training examples."""
         return self.label_column is not None
 
     @property
@@ -114,7 +117,7 @@ class TaskRecipe(Section):
 
     @property
     def has_formats(self) -> bool:
-        """True if texts may have several formats. Sites must agree on one format."""
+        """True if the task reads several formats of rows. Sites must agree on one format."""
         return "format" in type(self).model_fields
 
     @property
@@ -127,9 +130,9 @@ class TaskRecipe(Section):
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def of_one_sequence(self) -> TaskRecipe:
-        """Return the section of the task that encodes single sequences of this task's examples.
+        """Return the section for one completion, if examples of this task have two completions.
 
-        For pairs of completions, this is a section of ``causal-lm``. Default: the section itself.
+        For ``preference``, this is a section of ``causal-lm``. Default: the section itself.
         """
         return self
 
@@ -147,7 +150,7 @@ class TaskRecipe(Section):
 
 
 class ClassificationRecipe(ImbalanceSettings, TaskRecipe):
-    """Base of tasks that predict one of several labels for each example."""
+    """Base of the sections of tasks that predict one of several labels for each example."""
 
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""
@@ -189,7 +192,7 @@ class SequenceClassificationRecipe(TextSettings, ClassificationRecipe):
 
 
 class CompletionRecipe(GenerationSettings, TaskRecipe):
-    """Base of tasks whose models complete prompts, which are texts or chats."""
+    """Base of the sections of tasks whose models complete prompts, which are texts or chats."""
 
     small_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -259,7 +262,7 @@ class CausalLMRecipe(CompletionRecipe):
     def to_predict(self, format: str | None) -> Self:
         """Return a copy for the completion of prompts."""
         completing = {"format": "prompt-completion", "metrics": ["exact_match"], "loss": None}
-        if format == "messages":  # prompts are rendered with the template
+        if format == "messages":  # the chat template writes special tokens into prompts
             completing["special_tokens"] = "tokens"
         return self.model_copy(update=completing)
 
@@ -273,8 +276,9 @@ class ImageSettings(Section):
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     white: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
-    for fractions. Default: 65535 for 16-bit images with values above 4095; other images with more
-    than 8 bits are refused."""
+    for fractions. Default: 65535 for images whose largest value is 0 or an integer from 4096 to
+    65535, and 255 for color arrays of integers up to 255; other images with more than 8 bits are
+    refused."""
 
     @property
     def media_column(self) -> str:

@@ -1,4 +1,6 @@
-"""Sections of tasks on several texts: source and target, question and context, choices."""
+"""Sections of tasks on several texts: source and target, question and context, anchor and positive,
+or choices.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     target_language: str | None = None
     """Language code of the targets. Its token begins each generated text."""
     max_source_length: Count | None = None
-    """Maximum length of a source in tokens. Longer sources are truncated, and a warning counts
-    them. Default: the model's limit, at most 1024."""
+    """Maximum length in tokens of a source with its prefix. Longer sources are truncated, and a
+    warning counts them. Default: the model's limit, at most 1024."""
     max_target_length: Count = 128
     """Maximum length of a target in tokens. Longer targets are truncated, and a warning counts
     them."""
@@ -113,7 +115,7 @@ class SentenceEmbeddingRecipe(TaskRecipe):
     negative: str | None = None
     """Column with a text that does not match the anchor, often a similar text (triplets)."""
     scale: Annotated[float, Field(gt=0, le=1_000)] = 20.0
-    """Factor of the cosine similarities in the loss, which is the inverse temperature."""
+    """Factor of the cosine similarities in the loss: the inverse of the temperature."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer texts are truncated, and a warning counts them. Default:
     the model's limit."""

@@ -9,9 +9,11 @@ KINDS = ("image", "choices", "named", "number", "list", "label", "text")
 """Kinds of columns, the most specific first. ``init`` suggests the task with the most specific
 columns.
 
-choices: a column of lists with a usual name, or several columns such as ending0 and ending1; named:
-any column with a usual name; number: a column of fractions with a usual name; list: a column of
-lists with a usual name; label: a column with few values.
+image: a column of images or of names of image files; choices: a column of lists or records with a
+usual name, or several columns such as ending0 and ending1; named: any column with a usual name;
+number: a column with a usual name and numbers that are not all whole; list: a column of lists with
+a usual name; label: a column with few values, best with a usual name; text: a column of texts with
+a usual name, else the one with the longest texts.
 """
 
 

@@ -1,8 +1,8 @@
 """Conversion of YAML text to plain values, with the line of each value, and back.
 
 The reader follows YAML 1.2's core schema: ``1e-4`` is a number, and ``no`` is text. Duplicate keys,
-anchors, unknown tags and deep nesting are rejected. Without anchors, the time to read a file is
-linear in its length.
+anchors, unknown tags and deep nesting are rejected. Because there are no anchors, the time to read
+a file is linear in its length.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DEEPEST = 32
 """Maximum depth of nesting."""
 
 LONGEST = 2**20
-"""Maximum number of characters in a text. A run's recipe contains all defaults, so this limit is
-above the limit of a recipe file (``loading.LARGEST``)."""
+"""Maximum number of characters in a document. A run's recipe contains all defaults, so this limit
+is above the limit of a recipe file (``loading.LARGEST``)."""
 
 MOST = 50
 """Maximum number of faults that one error lists."""
@@ -55,7 +55,7 @@ def dotted(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Origin of a value: a file and a line, or the command line (without a line number)."""
+    """Origin of a value: a source, such as a file or the command line, and its line if known."""
 
     source: str
     line: int | None = None
@@ -64,7 +64,7 @@ class Mark:
         return self.source if self.line is None else f"{self.source}:{self.line}"
 
     def at(self, line: int) -> Mark:
-        """Return the mark of another line of the same source."""
+        """Return the mark of another line of the same source; this mark if it has no line."""
         return self if self.line is None else Mark(self.source, line)
 
 
@@ -83,7 +83,10 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """Return an error that lists the faults by line; faults without a line number come last."""
+    """Return an error that lists the first ``MOST`` faults by line.
+
+    Faults without a line number come last.
+    """
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]
@@ -141,8 +144,9 @@ for _tag, (_, _first) in _CORE.items():
 def parse(text: str, mark: Mark) -> Document:
     """Parse one YAML document; ``mark`` is the origin of its first line.
 
-    Raises ``RecipeError`` if the text is too long or is not one YAML document. Other faults, such
-    as duplicate keys and numbers that are too large, are added to the document's ``faults``.
+    The value of an empty text is None. Raises ``RecipeError`` if the text is too long, is not valid
+    YAML, has several documents or anchors, or is nested too deeply. Other faults, such as duplicate
+    keys and numbers that are too large, are added to the document's ``faults``.
     """
     if len(text) > LONGEST:
         raise refuse([Fault(Mark(mark.source), (), f"exceeds the limit of {LONGEST} characters")])
@@ -233,8 +237,12 @@ def _mapping(
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = mark.at(key_node.start_mark.line + 1)
-        if not isinstance(key_node, yaml.ScalarNode) or not is_encodable(key_node.value):
+        if not isinstance(key_node, yaml.ScalarNode):
             document.faults.append(Fault(here, where, "found a key that is not text; quote it"))
+            continue
+        if not is_encodable(key_node.value):
+            unpaired = f"found a key with the unpaired surrogate {printable(key_node.value)}"
+            document.faults.append(Fault(here, where, f"{unpaired}, expected Unicode text"))
             continue
         key = str(key_node.value)
         if key in values:
@@ -253,7 +261,11 @@ _YAML_1_1 = yaml.resolver.Resolver()
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quote text that YAML 1.1 reads as another type (``no``, ``1_000``, ``2026-01-01``)."""
+    """Return the node of a text, in quotes if necessary.
+
+    Quotes are necessary for unprintable characters, and for text that YAML 1.1 reads as another
+    type (``no``, ``1_000``, ``2026-01-01``).
+    """
     style = None
     if not text.isprintable():
         style = '"'

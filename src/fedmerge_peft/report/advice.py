@@ -17,14 +17,14 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 _MIN_TEST_EXAMPLES = 30
-"""Number of test examples below which one example changes a score by over three points."""
+"""Number of test examples below which one example changes an accuracy by over three points."""
 _MIN_GAIN = 0.05
 """Gain of finetuning above which the served adapters have not converged. For metrics that are
 better when lower, it is relative to the score."""
 _MAX_LISTED = 5
 """Limit on the clients that a finding names."""
 _CHANCE = 0.9
-"""Fraction of the loss of a uniform guess above which a training loss is near chance."""
+"""Fraction of the loss of a uniform guess at and above which a training loss is a finding."""
 _SOLVED = 0.1
 """Training loss of the first round, nats, below which there is little left to learn."""
 
@@ -46,11 +46,12 @@ def advice(run: RunDirectory) -> list[Advice]:
 def _unfinished(run: RunDirectory) -> Iterator[Advice]:
     if command := run.resume_command:
         done, rounds = len(run.records), run.recipe.rounds
-        progress = (
-            f"{done} of {rounds} rounds are done"
-            if done < rounds
-            else "its rounds are done, but those of its baselines are not"
-        )
+        if run.ended_for == rounds:
+            progress = "its own rounds have ended, but not all of its baselines have"
+        elif done < rounds:
+            progress = f"{done} of {rounds} rounds are done"
+        else:
+            progress = "its rounds are done, but its final evaluation is not"
         yield Advice(
             f"the run has not ended: {progress}",
             "it is still running, or was interrupted",
@@ -63,20 +64,27 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
         finding, _, remedy = warning.partition(". ")
         if finding.startswith("until "):  # this condition ends by itself, unless the run ends first
             if not only_warm_rounds(run) and run.ended_for is not None:
+                waiting = "clients still needed" in finding
                 yield Advice(
                     finding,
-                    "the run ended before all clients had taken part",
-                    "use more rounds, or a larger clients.fraction",
+                    "the run ended before enough clients had taken part"
+                    if waiting
+                    else "the run ended before it reached that round",
+                    "use more rounds, or a larger clients.fraction"
+                    if waiting
+                    else "use more rounds; if stop.patience ended the run, raise it",
                 )
             continue
         if " unused" in finding:
-            cause = "the weights have not settled, or there are more adapters than the clients need"
-            remedy = remedy or (
-                "use fewer adapters (strategy.adapters), or let the weights settle: use more "
-                "rounds or another strategy.weights_lr"
-            )
+            cause = "there are more adapters than the clients need"
+            instead = "try another seed"
+            if run.recipe.strategy.learned_merging:
+                cause = f"the weights have not settled, or {cause}"
+                instead = "let the weights settle: use more rounds or another strategy.weights_lr"
+            remedy = remedy or f"use fewer adapters (strategy.adapters), or {instead}"
         else:
-            cause = f"the strategy {run.recipe.strategy.name} found this after the last round"
+            number = len(run.records)
+            cause = f"the strategy {run.recipe.strategy.name} found this after round {number}"
         yield Advice(finding, cause, remedy or "change the settings of the strategy")
 
 
@@ -100,18 +108,20 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
-    """Yield advice if the training loss is flat, or hardly below the loss of a uniform guess."""
+    """Yield advice if the training loss hardly fell, rose, or is not well below that of a guess."""
     curves = losses(run)
     loss = curves.training[-1][1] if curves.training else math.nan
     if curves.chance is not None and loss >= _CHANCE * curves.chance:
+        place = "near" if loss <= curves.chance / _CHANCE else "above"
         finding = (
-            f"the training loss of the last round is {loss:.2f}, near the loss of guessing one of "
-            f"{len(run.task['labels'])} labels ({curves.chance:.2f})"
+            f"the training loss of the last round is {loss:.2f}, {place} the loss of guessing one "
+            f"of {len(run.task['labels'])} labels ({curves.chance:.2f})"
         )
     elif curves.flat and curves.training[0][1] > _SOLVED:
+        first = curves.training[0][1]
+        change = "rose" if loss > first else "hardly fell"
         finding = (
-            f"the training loss is flat: {curves.training[0][1]:.3g} in the first round, "
-            f"{loss:.3g} in the last"
+            f"the training loss {change}: {first:.3g} in the first round, {loss:.3g} in the last"
         )
     else:
         return
@@ -144,8 +154,9 @@ def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
     clients = Counter(group for group in run.clients["group"] if isinstance(group, str) and group)
     groups = sum(count > 1 for count in clients.values())  # a client on its own is not a group
     if run.recipe.strategy.shared_soup and isinstance(adapters, int) and adapters < groups:
+        number = "1 adapter" if adapters == 1 else f"{adapters} adapters"
         yield Advice(
-            f"{groups} known groups of clients share {adapters} adapters",
+            f"{groups} known groups of clients share {number}",
             "groups that share an adapter train it in different directions if their tasks differ",
             f"set strategy.adapters to {groups} or more",
         )
@@ -159,12 +170,17 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
             continue
         metric = readable(own["metric"])
         sign = 1 if greater_score_is_better(own["metric"]) else -1
+        weakness = "does not learn from other clients"
+        if run.recipe.strategy.federated:
+            weakness = (
+                "loses more by sharing adapters, or by dividing the clients into groups, than it "
+                "gains"
+            )
         if sign * (other["mean"] - own["mean"]) > 0:
             yield Advice(
                 f"{name} has the better mean {metric}: {other['mean']:.3f} against "
                 f"{own['mean']:.3f}",
-                f"{run.recipe.strategy.name} loses more by sharing adapters, or by dividing the "
-                "clients into groups, than it gains; or the difference is chance",
+                f"{run.recipe.strategy.name} {weakness}; or the difference is chance",
                 "try more rounds, or other settings of the strategy, such as fedmerge's "
                 f"warm_rounds and weights_lr; if this does not help, use {name}",
             )
@@ -191,13 +207,13 @@ def _below_local(
         and client in limits
         and not limits[client][0] <= other_values[client] <= limits[client][1]
     ]
-    certain = f" ({len(clear)} of them by more than the 95 % interval)" if limits else ""
+    certain = f" (beyond the 95 % interval for {len(clear)} of them)" if limits else ""
     yield Advice(
         f"{len(worse)} of {len(own_values)} clients have a worse {readable(own['metric'])} than "
         f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
         "their data differ from the data of clients that share their adapters, or suffice alone",
-        f"serve these clients their {name} adapters, or finetune: strategy=ditto and "
-        "strategy=fedrep keep a private part",
+        f"serve these clients their {name} adapters, or use a strategy that keeps a part of the "
+        "model private: strategy=ditto or strategy=fedrep",
     )
 
 
@@ -228,9 +244,11 @@ def _overfitting(run: RunDirectory) -> Iterator[Advice]:
     best = run.round(best=True) if saved and rounds else rounds
     if best < run.round():
         falls = len(curves.training) > 1 and curves.training[-1][1] < curves.training[0][1]
+        when = f"after round {best} of {rounds}" if best else "before the first round"
         yield Advice(
-            f"the validation loss was lowest after round {best} of {rounds}",
-            "overfitting: the training loss went on falling while the validation loss rose"
+            f"the validation loss was lowest {when}",
+            "overfitting: the training loss fell over the run, but the validation loss was not "
+            "lower afterwards"
             if falls
             else "later rounds made the adapters worse: the learning rate may be too high",
             "export the adapters of the best round (fedmerge export "

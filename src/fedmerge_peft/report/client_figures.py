@@ -16,19 +16,23 @@ from fedmerge_peft.report.methods import Method, Setting, readable
 _MAX_METHODS = 4
 """Limit on the methods of a dumbbell chart."""
 _MAX_ROWS = 30
-"""Limit on the clients of a single chart; more clients are split into two charts."""
+"""Limit on the rows of a single chart; by default, more clients are divided into two charts."""
 _MAX_INTERVALS = 160
 """Limit on clients for charts with intervals."""
 _CERTAIN = 100
-"""Number of test examples above which a client's score has no interval."""
+"""Number of examples above which a client's score has no interval."""
 
 
 def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figure]:
-    """Yield a chart of all clients' scores by method, and charts of each client's scores.
+    """Yield a chart with one row per method, then charts with one row per client.
+
+    Both show each client's scores. Without scores, there is no chart. Without a second method with
+    scores, there is only the first chart.
 
     Args:
         setting: The setting.
-        parts: Number of charts of each client's scores. Default: one, or two for many clients.
+        parts: Number of charts with one row per client. Default: one, or two for more than
+            ``_MAX_ROWS`` clients.
     """
     metric = setting.metric
     if metric is None:
@@ -55,7 +59,10 @@ def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figur
 
 
 def answer(setting: Setting) -> str:
-    """Return a sentence on the clients for which the first method is better than the others."""
+    """Return text: for how many clients the first method is better than each other method.
+
+    At most ``_MAX_METHODS`` other methods are named.
+    """
     metric = setting.metric
     if metric is None:
         return "There are no scores yet: no round has been evaluated."
@@ -63,8 +70,8 @@ def answer(setting: Setting) -> str:
     others = setting.rivals[:_MAX_METHODS]
     if not others:
         return (
-            f"This page has no method to compare {first.name} with. Run the recipe with "
-            f"baselines=[local, fedavg] to see which clients {first.name} helps."
+            f"There are no scores of another method to compare {first.name} with. Run the recipe "
+            f"with baselines=[local, fedavg] to see which clients {first.name} helps."
         )
     own = np.array(first.values(metric, setting.clients))
     sign = 1 if setting.greater_is_better else -1

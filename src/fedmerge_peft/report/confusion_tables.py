@@ -41,13 +41,15 @@ class ConfusionTable:
     """True label, and for each predicted label the count and its share of the row."""
     columns: Sequence[Column]
     pairs: Sequence[Sequence[Cell]]
-    """Rows of a table with these ``columns``; empty for a matrix."""
+    """Rows of a table with these ``columns``; empty for a matrix, or if no example is confused."""
 
 
 def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
     """Return the template's variables, or None if the run has no confusion matrices.
 
-    The variables are a sentence, the matrix of all clients together, and one matrix per client.
+    The variables are a text (``answer``), the table of all clients together (``all``), one table
+    for each of at most ``_MAX_CLIENTS`` clients (``clients``), and the number of the other clients
+    (``more``).
     """
     matrices = read_confusion(run)
     if matrices is None:

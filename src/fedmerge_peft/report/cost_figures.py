@@ -1,4 +1,4 @@
-"""Costs of a run: traffic and time of all methods."""
+"""Costs of the methods: traffic and time."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def cost_figures(setting: Setting) -> Iterator[Figure]:
             label="wall clock of all rounds (s)",
             styles=styles,
         ),
-        "Evaluation is included. If an earlier method of the run has already done the same work on "
-        "the same adapters, its results are reused, which takes no time.",
+        "Evaluation during the rounds is included. If an earlier method of the run has done the "
+        "same work on the same adapters, its results are reused, which takes no time.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report, in the order of its questions."""
+"""The figures of a report: those that compare all methods, and those of single runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from fedmerge_peft.runs.directory import RunDirectory
 
 
 def figures(run: RunDirectory) -> list[Figure]:
-    """Return all figures of a run and its baselines; omit figures without data."""
+    """Return the figures that compare a run with its baselines, then the figures of the run alone.
+
+    Figures without data are omitted.
+    """
     (setting,) = settings([run])
     own = [figure for method in setting.runs for figure in run_figures(method)]
     return [*shared_figures(setting), *own]
@@ -26,10 +29,10 @@ def shared_figures(setting: Setting) -> list[Figure]:
 
 
 def run_figures(method: Method) -> list[Figure]:
-    """Return the figures of one run."""
+    """Return the figures that show one run alone: how its clients share adapters."""
     return drawn([*sharing_figures(method.run), *adapter_figures(method.run)])
 
 
 def drawn(figures: Iterable[Figure]) -> list[Figure]:
-    """Drop figures without data."""
+    """Return the figures that have data."""
     return [figure for figure in figures if figure.markup]

@@ -98,7 +98,7 @@ def test_unknown_labels_are_refused(values, labels, message):
         ({"text": ["a"]}, "found a section, expected a datasets.Dataset"),
         (b"a text", "found b'a text', expected a datasets"),
         (None, "found nothing, expected a datasets"),
-        ("", "does not exist"),
+        ("", "the path is empty or is the current folder"),
         ("a text" * 1000, "does not exist"),
         ("a\0b", "does not exist"),
     ],

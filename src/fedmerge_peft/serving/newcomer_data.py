@@ -1,4 +1,4 @@
-"""Read the examples of a new client, with columns and labels as in the run's task."""
+"""A newcomer's examples, read as the run's task requires, and its label prior."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def read_newcomer(
     max_train: int | None,
     seed: int,
 ) -> tuple[Dataset, Client]:
-    """Return the newcomer's table, with labels numbered as in the run, and its ``Client``.
+    """Return the newcomer's table, and the ``Client`` with the table's training and test rows.
 
-    Arguments and errors are those of ``personalize``.
+    If each example has one label, the labels in the table have the ids of the run. Arguments and
+    errors are those of ``personalize``.
     """
     from datasets import concatenate_datasets
 
@@ -64,20 +65,28 @@ def read_newcomer(
         indices["train"], 0, 0 if "test" in indices else test_fraction, max_train, rng
     )
     if not len(train):
-        raise DataError(f"{name}: there are no training examples; add rows")
+        raise DataError(f"{name}: there are no training examples; add rows of the training split")
     return table, Client(name, train, np.empty(0, np.int64), indices.get("test", test))
 
 
 def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
-    """Load a file or folder without filtering; return its splits by their standard names."""
+    """Load a file or folder without the recipe's filter.
+
+    Return ``train`` and, if the data have these splits, ``validation`` and ``test``.
+    """
     try:
         there = path != Path() and path.exists()
     except (OSError, ValueError):  # not a valid file name
         there = False
     if not there:
+        fault = (
+            "data: the path is empty or is the current folder"
+            if path == Path()
+            else f"{printable(str(path.absolute()))[:300]} does not exist"
+        )
         raise DataError(
-            f"{printable(str(path.absolute()))[:300]} does not exist; "
-            "give the new client's examples as a csv, tsv, json, jsonl, parquet or arrow file"
+            f"{fault}; give the new client's examples as a csv, tsv, json, jsonl, parquet or "
+            "arrow file"
         )
     source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
     data = _usual_splits(recipe).model_copy(update=source)
@@ -85,7 +94,10 @@ def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
 
 
 def _usual_splits(recipe: Recipe) -> DataRecipe:
-    """Return the recipe's data section with the standard names of splits."""
+    """Return the recipe's data section with ``train`` as the only named split.
+
+    The section has no split column.
+    """
     names = {
         "train_split": "train",
         "validation_split": None,
@@ -98,9 +110,10 @@ def _usual_splits(recipe: Recipe) -> DataRecipe:
 def _indices_by_split(
     recipe: Recipe, splits: Mapping[str, Dataset], table: Dataset
 ) -> dict[str, Indices]:
-    """Return row numbers for ``train`` and, if the data have such a split, for ``test``.
+    """Return the row numbers of the table that are for training (``train``) and testing (``test``).
 
-    Validation splits count as ``train``.
+    Rows of a validation split are for training. If the data have neither several splits nor the
+    recipe's split column, all rows are for training, and the result has no key ``test``.
     """
     column = recipe.data.split_column
     if len(splits) > 1:
@@ -128,7 +141,8 @@ def newcomer_prior(
     Args:
         run: The run. The label counts of its clients serve to estimate the prior.
         layout: Layout of the adapters.
-        counts: The newcomer's training examples by label, ``1 × classes``; None if unknown.
+        counts: The newcomer's training examples by label, ``1 × classes``; None if the task counts
+            no labels.
 
     Raises:
         RunError: The clients' label counts are missing.

@@ -1,13 +1,12 @@
-"""Merge an adapter for a newcomer, a client outside the federation, from a finished soup.
+"""Merge an adapter for a newcomer, a client outside the federation, from a run's soup.
 
 The soup Θ is fixed; only the newcomer's d logits w are learned, on its own examples:
 min_w ℓ(softmax(w) Θ). With θ = Σ_j π_j Θ_j the chain rule gives
 ∂ℓ/∂w_j = π_j ⟨Θ_j − θ, ∂ℓ/∂θ⟩. FedMerge's server follows the same gradient (arXiv 2504.06768),
 estimated from a round's update; here it is exact.
 
-The recipe's ``training.logits`` selects the logits in ℓ, as in the run. With
-``serving.label_prior``, the newcomer's own label prior is part of its adapter, as it is for the
-clients of the run.
+ℓ is computed with the recipe's ``training.logits``, as in the run. With ``serving.label_prior``,
+the newcomer's own label prior is part of its adapter, as it is for the clients of the run.
 """
 
 from __future__ import annotations
@@ -60,11 +59,11 @@ _UNIFORM_SHARE = 0.1
 _MIN_DISTANCE = 0.1
 """Total variation distance below which two rows of π count as the same choice."""
 _MAX_LOCAL_STEPS = 500
-"""Limit on the optimizer steps of local training."""
+"""Limit on the optimizer steps of local training. The first round may exceed it."""
 _MIN_WEIGHT = 1e-6
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
-"""Map an adapter ``(P,)`` to the mean training loss (nats) and its gradient ``(P,)``."""
+"""Function from an adapter ``(P,)`` to the mean training loss (nats) and its gradient ``(P,)``."""
 
 
 def personalize(
@@ -91,14 +90,15 @@ def personalize(
             no weights to learn, and the adapter is only compared with the alternatives.
         data: The newcomer's examples: the path of a csv, tsv, json, jsonl, parquet or arrow file,
             or of a folder as in a recipe's ``data.path``; or a ``datasets.Dataset``, a pandas
-            frame, a ``DatasetDict`` or a pair (train, test). The columns are named as in the run's
-            task; the recipe's filter is not applied.
+            frame, an Arrow table, a ``DatasetDict`` or a pair (train, test). The columns are named
+            as in the run's task; the recipe's filter is not applied.
         name: The newcomer's name. Default: the file's name without its suffix, or ``newcomer`` for
             data in memory.
         best: Use the soup of the best round, even if the run serves its last round.
-        test_fraction: Fraction of the examples held out for testing; 0 holds out none. If the data
-            have the recipe's split column or several splits, the fraction is ignored, the test
-            split is used for testing, and the training and validation splits for training.
+        test_fraction: Fraction of the examples held out for testing. If it is 0, or if there are
+            fewer than three examples, none is held out. If the data have the recipe's split
+            column or several splits, the fraction is ignored, the test split is used for testing,
+            and the training and validation splits for training.
         max_train: Limit on training examples, drawn at random. Default: no limit.
         local: Also train an adapter from scratch, for at most the recipe's rounds.
         seed: Seed of the held-out examples and of local training. Default: the recipe's.
@@ -109,12 +109,16 @@ def personalize(
         metrics: As in ``federate``, for the scores of all methods.
 
     Raises:
-        RunError: A newcomer cannot merge the adapters of this run; the adapters do not fit the
-            model that is loaded now; the model comes with code to which the caller did not consent
-            (``trust_remote_code`` of ``load_run``); or ``model`` is not the run's model.
+        RunError: The run or its round does not exist; a newcomer cannot merge the adapters of this
+            run; the adapters do not fit the model that is loaded now; ``model`` is not the run's
+            model; or the clients' label counts, from which the label prior is estimated, are
+            missing.
+        BackboneError: The model cannot be loaded, or comes with code to which the caller did not
+            consent (``trust_remote_code`` of ``load_run``).
         DataError: The data cannot be read, do not fit the task, contain an unknown label, or leave
             no training examples; or ``test_fraction`` is negative or at least 1.
-        FedMergeError: The model or the device is not available.
+        DeviceError: The device is not available.
+        RecipeError: ``metrics`` does not return a mapping of new names to numbers.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
     passed = take_model(model, tokenizer, processor)
@@ -197,7 +201,8 @@ def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
     variation distance ½ ‖π − π'‖₁ is at least 0.1.
 
     Returns:
-        Indices of at most ``most`` rows, the most distant first.
+        Indices of at most ``most`` rows. Each row has, of all rows, the largest distance to
+        ``covered`` and the rows selected before it.
     """
     chosen: list[int] = []
     distance = torch.cdist(known, covered, p=1).amin(dim=1) / 2
@@ -208,7 +213,7 @@ def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
 
 
 class _Comparison:
-    """Methods that were evaluated on the newcomer's examples, with their results."""
+    """Comparison of methods to obtain an adapter, on the newcomer's examples."""
 
     def __init__(self, engine: LocalEngine, soup: AdapterSoup, prior: Tensor) -> None:
         self.engine = engine
@@ -225,7 +230,15 @@ class _Comparison:
         self._count = sum(self.objective.divisor(engine.task, labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
-        """Evaluate fixed weights, then learn logits ``(d,)`` from the best of them."""
+        """Evaluate fixed weights, then learn logits from the best of them as the start.
+
+        Args:
+            known: π of the run's clients, ``(m, d)``.
+            clients: Names of these clients.
+
+        Returns:
+            The logits, ``(d,)`` float32, with mean 0.
+        """
         adapters = len(self.rows)
         singles, uniform = torch.eye(adapters), torch.full((1, adapters), 1 / adapters)
         chosen = distinct(known, torch.cat([singles, uniform]))
@@ -257,7 +270,8 @@ class _Comparison:
     def train_locally(self, seed: int) -> None:
         """Train a new adapter on the newcomer's examples alone.
 
-        Training takes the recipe's rounds, or fewer to stay within ``_MAX_LOCAL_STEPS``.
+        Training takes the recipe's rounds, or fewer to stay within ``_MAX_LOCAL_STEPS``, but at
+        least one.
         """
         begin = time.perf_counter()
         engine, training = self.engine, self.engine.recipe.training
@@ -275,7 +289,13 @@ class _Comparison:
         )
 
     def _best_of(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
-        """Add the best of k weightings ``(k, d)`` as one method; return it and its loss."""
+        """Add the row of weights with the lowest loss as one method; return the row and its loss.
+
+        Args:
+            name: Name of the method.
+            weights: k rows of π, ``(k, d)``.
+            details: ``Alternative.detail`` for each row.
+        """
         begin = time.perf_counter()
         losses = [self._loss(row.to(self.rows) @ self.rows) for row in weights]
         best = int(np.argmin(losses))
@@ -301,7 +321,7 @@ class _Comparison:
         return float(loss), slot.gradient[0].cpu()
 
     def _chunks(self) -> list[Indices]:
-        """Return the training examples in batches of local training's size."""
+        """Return the rows of the training examples in batches of ``training.batch_size``."""
         rows, size = self.newcomer.train, self.engine.recipe.training.batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -320,8 +340,8 @@ def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     if len(soup) == 1:
         raise RunError(
             f"{run.path} has one adapter for all clients ({strategy.name}), so there are no "
-            "weights to learn: run.save_adapter writes it unchanged. To personalize, run "
-            f"{mergeable} with several adapters, such as strategy.adapters=5"
+            "weights to learn: run.save_adapter(CLIENT, FOLDER) writes it for any client. To "
+            f"personalize, run {mergeable} with several adapters, such as strategy.adapters=5"
         )
     raise RunError(
         f"{run.path} is a run of {strategy.name}, whose adapters a new client cannot merge; "

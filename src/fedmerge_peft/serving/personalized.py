@@ -30,7 +30,7 @@ class Alternative:
     detail: str
     """The adapter or client that was chosen, or the number of rounds; may be empty."""
     train_loss: float
-    """Mean loss on the training examples, nats."""
+    """Mean training loss (nats) of the adapter without the label prior."""
     test: Mapping[str, float]
     """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
     seconds: float
@@ -84,7 +84,8 @@ class Personalized:
     def save(self, folder: Path | str) -> Path:
         """Write a new folder that ``PeftModel.from_pretrained`` loads, with a model card.
 
-        The folder's ``weights.json`` contains the logits, π and the methods' scores.
+        The folder must be new or empty. Its ``weights.json`` contains the logits, π and the results
+        of the methods.
 
         Raises:
             RunExistsError: The folder is not empty.

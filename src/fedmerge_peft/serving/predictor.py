@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Prediction = dict[str, Any] | str
-"""Result of ``Task.answers``, such as ``{"label": name, "score": number}``, or a completion."""
+"""Prediction for one input: a completion, or an item of ``Task.answers``, such as
+``{"label": name, "score": number}``."""
 
 _MAX_CLIENTS = 16
 """Limit on clients per forward pass. With more, the memory use outweighs the time saved."""
@@ -63,8 +64,10 @@ class Predictor:
     Raises:
         RunError: The round does not exist, the adapters do not fit the model that is loaded now, or
             the run's strategy has no ``single_adapter`` per client.
-        BackboneError: The model cannot be loaded.
-        DeviceError: There is no such device.
+        BackboneError: The model cannot be loaded, does not run on the task's inputs, or comes with
+            code to which the caller did not consent.
+        DeviceError: There is no such device, or it does not support the recipe's precision or
+            optimizer.
     """
 
     def __init__(self, run: RunDirectory, *, best: bool = False, device: str = "auto") -> None:
@@ -114,7 +117,8 @@ class Predictor:
                 a text, a pair of texts, a PIL image or the path of an image file. For a language
                 model, it is a prompt formatted as in training, or a chat: a list of messages, which
                 the chat template formats.
-            batch_size: Inputs per forward pass. Default: the recipe's ``evaluation.batch_size``.
+            batch_size: Largest number of inputs in a forward pass. Default: the recipe's
+                ``evaluation.batch_size``.
 
         Returns:
             A list of predictions for each client, in the order of its inputs. A language model
@@ -217,7 +221,7 @@ class Predictor:
             indices = indices_of[client]
             indices = indices[np.argsort(-examples.lengths[indices], kind="stable")]
             parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-            if not self._kind.completes:  # prompts are padded by prompt_padding
+            if not self._kind.completes:  # Task.complete splits prompts itself, by prompt_padding
                 padding = self._task.padding
                 parts = [own for part in parts for own in split_batch(padding, examples, part)]
             chunks += [_Chunk(self._adapters[client], part) for part in parts]
@@ -231,7 +235,7 @@ class Predictor:
 
     @torch.no_grad()
     def _predict(self, examples: Examples, chunks: Sequence[_Chunk]) -> dict[int, Prediction]:
-        """Run one forward pass; return predictions by input index.
+        """Predict for chunks that share a pass; return predictions by input index.
 
         Shorter chunks are padded with repeated inputs, whose predictions are dropped.
         """
@@ -267,7 +271,7 @@ class Predictor:
         return nullcontext()
 
     def _logits(self, examples: Examples, indices: Indices) -> Tensor:
-        """Return the task's logits; for completions, next-token logits ``(batch, vocabulary)``."""
+        """Return the task's logits; for prompts, next-token logits ``(batch, vocabulary)``."""
         collate = self._task.collate_prompts if self._kind.completes else self._task.collate
         batch = collate(examples, indices)
         inputs = {
@@ -306,8 +310,9 @@ class Predictor:
                 alone = self._logits(examples, indices)[number]
             if not bool((shared[number] - alone).norm() <= tolerance * alone.norm()):
                 return (
-                    "the logits of a shared pass differ, because the model's layers mix the "
-                    "examples of a batch or do not apply adapters as PEFT's LoRA layers do"
+                    "the logits of a shared pass differ from those of separate passes, because the "
+                    "model's layers mix the examples of a batch or do not apply adapters as PEFT's "
+                    "LoRA layers do"
                 )
         return None
 
@@ -328,8 +333,8 @@ def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
         several = isinstance(items, Iterable) and not hasattr(items, "columns")
         if not several or isinstance(items, str | bytes | bytearray | Mapping | Set):
             raise DataError(
-                f"{client}: found {found(items)}, expected a list of inputs; "
-                "put a single input into a list"
+                f"{client}: found {found(items)}, expected a list of inputs, even for a single "
+                "input"
             )
         try:
             lists[client] = list(items)

@@ -50,9 +50,9 @@ def serve_script(
     """Return a shell script that serves all clients' adapters with vLLM.
 
     The script changes to its own folder, which is the folder of the export. It passes on the
-    generation settings of the recipe, except stop strings and the maximum number of tokens. Every
-    request must contain these two. vLLM quantizes weights to 4 bits as bitsandbytes does, but not
-    to 8 bits. Adapters of a run with ``quantization: 8bit`` are served on the weights as stored.
+    generation settings of the recipe, except stop strings and the maximum number of tokens, which
+    each request must set. vLLM quantizes weights to 4 bits as bitsandbytes does, but not to 8 bits.
+    Adapters of a run with ``quantization: 8bit`` are served on the weights as stored.
 
     Args:
         run: A run of a language model.
@@ -60,7 +60,8 @@ def serve_script(
         base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
 
     Raises:
-        RunError: vLLM does not support the adapters, or the base model has no name that vLLM loads.
+        RunError: vLLM does not support the adapters, the task does not generate text, or the base
+            model has no name that vLLM can load.
     """
     base, task = base_model_id or run.recipe.backbone.model, run.recipe.task.to_complete()
     unsupported = _reasons(run)

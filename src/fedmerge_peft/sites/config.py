@@ -85,13 +85,14 @@ class FederationFile(Section):
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of adapters and updates in messages."""
     segment: PositiveInt = 10
-    """Rounds per job: each job runs one segment of the run. A disconnected site can join the next
-    job."""
+    """Rounds per job: each job runs one segment of the run. A site that is absent when a job starts
+    can join the next job."""
     deadline: PositiveInt = 3600
-    """Maximum time that a site may take for a round, in seconds."""
+    """Maximum time, in seconds, that a site may take to train its clients in a round, or for a
+    separate evaluation of its clients."""
     start_deadline: PositiveInt = 1800
-    """Maximum time that a site may take to read its data and load the model at the start of a job,
-    in seconds."""
+    """Maximum time, in seconds, that a site may take to read its data at the start of a job, and
+    again to load the model."""
 
     @classmethod
     def read(cls, kit: Path) -> FederationFile:
@@ -132,7 +133,7 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
     clients = [client for site_clients in sites.values() for client in site_clients]
     if repeated := sorted({name for name in clients if clients.count(name) > 1}):
         raise FederateError(
-            f"{', '.join(map(repr, repeated))}: named more than once; "
+            f"clients named more than once: {', '.join(map(repr, repeated))}; "
             "each client belongs to one site"
         )
 
@@ -159,10 +160,10 @@ class SiteData(Section):
     """Column with the client of each row, for a site with several clients. Default: all rows
     belong to one client."""
     group_column: str | None = None
-    """Column with the group of each client, for reports."""
+    """Column with the group of each client, for reports; used only with ``client_column``."""
     split_column: str | None = None
-    """Column with the split of each row: train, validation or test. Default: splits are drawn as
-    the recipe specifies."""
+    """Column with the split of each row: train, validation or test. Default: the splits of the
+    data; validation and test examples that the data lack are drawn as the recipe specifies."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Column values of the rows to keep: one value, or a list of alternatives, for each column."""
     validation_fraction: Fraction | None = None
@@ -175,11 +176,12 @@ class SitePrivacy(Section):
     """Clipping and noise that a site applies to every update before sending it."""
 
     clip: PositiveFloat | None = None
-    """Largest L2 norm of an update. Default: the recipe's bound, if it has one."""
+    """Largest L2 norm of an update. If the recipe also has a bound, the smaller one applies.
+    Default: the recipe's bound, if it has one."""
     noise: NonNegativeFloat = 0.0
-    """Standard deviation of the Gaussian noise that is added to each number of an update. The noise
-    comes from the operating system's random generator. A site with noise sends no losses and no
-    scores."""
+    """Standard deviation of the Gaussian noise that is added to each trained number of an update.
+    If the recipe also requests noise, the larger value applies. The noise comes from the operating
+    system's random generator. A site with noise sends no losses and no scores."""
     epsilon: PositiveFloat | None = None
     """Largest ε of a client, over all updates that it ever sends, at the δ of the recipe. The site
     counts updates in ``privacy.json`` and refuses a request that would exceed this ε. Default: with
@@ -276,8 +278,8 @@ class SiteSettings(Section):
     def apply_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe with this site's device and batch size.
 
-        ``training.prefix_disk`` is 0, because the recipe comes from the organizers: hidden states
-        of examples are cached on disk only if the site sets ``FEDMERGE_PREFIX_DISK``.
+        ``training.prefix_disk`` is 0, because the recipe comes from outside the site: hidden
+        states of examples are cached on disk only if the site sets ``FEDMERGE_PREFIX_DISK``.
 
         Raises:
             FederateError: The batch size does not divide the examples of a step.
@@ -366,7 +368,7 @@ def _module(key: str) -> str:
     """Return the last part of the module's name in a tensor's key.
 
     ``base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight`` gives ``query``;
-    a tensor of a head gives ``classifier``.
+    ``base_model.model.classifier.weight``, a tensor of a head, gives ``classifier``.
     """
     steps = key.split(".")
     adapter = next(

@@ -43,7 +43,7 @@ Index = Annotated[int, Field(ge=0, le=9_999)]
 
 
 class Fields(Section):
-    """Fields of one kind of message. Unknown fields are refused."""
+    """Fields of a message, or of an object in a message. Unknown fields are refused."""
 
 
 # ---- start of a job ------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ from fedmerge_peft.sites.wire import kind_of
 from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 _POLL_INTERVAL = 0.05
-"""Seconds between two checks of the reply queue."""
+"""Longest wait for a reply between two checks of the abort signal and the time limits, seconds."""
 _FETCH_TIMEOUT, _BUSY_FETCH_TIMEOUT = 30.0, 3.0
-"""Seconds that a site has to fetch a task: the first if it replied to its previous task, the second
-if it did not."""
+"""Seconds that a site has to fetch a task: the first if it replied to its previous task with a
+message, the second if not."""
 _GRACE = 30
 """Seconds by which FLARE's timeout of a task exceeds the deadline."""
 
@@ -41,8 +41,9 @@ class FlareTransport:
     """Transport that sends messages as FLARE tasks, one at a time for each site.
 
     An idle site fetches its task at once. A site that does not do so is disconnected, or still busy
-    with a round that continued without it. The transport stops waiting for such a site after a
-    short timeout. The site rejoins in the first round in which it fetches its task in time.
+    with a round that continued without it. After a short timeout, the transport stops waiting for
+    such a site; for its first task in a job, the timeout is the deadline. The site rejoins in the
+    first round in which it fetches its task in time.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class FlareTransport:
         self._fl_ctx = fl_ctx
         self._abort = abort
         self._fetch_timeouts: dict[str, float] = {}
-        """Seconds that a site has to fetch a task. Without an entry, it has until the deadline."""
+        """Seconds that each site has to fetch its next task; a site without an entry has until the
+        deadline."""
 
     def send_and_receive(
         self, requests: Mapping[str, Sequence[Request]], deadline: float
@@ -187,7 +189,11 @@ class FederationController(Controller):  # type: ignore[misc]
         self.logger.info(line)
 
     def _handle_command(self, topic: str, command: Any, fl_ctx: FLContext) -> dict[str, Any]:
-        """Execute a command of the operator, and return the state of the job."""
+        """Execute a command of the operator: ``stop``, ``pause`` or ``status``.
+
+        Return the sites of the job, its events from number ``from`` on, and the state in which the
+        operator requested it to end, or None.
+        """
         options = command if isinstance(command, dict) else {}
         match options.get("command"):
             case "stop":

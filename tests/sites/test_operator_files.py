@@ -111,7 +111,7 @@ def test_an_outcome_of_another_form_is_one_error(victim, archive_of, content):
 )
 def test_a_reply_of_another_form_is_one_error(victim, archive_of, changes):
     session = HostileServer(victim, archive_of(json.dumps(OUTCOME)), **changes)
-    with pytest.raises(WireError, match="sent no files of job"):
+    with pytest.raises(WireError, match="are missing or not readable"):
         operator_files.download_outcome(session, "job")
 
 

@@ -2,8 +2,8 @@
 
 Nothing is pickled. ``read_assignment`` and ``read_reply`` refuse a message whose layout or number
 format differs from the expected one; ``read_reply`` also checks the client. Adapters and updates
-are sent as float32 or bfloat16 (``wire_dtype`` in ``federation.json``). Merging weights and
-additions to the backbone are always float32, and masks are booleans.
+are sent as float32 or bfloat16 (``wire_dtype`` in ``federation.json``). The weights of a mixture
+and additions to the backbone are always float32, and masks are booleans.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 digest of the adapter layout, which must be equal at both ends.
 
-    The digest covers names, shapes and order of an adapter's tensors, and names and shapes of the
-    tensors that all adapters share.
+    The digest covers names, shapes, roles and order of an adapter's tensors, and names and shapes
+    of ``shared``, the tensors that all adapters share.
     """
     fixed = sorted((name, tuple(tensor.shape)) for name, tensor in shared.items())
     return sha256(f"{layout.to_json()}{fixed}".encode()).hexdigest()
@@ -132,7 +132,9 @@ def assignment_message(
 
 def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
     if plan.statistics_shape is not None:
-        raise FederateError("strategy: sites return no class statistics; use another strategy")
+        raise FederateError(
+            "sites return no class statistics, which a strategy needs; use another one"
+        )
     match plan:
         case Train():
             compared = None if plan.compared is None else table.add_adapters(plan.compared)
@@ -145,14 +147,16 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
             return {"name": "mixture", **_mixture(plan, table)}
         case _:
             kind = type(plan).__name__
-            raise FederateError(f"strategy: sites cannot run {kind} plans; use another strategy")
+            raise FederateError(
+                f"sites cannot run {kind} plans, which a strategy needs; use another one"
+            )
 
 
 def _train(job: Train, table: TensorTable) -> dict[str, Any]:
     if job.alignment is not None:
-        raise FederateError("strategy: sites do not align features; use another strategy")
+        raise FederateError("sites do not align features, which a strategy needs; use another one")
     if job.example_weights is not None:
-        raise FederateError("strategy: sites do not weight examples; use another strategy")
+        raise FederateError("sites do not weight examples, which a strategy needs; use another one")
     privacy = job.privacy
     return {
         "row": table.add_adapters(job.row),
@@ -210,7 +214,8 @@ def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | No
 def losses_in_range(losses: tuple[float, ...] | None) -> list[float] | None:
     """Return the losses as a list.
 
-    Return None if there are none, or if one is NaN or exceeds ``MAX_SCORE`` in absolute value.
+    Return None if ``losses`` is None, or if a loss is NaN or exceeds ``MAX_SCORE`` in absolute
+    value.
     """
     if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
         return None
@@ -274,8 +279,8 @@ def read_reply(
         dtype: The agreed number format.
 
     Raises:
-        WireError: The reply belongs to another client, or a field or a tensor is wrong or out of
-            range.
+        WireError: The reply belongs to another client, or the layout, the number format, a field or
+            a tensor is wrong or out of range.
     """
     check_format(message, layout, dtype)
     fields, reader = read_fields(TrainedFields, message), _Reader(message, columns, dtype)
@@ -311,7 +316,7 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
 
 
 class _Reader:
-    """Checks and returns the tensors of one message, and the plans that consist of them."""
+    """Reader of one message: checks its tensors, and returns tensors, plans and served models."""
 
     def __init__(self, message: Message, columns: int, dtype: WireDtype) -> None:
         self.message = message

@@ -19,13 +19,14 @@ README = "README.md"
 
 
 def federated_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe with the defaults of a federation across sites.
+    """Return the recipe with the settings of a federation across sites.
 
-    A failing client is skipped for the round, unless the recipe sets ``clients.failures``. Clients
-    train one at a time, so that the result does not depend on the assignment of clients to sites.
+    A client that fails is skipped in the round, unless the recipe sets ``clients.failures``.
+    Clients always train one at a time, so that the result does not depend on the assignment of
+    clients to sites.
 
     Raises:
-        RecipeError: Sites cannot run a strategy of the recipe.
+        RecipeError: Sites cannot run the strategy or a baseline.
     """
     keys = ["strategy", *(f"baselines[{number}]" for number in range(len(recipe.baselines)))]
     for key, strategy in zip(keys, (recipe.strategy, *recipe.baselines), strict=True):
@@ -83,7 +84,10 @@ def prepare(
 
 
 def _copy_wheel(kits: Sequence[Path]) -> str | None:
-    """Put a wheel of this package and its sum into each kit; return the sum, or None."""
+    """Put a wheel of this package and its sum into each kit; return the sum.
+
+    Return None if no wheel can be written (``write_wheel``).
+    """
     with TemporaryDirectory() as name:
         digest = write_wheel(Path(name))
         if digest is not None:
@@ -108,7 +112,7 @@ def check_installed() -> None:
 def site_readme(
     federation: FederationFile, site: str, recipe: Recipe, digest: str | None = None
 ) -> str:
-    """Return the kit's README: the task, the commands, and the data that leaves the site.
+    """Return the README of a site's kit: task, commands, data that leaves the site, and result.
 
     Args:
         federation: The federation.
@@ -133,8 +137,8 @@ as {site}. Keep the folder on the machine that trains, readable by one user.
 
 Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the
 examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer, which is the
-process that reads the data, refuses a recipe of the server whose model, adapter, task, training,
-evaluation or privacy differs from it.
+process that reads the data, refuses a recipe of the server whose seed, model, adapter, task,
+training, privacy or evaluation (except `evaluation.every`) differs from it.
 Task: {task.name}{f", columns {columns}" if columns else ""}.
 
 ## The commands
@@ -193,7 +197,7 @@ set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-co
 
 
 def _leaving(recipe: Recipe) -> str:
-    """Return the README's text on the data that leaves a site, by the recipe's privacy."""
+    """Return the README's text on the data that leaves a site; it depends on ``privacy.mode``."""
     if recipe.privacy.mode == "local":
         return """At the start of each job, which runs some of the rounds: the names of the clients,
 columns and labels, and the format of the texts. In each round, for each client: a clipped update of
@@ -209,27 +213,29 @@ choice of an adapter, or its weights of several adapters. If a request fails, th
 
 _SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.
 
-data: null                # {path: FILE}; optional keys: client_column, split_column, filter
+data: null                # {path: FILE}; further keys such as client_column, split_column, filter
                           # --data FILE sets or replaces the path
-device: null              # auto, cpu, cuda:0; default: the recipe's
-batch_size: null          # a divisor of the recipe's batch_size x gradient_accumulation
+device: null              # such as auto, cpu, cuda:0; null: the recipe's
+batch_size: null          # a divisor of the recipe's batch_size x gradient_accumulation; null:
+                          # the recipe's
 process: attached         # attached: one trainer for all jobs; job: a new one for each
 
 privacy:
   clip: null              # largest L2 norm of an update; null: only the recipe's bound
   noise: 0.0              # standard deviation of the noise on each number
-  epsilon: null           # largest epsilon of a client; null: with privacy.mode local, the recipe's
+  epsilon: null           # largest epsilon of a client; null: the recipe's if its privacy.mode is
+                          # local, else no bound
 
 checks:
   min_examples: 1         # smallest number of training examples of a client
-  max_repeated: 1.0       # largest fraction of a client's rows that repeat another of its rows
+  max_repeated: 1.0       # largest fraction of a client's rows that repeat an earlier one
 
 allow:
   remote_code: false      # code that comes with a model; needs --trust-remote-code
   plugins: []             # installed modules that the recipe imports; needs --trust-remote-code
   models: null            # [names]; null: the recipe's
   modules: null           # [names of modules that may train]; null: the recipe's
-  max_parameters: null    # largest number of values in an update
+  max_parameters: null    # largest number of values in an update; null: no bound
 """
 
 

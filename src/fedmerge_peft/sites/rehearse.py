@@ -115,7 +115,8 @@ def run_rehearsal(
         min_sites: Smallest number of connected sites with which a job starts. Default: all sites.
 
     Raises:
-        FederateError: A process exited, the server is unreachable, or jobs left no outcome.
+        FederateError: A process exited, the server does not start or respond, or refuses a request,
+            or several consecutive jobs left no outcome.
     """
     from fedmerge_peft.sites.flare.operator import run
 
@@ -159,7 +160,7 @@ def await_server(federation: FederationFile, server: ChildProcess) -> None:
 
 
 def last_line(out: Path, name: str) -> str:
-    """Return the last line of a process's output."""
+    """Return the last line of a process's output; ``no output`` if there is none."""
     lines = (out / f"{name}.out").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
 

@@ -1,18 +1,18 @@
-"""Gate that admits messages to NVIDIA FLARE's processes by the connection on which they arrive.
+"""Gate that admits or refuses each message that reaches a process of NVIDIA FLARE.
 
 FLARE passes a message to the handler that its headers name, and trusts the sender in the headers.
-The gate decides before FLARE processes the message. For the gate, the sender is whoever is at the
-other end of the connection: the party that the certificate names, or a process of the same user
-behind a Unix socket. Requests pass only if this package needs them, and no message is forwarded
-between sites:
+The gate decides before FLARE processes the message. For the gate, the sender is the other end of
+the connection: the party that the certificate names, or a process of the same user behind a Unix
+socket. No message is forwarded between sites. The table lists the requests that this package needs;
+replies, goodbyes and acknowledgments of streams from the same senders also pass:
 
     process          admits
-    site             from the server: administration (``site_requests``)
-                     from its own job: the status of the job
+    site             from the server: administration (``site_requests``), and messages for its jobs
+                     from its own job: the status of the job, and messages for the server
     job at a site    from the server, directly or through the site: replies, the end of the run
                      from its site: abort
-    server           from sites: registration, heartbeats, tasks
-                     from the operator: commands
+    server           from sites: registration, heartbeats, tasks, failures of jobs
+                     from the operator: registration, commands, files of jobs
                      from its own jobs: everything
     job at server    from the server's main process: everything that its gate has admitted
 """
@@ -95,10 +95,10 @@ class Peer:
     endpoint: str
     """Name that the peer uses in FLARE's network, such as ``site-1`` or ``site-1.JOB``."""
     local: bool
-    """True for a process of the same machine and user, connected by a Unix socket."""
+    """True for a process of the same user, connected by a Unix socket, and for this process."""
     certificate: str | None = None
-    """Common name in the peer's certificate; None at the connecting end, where TLS has checked the
-    server's host name."""
+    """Common name in the certificate of a peer that has connected to this process. None for a local
+    peer, and for a server to which this process has connected: TLS checks its host name."""
 
 
 def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
@@ -106,7 +106,7 @@ def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
 
     Args:
         here: Name of this process in FLARE's network: ``server``, ``site-1``, or one of these with
-            the job's name, as in ``site-1.JOB``.
+            the id of a job, as in ``site-1.JOB``.
         peer: The other end of the connection on which the message arrived.
         headers: The message's headers, which the sender may have chosen freely.
     """
@@ -136,7 +136,7 @@ def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
         if operator != is_valid_admin_client_name(peer.endpoint):
             return f"{peer.certificate} must not act as {peer.endpoint}"
         if _root(origin) != name or _root(peer.endpoint) != name:
-            return f"it claims to come from {origin}, and {name} has sent it"
+            return f"{name} has sent it as {peer.endpoint}, and it claims to come from {origin}"
         if _root(destination) != FQCN.ROOT_SERVER:
             return f"it is for {destination}; sites do not communicate with each other"
         allowed = SERVER_FROM_OPERATOR if operator else SERVER_FROM_SITE
@@ -157,9 +157,9 @@ def refusal(here: str, peer: Peer, headers: Mapping[str, Any]) -> str | None:
 
 
 def close_gate() -> None:
-    """From now on, drop messages that ``refusal`` refuses, in every cell of this process.
+    """Drop every message that ``refusal`` refuses, in all of FLARE's cells in this process.
 
-    Each pair of sender and reason is logged once.
+    The first ``_MAX_LOGGED`` different pairs of sender and reason are logged, each once.
     """
     process = CoreCell.process_message
     known: set[tuple[str, str]] = set()
@@ -185,7 +185,7 @@ _MAX_LOGGED = 100
 def _peer(endpoint: Endpoint, connection: Connection) -> Peer:
     scheme = connection.connector.params.get(DriverParams.SCHEME.value)
     properties = connection.get_conn_properties() or {}
-    # FLARE passes messages to itself on a connection without parameters
+    # messages of a process to itself arrive on a connection without parameters
     local = scheme == SCHEME or not connection.connector.params
     return Peer(endpoint.name, local, properties.get(DriverParams.PEER_CN.value))
 

@@ -1,4 +1,4 @@
-"""Files of a FLARE job, which name two classes of this package and nothing else."""
+"""Files of an NVIDIA FLARE job. Of this package, they contain only the names of two classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ CLIENT_CONFIG: dict[str, Any] = {
     "task_result_filters": [],
     "components": [],
 }
-"""Configuration of a job at a site. Each site writes it itself; see ``site_requests``."""
+"""Configuration of a job at a site. A site writes this configuration itself (``site_requests``) and
+ignores the one that the server deploys."""
 SERVER_CONFIG: dict[str, Any] = {
     "format_version": 2,
     "server": {"heart_beat_timeout": 600, "task_request_interval": _FETCH_INTERVAL},
@@ -38,7 +39,8 @@ _META = {
 def write_job(folder: Path) -> Path:
     """Write a FLARE job and return its folder.
 
-    The job contains only the names of two classes; recipe and data are in the kits.
+    The job contains neither recipe nor data: the recipe is in the kits, and the data stay at the
+    sites.
     """
     config = folder / "app" / "config"
     config.mkdir(parents=True)

@@ -28,7 +28,10 @@ class ServerJobLauncher(ServerProcessJobLauncher):  # type: ignore[misc]
 
 
 def _behind_gate(fl_ctx: FLContext) -> FLContext:
-    """Change the arguments of the job's process so that ``flare.child`` starts its module."""
+    """Make ``flare.child`` the module of the job's command; return ``fl_ctx``.
+
+    ``flare.child`` runs FLARE's module behind the gate.
+    """
     arguments = fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS)
     option, module = arguments[JobProcessArgs.EXE_MODULE]
     if not str(module).startswith("fedmerge_peft."):

@@ -1,8 +1,9 @@
 """Unix sockets between the NVIDIA FLARE processes of one machine.
 
-By default, FLARE's parent process listens on a TCP port of the loopback interface, without
-authentication. Whatever arrives there is passed to the same handlers as the server's messages. Only
-one user can open a Unix socket in a folder of mode 0700.
+By default, FLARE's main process accepts its jobs on a TCP port of the loopback interface, without
+authentication. Whatever arrives there is passed to the same handlers as the server's messages. This
+module replaces the port by a Unix socket in a folder of mode 0700, which only the folder's owner
+can open.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from fedmerge_peft.sites.config import SOCKETS_VARIABLE
 
 SCHEME = "unix"
 _SCHEME_VARIABLE = "NVFLARE_INTERNAL_CONN_SCHEME"
-"""FLARE's environment variable for the URL scheme between its parent process and its jobs."""
+"""FLARE's environment variable with the URL scheme of connections between main process and jobs."""
 
 
 def use_local_sockets() -> None:
-    """Make this process and its children connect to each other by Unix sockets.
+    """Use Unix sockets between this process and the other FLARE processes of the machine.
 
-    Call it before FLARE creates its first cell. The environment variable ``FEDMERGE_SOCKETS`` names
-    the folder of the sockets.
+    Each of these processes must call the function before FLARE creates its first cell. The
+    environment variable ``FEDMERGE_SOCKETS`` names the folder of the sockets.
     """
     os.environ[_SCHEME_VARIABLE] = SCHEME
     if driver_mgr.find_driver_class(SCHEME) is None:
@@ -70,17 +71,18 @@ class UnixDriver(BaseDriver):  # type: ignore[misc]
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
-        """Return the URL of a new socket, for the connecting and for the listening side.
+        """Return the URL of a new socket twice: for the connecting and for the listening side.
 
         Raises:
             KeyError: ``FEDMERGE_SOCKETS`` is not set.
-            PermissionError: Other users may open the folder.
+            PermissionError: The folder belongs to another user, or other users may open it.
         """
         folder = Path(os.environ[SOCKETS_VARIABLE])
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise PermissionError(
-                f"{folder}: other users may open this folder; its mode must be 0700"
+                f"{folder}: other users may open this folder; it must belong to the user who "
+                "runs this process, and have mode 0700"
             )
         url = f"{SCHEME}://local{folder / secrets.token_hex(4)}"
         return url, url

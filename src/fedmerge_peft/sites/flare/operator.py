@@ -1,4 +1,8 @@
-"""The operator, which submits jobs until the run ends; each job runs a segment of the rounds."""
+"""Commands of the operator: run a federation, show its status, and stop it.
+
+The operator submits one job after another until the run ends. Each job runs a segment of the
+rounds.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ log = logging.getLogger(__name__)
 _ABORTED = "FINISHED:ABORTED"
 """Status of a job that the operator has stopped at once."""
 _POLL_INTERVAL = 0.5
-"""Seconds between two checks of a job."""
+"""Seconds between two checks of a job, the sites or the server."""
 _SITE_CHECK_INTERVAL = 5.0
 """Seconds between two checks for sites that joined late."""
 _MAX_ATTEMPTS = 3
@@ -61,7 +65,7 @@ def run(
     reconnect_timeout: float,
     on_poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Submit job after job until the run has ended, was stopped, or failed.
+    """Submit one job after another until the run ends, fails or is stopped.
 
     Args:
         kit: The operator's kit.
@@ -69,11 +73,13 @@ def run(
         wait: Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice.
         min_sites: Smallest number of connected sites with which a job starts.
         reconnect_timeout: Seconds to wait for a server that does not respond.
-        on_poll: Called at every check; an exception that it raises ends the function.
+        on_poll: Called at every check of a job or the sites; an exception that it raises ends the
+            function.
 
     Returns:
         The last job's ``outcome.json`` without ``events``. If the job was stopped at once and has
-        no such file, the state is ``stopped``, and ``rounds`` and ``total`` are None.
+        no such file, only three keys are present: ``state`` is ``stopped``, and ``rounds`` and
+        ``total`` are None.
 
     Raises:
         FederateError: The server remains unreachable or refuses a request, or several consecutive
@@ -131,8 +137,8 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
         everything: After the jobs have ended, shut down the server and all sites too.
 
     Raises:
-        FederateError: The server does not respond, or a job does not end in time; then nothing is
-            shut down.
+        FederateError: The server does not respond or refuses a request, or a job does not reply or
+            end in time. After the error of a job, server and sites keep running.
     """
     advice = (
         f"{'; server and sites were not shut down' if everything else ''}. Repeat the command"
@@ -155,7 +161,10 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
 
 
 def _request_stop(session: Session, job: str, end: float, advice: str, *, now: bool) -> None:
-    """Stop a job as soon as it has started. Raises ``FederateError`` after the time ``end``."""
+    """Abort a job (``now``), or repeat the command ``stop`` until the job replies or has finished.
+
+    Raises ``FederateError`` if the job has done neither by the time ``end`` (``time.monotonic``).
+    """
 
     def request() -> bool:
         if now:
@@ -178,7 +187,11 @@ def _shut_down(session: Session) -> bool:
 
 
 def _await(condition: Callable[[], bool], error: str, end: float) -> None:
-    """Wait for a condition. Raises ``FederateError`` with this text after the time ``end``."""
+    """Wait until a condition holds.
+
+    Raises ``FederateError`` with the text ``error`` if the condition does not hold by the time
+    ``end`` (``time.monotonic``).
+    """
     while not condition():
         if time.monotonic() > end:
             raise FederateError(error)
@@ -193,7 +206,7 @@ def _run_segment(
     min_sites: int,
     on_poll: Callable[[], None],
 ) -> dict[str, Any]:
-    """Wait for sites, submit a job, follow it, and return its outcome."""
+    """Wait for jobs that already run, and for sites; then run a job, and return its outcome."""
     federation, server_start = FederationFile.read(kit), _server_start_time(session)
     for job in _running_jobs(session):
         report(f"waiting for job {job}, which is already running")
@@ -244,8 +257,8 @@ def _follow_job(
     can take part in the next job.
 
     Raises:
-        NoConnection: The server was restarted after ``server_start``. A restarted server still
-            lists earlier jobs as running.
+        NoConnection: The server was restarted: ``server_start`` is no longer the start time of its
+            process. A restarted server still lists the jobs of the previous process as running.
     """
     reported, last_check = 0, time.monotonic()
     while True:
@@ -288,9 +301,9 @@ def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[s
 
 
 def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
-    """Download a job's outcome. Raises ``FederateError`` if there is none.
+    """Download a job's outcome; for an aborted job without one, return the state ``stopped``.
 
-    An aborted job without an outcome counts as stopped.
+    Raises ``FederateError`` if a job that was not aborted has no outcome.
     """
     with no_output():
         status = session.get_job_meta(job).get("status", "")

@@ -1,11 +1,11 @@
 """Files that pass between the operator and the server: jobs to submit, and the outcome of a job.
 
-In NVIDIA FLARE's client, the server chooses the client function that a command runs, the names of
-the files that a download writes, and the folder that the client then moves away as the result. A
-hostile server could write, upload and remove any file of the operator. Here the server chooses none
-of these. Of FLARE's commands that handle files, only one remains, which uploads the job that the
-operator has written. A download writes one file in a temporary folder, from which one document is
-read.
+By default, the server chooses the function that a command runs in NVIDIA FLARE's admin client, the
+names of the files that a download writes, and the folder that the client then moves to the place of
+the result. A hostile server could thus write, upload and remove any file of the operator. Here, the
+server chooses none of these. Of the server's commands that transfer files, the client keeps only
+one, which uploads the job that the operator has written. A download writes one file in a temporary
+folder, from which one document is read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class JobStatus(Section):
 
 
 def restrict_file_commands() -> None:
-    """Disable all file commands of FLARE's client except the upload of a job."""
+    """Disable the server's commands that transfer files, except the upload of a job."""
     FileTransferModule.generate_module_spec = _for_submissions
 
 
@@ -97,11 +97,15 @@ def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
             raise WireError(f"{OUTCOME_FILE} of job {job}: {first_fault(invalid)}") from None
         except (*_MALFORMED, OSError) as error:
             reason = printable(shortened(f"{type(error).__name__}: {error}", 200))
-            raise WireError(f"the server sent no files of job {job} ({reason})") from error
+            raise WireError(
+                f"the files of job {job} are missing or not readable ({reason})"
+            ) from error
 
 
 def _outcome_in(archive: Path) -> bytes | None:
-    """Read a job's outcome from its archive, which is not unpacked; return None if it has none.
+    """Read a job's outcome from its archive, which is not unpacked.
+
+    Return None if the archive does not exist or contains no outcome.
 
     Raises ``ValueError`` if the outcome is larger than ``_MAX_OUTCOME``.
     """

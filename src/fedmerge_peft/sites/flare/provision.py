@@ -1,4 +1,4 @@
-"""Certificates and startup kits from NVIDIA FLARE's provisioner, and the policy of each kit."""
+"""Certificates and kits from NVIDIA FLARE's provisioner, the server's policy, and FLARE's roles."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ _ROLES = {
     },
     "member": {"view": "any", **_FORBIDDEN},
 }
-"""Rights of NVIDIA FLARE's roles in every kit: no role may run shell commands or custom code."""
+"""Rights of FLARE's roles at the server and the sites: none may run shell commands or custom
+code."""
 
 
 def provision(federation: FederationFile, out: Path) -> None:
@@ -75,7 +76,8 @@ def provision(federation: FederationFile, out: Path) -> None:
     signing key. Each private key is in one of the folders only, in a file of mode 0600.
 
     Raises:
-        FederateError: FLARE refuses a name or the host.
+        FederateError: FLARE cannot create the certificates: it refuses a name or the host, for
+            example.
     """
     from nvflare.lighter.prov_utils import prepare_builders
     from nvflare.lighter.provision import prepare_project

@@ -50,7 +50,7 @@ def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
 
     Raises:
         ServerUnreachableError: No server of the federation responds.
-        ConnectionLostError: The server stopped responding within the block.
+        ConnectionLostError: The server stopped responding within the block, or was restarted.
         FederateError: The server refused a request of the block, or the folder is not a kit.
     """
     federation = FederationFile.read(kit)

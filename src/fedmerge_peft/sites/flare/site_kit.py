@@ -1,8 +1,8 @@
 """Startup kit of a site: untrusted data from the organizer of the federation.
 
 The files of a kit name classes, modules and loggers, which NVIDIA FLARE would run. Before each
-start, the site therefore writes these files itself. Only the certificates, the site's key and name,
-and the address of the server come from the organizer.
+start, the site therefore writes these files itself. FLARE gets only the certificates, the site's
+key, the names of site and federation, and the server's address from the organizer.
 
 startup/   certificates and key are unchanged; fed_client.json is rewritten
 local/     is removed and rewritten: resources, roles, logging
@@ -54,8 +54,8 @@ def site_name(kit: Path) -> str:
         return str(json.loads(text)["client"]["fqsn"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FederateError(
-            f"{kit}: not a site's kit (startup/fed_client.json); fedmerge federate prepare writes "
-            "the kits of the sites below sites/"
+            f"{kit}: not a site's kit, because startup/fed_client.json cannot be read or names no "
+            "site; fedmerge federate prepare writes the kits of the sites below sites/"
         ) from error
 
 
@@ -67,8 +67,9 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
         data: Path of the site's own examples, which may be a link or contain links.
 
     Raises:
-        FederateError: The kit is incomplete or cannot be written, contains links or files that do
-            not belong to it, or has a ``federation.json`` with invalid names or without its site.
+        FederateError: The kit is incomplete or cannot be written. Or it contains a link that is not
+            part of ``data``, or an unknown file in ``startup/``. Or its ``federation.json`` has
+            invalid names, or does not have the site.
     """
     name, federation = site_name(kit), FederationFile.read(kit)
     check_names(federation.sites)

@@ -1,10 +1,10 @@
 """The only administrative requests that a site executes for the server.
 
 FLARE's client executes about twenty requests, among them shell commands and the configuration of
-its logs. It checks the sender's rights only if the sender requests the check, and reads them from
-the sender's headers. A site therefore registers only the requests of this module. The gate checks
-the sender of a request, and this module checks the id of its job. The site writes the job's files
-itself and ignores the files that the server deploys.
+its logs. It checks the sender's rights only if the sender requests the check, and takes the
+sender's role from the request's headers. A site therefore registers only the requests of this
+module. The gate checks the sender of a request, and this module checks the id of its job. The site
+writes the job's files itself and ignores the files that the server deploys.
 """
 
 from __future__ import annotations
@@ -41,20 +41,25 @@ _MAX_CLIENTS = 10_000
 
 
 class SiteRequest(RequestProcessor):  # type: ignore[misc]
-    """Processor of one of FLARE's requests, which refuses a job whose id is not a UUID.
+    """Processor of requests on one topic, which checks a request before FLARE's processor runs it.
 
-    It passes on only a reduced description of the job.
+    It refuses a request whose job id is not a UUID, and passes on only a reduced description of the
+    job.
     """
 
     def __init__(self, processor: RequestProcessor) -> None:
         self._processor = processor
 
     def get_topics(self) -> list[str]:
-        """Return the topics of FLARE's request."""
+        """Return the topics of FLARE's processor."""
         return list(self._processor.get_topics())
 
     def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
-        """Execute the request with a reduced description of the job (``job_description``)."""
+        """Check a request, reduce it, and let FLARE's processor execute it.
+
+        If the request names a job, ``job_description`` replaces its description of the job. A
+        request that checks resources or starts a job loses its body, the required resources.
+        """
         job = req.get_header(RequestHeader.JOB_ID)
         if job is not None:
             if not is_job_id(job):
@@ -67,14 +72,14 @@ class SiteRequest(RequestProcessor):  # type: ignore[misc]
 
 
 class Deploy(RequestProcessor):  # type: ignore[misc]
-    """Processor of the request to prepare a job; writes the site's own files, not the server's."""
+    """Processor of the request to deploy a job. It ignores the files that the server sends."""
 
     def get_topics(self) -> list[str]:
-        """Return the topic of FLARE's request."""
+        """Return the topic of the request."""
         return [TrainingTopic.DEPLOY]
 
     def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
-        """Prepare a job: write its files with the site's own content."""
+        """Replace the job's folder by a new one with the files that this package defines."""
         job = req.get_header(RequestHeader.JOB_ID)
         if not is_job_id(job):
             return error_reply("the job's id is not a UUID")
@@ -91,7 +96,7 @@ class Deploy(RequestProcessor):  # type: ignore[misc]
 
 
 def restrict_requests() -> None:
-    """Make this process execute the requests of this module only.
+    """Make this process execute only the requests that this module allows.
 
     Call it before FLARE's client starts.
     """
@@ -119,9 +124,10 @@ def is_job_id(value: object) -> bool:
 
 
 def job_description(request: Message) -> dict[str, Any]:
-    """Return a job's description from a request, reduced to the job's id, name and clients.
+    """Return the description of a request's job: its id, the name ``JOB_NAME``, and its sites.
 
-    Other entries are dropped, because they could change the start of the job.
+    The request's other entries are dropped, because they could change the start of the job. The
+    sites are dropped if they are not a list, or more than ``_MAX_CLIENTS``.
     """
     theirs = request.get_header(RequestHeader.JOB_META)
     clients = theirs.get(JobMetaKey.JOB_CLIENTS.value) if isinstance(theirs, dict) else None

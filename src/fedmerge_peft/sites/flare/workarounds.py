@@ -8,10 +8,10 @@ from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 
 
 class UniqueList(list[Any]):
-    """List that ignores objects it already contains.
+    """List that ignores objects it already contains; it replaces FLARE's ``Task.client_tasks``.
 
-    When FLARE sends a task again, it appends the task to this list a second time. FLARE's monitor
-    then crashes at the end of the task.
+    When FLARE sends a task to a site again, it appends the same ``ClientTask`` to the list a second
+    time. If the list keeps both, FLARE's monitor crashes at the end of the task.
     """
 
     def append(self, item: Any) -> None:

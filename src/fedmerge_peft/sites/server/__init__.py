@@ -1,1 +1,1 @@
-"""Server of a federation across sites: remote engine, roster and job."""
+"""Server of a federation across sites: start of a job, engine, and record of the clients."""

@@ -58,7 +58,7 @@ class ServerModel:
     config: Any
     device: torch.device
     base: Mapping[str, Tensor]
-    """Additions to the backbone, ΔW by module name; sent to the sites with every assignment."""
+    """Additions to the backbone, ΔW by module name; sent with every plan and served model."""
 
     def set_base(self, base: Mapping[str, Tensor]) -> None:
         """Store the additions; see ``engines.base.Model``."""
@@ -102,9 +102,9 @@ class RemoteEngine:
     def enroll(
         cls, recipe: Recipe, federation: FederationFile, roster: Roster, transport: Transport
     ) -> RemoteEngine:
-        """Start a job: collect the sites' summaries, agree on labels, and load the model.
+        """Start a job: collect the sites' summaries, agree on labels, and load task and model.
 
-        Sites that enroll for the first time are added to the roster.
+        The clients of sites that enroll for the first time are added to the roster.
 
         Raises:
             FederateError: No site can take part (the message has the reason for each site); or, in
@@ -139,7 +139,7 @@ class RemoteEngine:
             with failures_to(absent, site):
                 clients = summaries[site].clients
                 counts = (
-                    None  # with this mode, sites send no counts
+                    None  # sites send no counts with ``privacy.mode: local``
                     if recipe.privacy.mode == "local"
                     else parse_label_counts(message, clients, counted, one_each=one_each)
                 )
@@ -150,7 +150,7 @@ class RemoteEngine:
         return cls(recipe, federation, roster, transport, task, backbone, absent)
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` if clients would do other work than under the job's recipe."""
+        """Raise ``RecipeError`` if clients do other work under ``recipe`` than under the job's."""
         check_same_work(
             self.recipe,
             recipe,
@@ -163,7 +163,7 @@ class RemoteEngine:
         return make_strategy_context(self._model, len(self.clients), self.recipe)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Return the number of training examples with each label, clients × labels.
+        """Return the number of each client's training examples with each label, clients × labels.
 
         Rows of clients that have not enrolled yet are zero. Return None if the task counts no
         labels, or with ``privacy.mode: local``.
@@ -177,7 +177,10 @@ class RemoteEngine:
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Train each client at its site; a missing, late or invalid reply yields an error."""
+        """Train each client at its site; yield plans with replies as they arrive.
+
+        A missing, late or invalid reply yields a ``ClientError`` in its place.
+        """
         lazily = Assignments.of(assignments)
         plans: dict[int, Plan] = {}
 
@@ -202,9 +205,10 @@ class RemoteEngine:
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Evaluate each client's adapter at its site; yield scores or errors by client index.
+        """Evaluate each client's served model at its site; yield scores or errors by client index.
 
-        Private sites send no scores: their clients are left out, unless the request fails.
+        A private site (``site.release``) sends no scores. Its clients are left out, unless the
+        request fails.
         """
         lazily = Assignments.of(served)
 
@@ -227,7 +231,7 @@ class RemoteEngine:
         yield from sorted(results.items(), key=lambda result: result[0])
 
     def _check_scores(self, *scores: Mapping[str, float] | None) -> None:
-        """Raise ``WireError`` for a score that the task does not have or that is out of range."""
+        """Raise ``WireError`` for a score that is out of range or of a metric the task lacks."""
         name = self.recipe.task.name
         lowest_loss = 0.0 if TASKS[name].origin == "built-in" else -math.inf
         for values in scores:

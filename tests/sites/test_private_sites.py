@@ -256,12 +256,15 @@ def test_a_site_refuses_when_its_budget_is_spent_and_remembers_it_after_a_restar
     client = received["train"].fields["client"]
     refused = answer(trainer, received["train"], client=client)
     assert (refused.kind, refused.fields["refused"]) == ("error", True)
-    assert f"the privacy budget of client {client} is spent: 3 updates" in refused.fields["error"]
+    assert (
+        f"the privacy budget of client {client} does not suffice: its updates so far (3)"
+        in refused.fields["error"]
+    )
     assert f"raise privacy.epsilon in {SITE_FILE}" in refused.fields["error"]
     again = reopened(trainer)
     assert again.handle(received["enroll"].to_bytes())
     assert again.handle(received["open"].to_bytes())
-    assert "is spent" in answer(again, received["train"], client=client).fields["error"]
+    assert "does not suffice" in answer(again, received["train"], client=client).fields["error"]
     # a larger budget is the site's own decision
     path = trainer.kit / SITE_FILE
     path.write_text(path.read_text() + "\nprivacy: {epsilon: 100}\n")
@@ -310,12 +313,12 @@ def test_a_damaged_budget_stops_the_site(text, tmp_path):
 def test_an_update_that_exceeds_the_budget_charges_nothing(tmp_path):
     budget = PrivacyBudget(tmp_path, 1e-5, epsilon_of(2.0, 1e-5))
     budget.charge("a", 1.0)
-    with pytest.raises(RefusedError, match=r"is spent: 1 updates .* and 1 more would make it"):
+    with pytest.raises(RefusedError, match=r"so far \(1\) have .* and 1 more would make it"):
         budget.charge("a", 1.5)
-    with pytest.raises(RefusedError, match=r"is spent: 1 updates .* and 3 more would make it"):
+    with pytest.raises(RefusedError, match=r"so far \(1\) have .* and 3 more would make it"):
         budget.charge("a", 0.5, 3)
     budget.charge("a", 1.0)
-    with pytest.raises(RefusedError, match="is spent: 2 updates"):
+    with pytest.raises(RefusedError, match=r"so far \(2\) have"):
         budget.charge("a", 1e-3)
     budget.charge("b", 2.0)
     assert budget.spent("a").mu_squared == 2.0

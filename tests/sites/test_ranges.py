@@ -224,7 +224,7 @@ def test_a_mixtures_weights_are_a_distribution():
 
 def test_long_fields_are_refused_before_they_are_parsed():
     payload = Message("error", {"error": "x" * MAX_HEADER, "refused": True}).to_bytes()
-    with pytest.raises(WireError, match="the fields of a message take"):
+    with pytest.raises(WireError, match="the header of a message has"):
         Message.from_bytes(payload)
 
 

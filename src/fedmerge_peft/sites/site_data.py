@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CLIENT_COLUMN, SPLIT_COLUMN, GROUP_COLUMN = "fedmerge_client", "fedmerge_split", "fedmerge_group"
-"""Columns of a rehearsal's data files."""
+"""Columns that a rehearsal adds to the examples of its sites."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class SiteSummary:
     """``name`` and ``group`` of each client, and its number of examples: ``train``,
     ``validation``, ``test``."""
     labels: tuple[str, ...] | None
-    """Names of the labels that occur; None if the task has no labels."""
+    """Names of the labels (``Task.labels_in``), of which some may not occur; None if the task has
+    no labels."""
     format: str | None
     """Text format; None if the task has no formats."""
     columns: tuple[str, ...]
@@ -47,11 +48,12 @@ def read_site_data(
     """Read a site's examples and divide them among its clients.
 
     Args:
-        data: Location of the examples.
-        recipe: Recipe of the federation: ``task`` sets the columns, ``data`` the sizes of the
-            splits.
+        data: The section ``data`` of ``site.yaml``.
+        recipe: Recipe of the federation: ``task`` names the columns, ``data`` has the settings that
+            ``site.yaml`` cannot set or leaves out.
         clients: Names of the site's clients in the federation.
-        folder: Base folder of relative paths.
+        folder: Folder in which a relative path is looked up. If it does not exist there, the path
+            is used as written; it may be a hub id.
 
     Raises:
         DataError: The examples cannot be read, or do not fit the recipe.
@@ -168,18 +170,18 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
     Placeholders ``LABEL_k`` fill the list up to ``num_labels``.
 
     Args:
-        site_labels: Names of the labels that occur at each site.
+        site_labels: Names of the labels of each site.
         num_labels: ``task.num_labels``; None if the recipe does not set it.
 
     Raises:
-        FederateError: There are more labels than ``num_labels``, or only one label occurs.
+        FederateError: There are more labels than ``num_labels``, or there is only one label.
     """
     longest = max((list(labels) for labels in site_labels), key=len)
     union = {label for labels in site_labels for label in labels}
     if len(union) == 1:
         raise FederateError(
-            f"task.label: the examples of all sites have the label {join_values(union)}, so there "
-            "is nothing to learn; correct task.label, or the sites' data.filter"
+            f"task: the examples of all sites have the label {join_values(union)}, so there is "
+            "nothing to learn; correct the label column in task, or the sites' data.filter"
         )
     labels = longest if union == set(longest) else sorted(union)
     if num_labels is None:

@@ -65,7 +65,7 @@ _STOP_TIMEOUT = 10.0
 _RESTART_DELAY = 2.0
 """Seconds before a child process that died is restarted."""
 _MAX_FAILURES = 5
-"""A child process is not restarted after this number of deaths within a minute."""
+"""Number of deaths within a minute after which a child process is not restarted."""
 
 
 class StoppedBySignal(Exception):  # noqa: N818 (a normal end, not an error)
@@ -188,9 +188,10 @@ def run_site(kit: Path, site: str, settings: SiteSettings) -> None:
 
 @contextmanager
 def _socket_folder() -> Iterator[Path]:
-    """Yield a new folder for sockets that only this user may open.
+    """Yield a new folder for sockets that only this user may open; remove it after the block.
 
-    Its path is short, because the path of a socket is limited to about a hundred characters.
+    It is in the system's temporary folder, whose path is usually short: the path of a socket is
+    limited to about a hundred characters.
     """
     folder = Path(tempfile.mkdtemp(prefix="fedmerge-"))
     try:

@@ -66,7 +66,7 @@ class Message:
                 "install the same version on the server and all sites"
             )
         if not isinstance(kind, str) or len(kind) > _MAX_KIND or not isinstance(fields, dict):
-            raise WireError("a message without a kind or without fields")
+            raise WireError("a message without a valid kind or without fields")
         return cls(kind, fields, tensors)
 
 
@@ -75,7 +75,7 @@ def _header(data: bytes) -> Any:
     length = int.from_bytes(data[:_HEADER], "little")
     if MAX_HEADER < length <= len(data):
         raise WireError(
-            f"the fields of a message take {length} bytes, expected at most {MAX_HEADER}"
+            f"the header of a message has {length} bytes, expected at most {MAX_HEADER}"
         )
     return json.loads(json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])
 

@@ -1,4 +1,4 @@
-"""Start of a job at the server: agreement on task and model, and checks of the sites' replies."""
+"""Start of a job at the server: agree on labels and text format, load the model, check replies."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from fedmerge_peft.util.text import printable_lines, shortened
 def agree_and_load(
     recipe: Recipe, roster: Roster, summaries: Mapping[str, Enrolled], absent: dict[str, str]
 ) -> tuple[Task, Backbone]:
-    """Agree on the format of the data, and load task and model.
+    """Agree on labels and text format with the sites, and load task and model.
 
-    Sites whose data do not match are added to ``absent``. In the first job, sites whose columns
-    the task refuses are added too, so that they do not end the job.
+    A site whose labels or text format do not match those of the federation is added to ``absent``,
+    with the reason. In the first job, a site whose columns the task refuses is added too, so that
+    it does not end the job.
 
     Raises:
         FederateError: No site can take part; or, in the first job, all examples have one label.
@@ -71,9 +72,10 @@ def broadcast(
     deadline: float,
     absent: dict[str, str],
 ) -> list[tuple[str, Message]]:
-    """Send a message to all sites and return the replies that arrive within ``deadline`` seconds.
+    """Send an ``enroll`` or ``open`` message to ``sites``; return each valid reply with its site.
 
-    Sites that fail or do not reply are added to ``absent``.
+    A site is added to ``absent``, with the reason, if it sends an error, an invalid reply, or no
+    reply within ``deadline`` seconds.
     """
     payload = message.to_bytes()
     expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
@@ -108,7 +110,7 @@ def parse_reply(reply: bytes | str, kind: str) -> Message:
 
 
 def _reason(text: str) -> str:
-    """Return a site's reason for a failure, shortened and with control characters escaped."""
+    """Shorten a site's reason for a failure, and escape control characters except line feeds."""
     return printable_lines(shortened(text, MAX_REASON))
 
 

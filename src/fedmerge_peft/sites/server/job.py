@@ -38,12 +38,13 @@ class Outcome:
     """ended: the run has ended, after all rounds or early. paused: the next job continues the run.
     stopped: the operator stopped the job. failed: ``error`` contains the reason."""
     rounds: int
-    """Rounds on disk, including those of the baselines."""
+    """Rounds on disk, including those of the baselines; 0 if the run cannot be read."""
     total: int
-    """Rounds of the recipe, including those of the baselines."""
+    """Rounds of the recipe, including those of the baselines; 0 if the run cannot be read."""
     error: str | None = None
     absent: dict[str, str] = field(default_factory=dict)
-    """Sites that could not take part, with the reasons."""
+    """Sites that could not take part in the job, with the reasons. Empty if the job ended during
+    enrollment; if no site could take part, ``error`` has the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
     """Result for each client at the end of the run: None if its site stored the adapter, else the
     reason. Empty before the end, and if no adapters were sent."""
@@ -60,7 +61,9 @@ def run_job(
     requested_state: Callable[[], State | None],
     report: Callable[[str], None],
 ) -> Outcome:
-    """Enroll the sites, continue from the last checkpoint, and run a segment of rounds.
+    """Enroll the sites, and start or continue the run; at its end, send the adapters.
+
+    A job runs one segment of rounds; ``_continue_run`` describes where it pauses.
 
     Args:
         kit: The server's kit; its ``run`` is the run directory.
@@ -144,15 +147,25 @@ def _continue_run(
 def _send_adapters(
     run: RunDirectory, engine: RemoteEngine, report: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """Send each client its adapter; return None, or the reason for a failure, by client.
+    """Send each client its adapter.
 
-    Nothing is sent if the strategy's clients have no single adapter of the run's rank.
+    Nothing is sent if a client has several adapters, or adapters of a higher rank than the run's.
+
+    Returns:
+        The result for each client: None if its site stored the adapter, else the reason. Empty if
+        nothing is sent.
     """
     strategy = run.recipe.strategy
-    if not strategy.single_adapter or strategy.adds_to_backbone:
+    if not strategy.single_adapter:
         report(
-            f"{strategy.name}: clients have no single adapter of the run's rank, so none was sent; "
-            "use fedmerge export RUN --all, or --soup if a client has several adapters"
+            f"{strategy.name}: a client predicts with several adapters, so none was sent; on the "
+            "server's machine, use fedmerge export RUN --soup"
+        )
+        return {}
+    if strategy.adds_to_backbone:
+        report(
+            f"{strategy.name}: the run changes the backbone, so the final adapters have a higher "
+            "rank, and none was sent; on the server's machine, use fedmerge export RUN --all"
         )
         return {}
     sent: dict[str, str | None] = {}

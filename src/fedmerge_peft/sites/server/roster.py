@@ -1,4 +1,4 @@
-"""The server's record of a federation: clients with their counts, labels, columns and format."""
+"""The server's record of a federation: clients and their sizes, labels, columns, text format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class RosterEntry(TypedDict):
     validation: Count
     test: Count
     counts: list[Count] | None
-    """Training examples per label; None with ``privacy.mode: local`` or if none are counted."""
+    """Number of training examples with each label; None with ``privacy.mode: local``, or if the
+    task counts no labels."""
 
 
 NOT_ENROLLED = RosterEntry(group="", train=0, validation=0, test=0, counts=None)
@@ -67,7 +68,7 @@ class Roster:
     columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
     """Column names of the data; empty before the first job."""
     clients: dict[str, RosterEntry] = field(default_factory=dict)
-    """Entries by client name."""
+    """Entries of the clients whose sites have enrolled, by client name."""
 
     @classmethod
     def read(cls, kit: Path) -> Roster:
@@ -81,7 +82,7 @@ class Roster:
         except ValidationError as invalid:
             raise FederateError(
                 f"{kit / ROSTER_FILE}: damaged, or written by another version "
-                f"({first_fault(invalid)}); restore it from a backup"
+                f"({first_fault(invalid)}); restore it from a backup, or install that version"
             ) from None
 
     def write(self, kit: Path) -> None:
@@ -93,7 +94,8 @@ class Roster:
 
         In the first job, choose the federation's columns, labels and format before the check:
         the most frequent columns, the most frequent format, and the labels of ``agree_on_labels``.
-        In a tie, the site that comes first in ``summaries`` decides.
+        Sites that ``sites_beyond`` excludes do not contribute labels. In a tie, the site that comes
+        first in ``summaries`` decides.
 
         Args:
             summaries: The summary of each site.
@@ -202,8 +204,8 @@ def _most_frequent(values: Sequence[T]) -> T:
 def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dict[str, str]:
     """Exclude sites until the remaining sites together have no more labels than the limit.
 
-    Each step excludes the site with the most labels that occur at no other site. Of several such
-    sites, it excludes the one with the most labels.
+    Each step excludes the site with the most labels that occur at no other remaining site. Of
+    several such sites, it excludes the one with the most labels.
 
     Args:
         labels: Names of the labels of each site.
@@ -215,14 +217,14 @@ def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dic
     kept = {site: set(names) for site, names in labels.items()}
     limit = number or MAX_LABELS
     reasons: dict[str, str] = {}
-    while len(set().union(*kept.values())) > limit:
+    while (total := len(set().union(*kept.values()))) > limit:
         holders = Counter(name for names in kept.values() for name in names)
         alone = {site: sum(holders[name] == 1 for name in names) for site, names in kept.items()}
         site = max(kept, key=lambda site: (alone[site], len(kept[site])))
         key = "task.num_labels" if number else "the limit without task.num_labels"
         reasons[site] = (
-            f"{alone[site]} of the {len(kept[site])} labels of its data occur at no other site; "
-            f"{key} is {limit}"
+            f"with its data, the sites have {total} labels, but {key} is {limit}; "
+            f"{alone[site]} of the {len(kept[site])} labels of its data occur at no other site"
         )
         del kept[site]
     return reasons
@@ -283,12 +285,12 @@ def parse_label_counts(
 
 
 def update_run_clients(run: Path, federation: FederationFile, roster: Roster) -> None:
-    """Write the counts of sites that joined late into the files of a run directory.
+    """Write groups and numbers of examples of sites that joined late into a run directory.
 
     The function does nothing if the run has not started.
 
     Raises:
-        RunError: A file of the run directory is damaged.
+        RunError: A file of the run directory is damaged or cannot be written.
     """
     if not (run / "clients.json").is_file():
         return

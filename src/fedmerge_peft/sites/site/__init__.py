@@ -1,1 +1,1 @@
-"""Site of a federation: the trainer, its process and connection, and the audit log."""
+"""Site of a federation: trainer process, rules for what leaves the site, budget and audit log."""

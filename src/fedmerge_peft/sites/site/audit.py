@@ -22,9 +22,9 @@ class AuditEntry:
     client: str | None = None
     round: int | None = None
     update_norm: float | None = None
-    """‖δ‖₂ of the update as sent, over all of its rows."""
+    """‖δ‖₂ of the update after clipping and noise, over all of its rows."""
     update_norm_unfiltered: float | None = None
-    """‖δ‖₂ of the update before clipping and noise."""
+    """‖δ‖₂ of the update before clipping and noise; None if the client failed."""
     error: str | None = None
     """Reason for an error message. A private site may log a reason that it does not send."""
 

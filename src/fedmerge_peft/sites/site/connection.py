@@ -19,9 +19,9 @@ from fedmerge_peft.errors import FederateError
 log = logging.getLogger(__name__)
 
 _REPLY, _NOT_OPEN = b"=", b"?"
-"""Status of a reply: a message follows, or the trainer has not received an ``open`` message yet."""
+"""Status of a reply: a message follows, or the trainer has not loaded the model yet."""
 _POLL_INTERVAL = 0.1
-"""Seconds between two checks for a reply, or between two attempts to connect."""
+"""Seconds between two checks whether a wait is canceled, or between two attempts to connect."""
 
 
 class MessageHandler(Protocol):
@@ -48,12 +48,16 @@ def serve(trainer: MessageHandler, address: str) -> None:
                     reply = trainer.handle(payload)
                     connection.send_bytes(_REPLY)
                     connection.send_bytes(reply)
-                except (EOFError, OSError) as error:  # the job has ended or given up
-                    log.warning("a job closed its connection early (%s)", type(error).__name__)
+                except (EOFError, OSError) as error:
+                    log.warning(
+                        "a request got no reply, because the job closed its connection or the "
+                        "audit log cannot be written (%s)",
+                        type(error).__name__,
+                    )
 
 
 class TrainerConnection:
-    """A job's connection to the trainer.
+    """A job's end of the socket; it opens a connection for each request.
 
     It stores the job's ``open`` message, and sends it again to a trainer that was restarted.
     """
@@ -71,8 +75,8 @@ class TrainerConnection:
             canceled: Called regularly; True ends the wait.
 
         Raises:
-            FederateError: The trainer died during the request or cannot be opened, or ``canceled``
-                returned True.
+            FederateError: The trainer closed the connection without a reply, it cannot load the
+                model, or ``canceled`` returned True.
         """
         if kind == "open":
             self._open_payload = payload
@@ -82,7 +86,7 @@ class TrainerConnection:
             reply = self._request_once(kind, payload, canceled)
         if reply is None:
             raise FederateError(
-                "the site's trainer has not loaded the model for this job; see the site's log"
+                "the site's trainer has not loaded the model for this job; see the trainer's output"
             )
         return reply
 
@@ -96,11 +100,12 @@ class TrainerConnection:
                 connection.send_bytes(payload)
                 while not connection.poll(_POLL_INTERVAL):
                     if canceled():
-                        raise FederateError("the job has stopped waiting for the trainer")
+                        raise FederateError("the job has stopped waiting for the trainer's reply")
                 return connection.recv_bytes() if connection.recv_bytes() == _REPLY else None
             except (EOFError, OSError) as error:
                 raise FederateError(
-                    "the site's trainer died during the request; the site restarts it"
+                    "the site's trainer died or failed during the request; the site restarts a "
+                    "trainer that died, and the trainer's output has the cause"
                 ) from error
 
     def _connect(self, canceled: Callable[[], bool]) -> Connection:
@@ -109,5 +114,7 @@ class TrainerConnection:
                 return Client(self.address, family="AF_UNIX")
             except OSError:  # the trainer is starting or restarting
                 if canceled():
-                    raise FederateError("the site's trainer did not start in time") from None
+                    raise FederateError(
+                        "the job has stopped waiting for the site's trainer to start"
+                    ) from None
                 time.sleep(_POLL_INTERVAL)

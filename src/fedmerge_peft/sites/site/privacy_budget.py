@@ -36,7 +36,7 @@ class PrivacyBudget:
     """``privacy.json`` in the site's kit: the releases of each client, over all jobs and methods.
 
     The file is replaced atomically, under a lock, before an update is computed. If the process dies
-    in between, it has charged an update that it does not send; the reverse cannot happen.
+    before it sends the update, the charge remains. No update is sent without a charge.
     """
 
     kit: Path
@@ -83,8 +83,8 @@ class PrivacyBudget:
         limit = self.epsilon or 0.0
         if needed > limit * (1 + _SLACK):
             raise RefusedError(
-                f"the privacy budget of client {client} is spent: {before.updates} updates have "
-                f"ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and "
+                f"the privacy budget of client {client} does not suffice: its updates so far "
+                f"({before.updates}) have ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and "
                 f"{after.updates - before.updates} more would make it {needed:.4g}; "
                 f"the site can raise privacy.epsilon in {SITE_FILE}"
             )

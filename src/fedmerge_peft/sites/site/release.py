@@ -30,8 +30,8 @@ from fedmerge_peft.util.gaussian_privacy import epsilon_of
 
 log = logging.getLogger(__name__)
 
-WITHHELD = "the request failed at a private site; see the site's log"
-"""Error text of a private site for every failure except a refused or invalid request."""
+WITHHELD = "the request failed at a private site; the output of its trainer has the cause"
+"""Error text that a private site sends for every failure except a refused or invalid request."""
 
 
 class ReleaseRules:
@@ -72,7 +72,10 @@ class ReleaseRules:
     # ---- start of a job --------------------------------------------------------------------------
 
     def summary(self, summary: SiteSummary) -> SiteSummary:
-        """Return the summary to send; with ``mode: local``, without groups and sizes."""
+        """Return the summary to send.
+
+        With ``privacy.mode: local``, placeholders replace groups and numbers of examples.
+        """
         if not self.local:
             return summary
         hidden = {"group": "", "train": 1, "validation": 0, "test": 0}
@@ -122,8 +125,8 @@ class ReleaseRules:
     ) -> Reply:
         """Return the reply to send.
 
-        If a client of a private site fails, the update is noise alone, so that the failure is not
-        visible outside; the site's log has the cause.
+        If a client of a private site fails, the update is noise alone, so that the update does not
+        reveal the failure; the trainer's output has the cause.
 
         Args:
             outcome: The client's reply without noise, or its failure.
@@ -156,9 +159,10 @@ class ReleaseRules:
 
 
 def agreed_epsilon(recipe: Recipe) -> float:
-    """Return a client's ε over all rounds of a recipe and of its baselines.
+    """Return the ε of a client that sends one update in every round of a recipe and its baselines.
 
-    The recipe must have ``privacy.mode: local``. Methods that send no updates do not count.
+    The recipe must have ``privacy.mode: local``. Strategies that are not ``federated`` do not
+    count.
     """
     methods = [one for one, _ in with_baselines(recipe, Path()) if one.strategy.federated]
     mu = 1 / recipe.privacy.noise
@@ -177,7 +181,7 @@ def strictest_privacy(site: SitePrivacy, *others: UpdatePrivacy | None) -> Updat
 
 
 def filter_update(deltas: Tensor, plan: Plan, privacy: UpdatePrivacy) -> Tensor:
-    """Clip each row of an update, and add noise to its trained columns.
+    """Clip each row of an update, add noise to its trained columns, and set the others to zero.
 
     Args:
         deltas: The update, ``(k, P)``.

@@ -68,7 +68,7 @@ class Trainer:
             DataError: The data cannot be read, or do not fit the recipe.
             RecipeError: The kit's recipe is invalid, or lists plugins that the site does not allow.
             FederateError: The data belong to other clients or do not meet the site's checks, or the
-                settings are contradictory or do not allow the kit's recipe.
+                settings name no data, are contradictory or do not allow the kit's recipe.
         """
         self.kit = kit
         self.settings = settings
@@ -96,7 +96,11 @@ class Trainer:
     def handle(self, payload: bytes) -> bytes:
         """Execute a request and return the reply, which the audit log records before it is sent.
 
-        The reply to a failed or refused message is an error text without traceback or examples.
+        The reply to a failed or refused request is an error text without traceback. A private site
+        does not send the cause of a failure (``WITHHELD``).
+
+        Raises:
+            OSError: The audit log cannot be written; the reply must not be sent.
         """
         try:
             reply, entry = self._dispatch(Message.from_bytes(payload))
@@ -111,7 +115,11 @@ class Trainer:
         except Exception as error:
             log.exception("a message could not be handled")
             name = type(error).__name__
-            text = WITHHELD if self.release.private else f"{name} at the site; see the site's log"
+            text = (
+                WITHHELD
+                if self.release.private
+                else f"{name} at the site; see its trainer's output"
+            )
             reply = Message("error", {"error": text, "refused": False})
             entry = AuditEntry("error", error=name)
         message = reply.to_bytes()
@@ -140,7 +148,7 @@ class Trainer:
 
     def _enroll(self, message: Message) -> Message:
         fields = read_fields(Enroll, message)
-        # Plugins of the server's recipe are not imported: a site only runs the code of its own kit.
+        # Plugins of the server's recipe are not imported: a site imports only those of its kit.
         requested = loads(
             Recipe, fields.recipe, "the server's recipe", plugins="ignore", foreign=True
         )
@@ -205,13 +213,13 @@ class Trainer:
 
     @property
     def is_open(self) -> bool:
-        """True once an ``open`` message has loaded the model."""
+        """True if an ``open`` message has loaded the model."""
         return self._open is not None
 
     @property
     def _engine(self) -> LocalEngine:
         if self._open is None:
-            raise WireError("an assignment arrived before the job was opened")
+            raise WireError("a message that needs the model arrived before the message open")
         return self._open[1]
 
     # ---- rounds ----------------------------------------------------------------------------------
@@ -275,9 +283,9 @@ class Trainer:
         )
 
     def _check_hyperparameters(self, requested: Hyperparameters) -> None:
-        """Check that the server sets exactly the keys of ``training`` that are auto in the kit.
+        """Check that the server sets exactly those keys that are auto in the kit's ``training``.
 
-        With ``training.steps``, it may leave out ``epochs``, which is then not used.
+        With ``training.steps``, the server may leave out ``epochs``, which is then not used.
 
         Raises:
             RefusedError: The kit's recipe has a number for a key that the server sets.
@@ -300,7 +308,7 @@ class Trainer:
     # ---- end of the run --------------------------------------------------------------------------
 
     def _store_adapter(self, fields: StoreAdapter, tensors: Mapping[str, Tensor]) -> None:
-        """Write a client's adapter as a PEFT folder, with the configuration of this site."""
+        """Write a client's adapter as a PEFT folder, with the site's ``LoraConfig``."""
         client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
             raise WireError(

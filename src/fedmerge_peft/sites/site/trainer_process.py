@@ -22,8 +22,8 @@ from fedmerge_peft.util.text import printable_lines
 def main() -> None:
     """Run the trainer of the site that the command line names.
 
-    The environment contains the kit, the settings and the address of the socket. The process exits
-    with ``PERMANENT_FAILURE`` if the trainer cannot be created.
+    Environment variables contain the path of the kit, the settings, and the address of the socket.
+    The process exits with ``PERMANENT_FAILURE`` if ``Trainer`` raises a ``FedMergeError``.
     """
     exit_with_parent()
     site = sys.argv[1]

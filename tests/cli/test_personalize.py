@@ -73,7 +73,7 @@ def test_the_command_prints_scores_and_weights_and_saves_a_peft_folder(run, file
     code, out, err = personalize(run.path, "--data", file)
     assert (code, out) == (2, "")
     assert f"{folder} already holds other files; existing files are never overwritten" in err
-    assert f"--out {folder}-2" in err
+    assert f"such as {folder}-2" in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 

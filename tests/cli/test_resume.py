@@ -157,5 +157,5 @@ def test_an_unfinished_run_is_not_started_again(fedmerge, signals, monkeypatch):
     assert code == 2
     assert (
         "resume it: fedmerge resume runs/smoke. "
-        "Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke " in err
+        "Or choose another directory, such as runs/smoke-2\n  fedmerge run smoke " in err
     )

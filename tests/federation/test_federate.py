@@ -200,7 +200,7 @@ def test_an_unknown_client_has_no_adapter(run):
 
 def test_an_existing_run_is_never_overwritten(run, engine):
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(RunExistsError, match=r"already holds a run.*--out .*first-2"):
+    with pytest.raises(RunExistsError, match=r"already holds a run.*such as .*first-2"):
         federate(recipe(), run.path, engine=engine)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 

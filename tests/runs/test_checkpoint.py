@@ -115,7 +115,7 @@ def test_if_all_checkpoints_are_damaged_nothing_is_deleted(run, engine):
         ResumeError,
         match=(
             r"cannot be resumed: .*round-00003.*round-00002"
-            r".*Its finished rounds are still readable"
+            r".*Its undamaged files are still readable"
         ),
     ):
         resume(run, engine=engine)

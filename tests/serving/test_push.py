@@ -144,7 +144,7 @@ def test_the_command_pushes_to_the_repository_in_the_card(run, hub, fedmerge, tm
             ["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"],
             "'a b' is not a valid repository id",
         ),
-        (["--client", "client 1", "--to", "/dev/null"], "/dev/null already holds other files"),
+        (["--client", "client 1", "--to", "/dev/null"], "/dev/null is not a folder"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message, run, fedmerge):

@@ -1,4 +1,4 @@
-"""Learning curves of the methods: losses and scores by round, compared with chance."""
+"""Learning curves of the methods: losses, scores and local-global gaps by round."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import numpy as np
 
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting.specs import Line, Lines
+from fedmerge_peft.recipe.label_tasks import RegressionRecipe
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import facts_of, is_fraction
 
 _FLAT = 0.02
-"""Relative decrease of the training loss below which it counts as flat."""
+"""Relative decrease below which the training loss counts as flat."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of a run by round, nats, and the loss of guessing."""
+    """Finite losses of a run by round, and the loss of guessing.
+
+    They are in nats; for regression, they are squared errors.
+    """
 
     training: list[tuple[int, float]]
     """Pairs of a round and the mean loss of its local training."""
@@ -34,7 +38,10 @@ class Losses:
 
     @property
     def flat(self) -> bool:
-        """True if the training loss fell by less than the fraction ``_FLAT`` of its first value."""
+        """True if the training loss rose, or fell by less than ``_FLAT`` of its first value.
+
+        False if fewer than two rounds have a training loss.
+        """
         first, last = (self.training[end][1] for end in (0, -1)) if self.training else (0.0, 0.0)
         return len(self.training) > 1 and first - last < _FLAT * abs(first)
 
@@ -42,7 +49,7 @@ class Losses:
     def turning(self) -> tuple[int, float] | None:
         """Number of completed rounds at the lowest validation loss, and this loss.
 
-        None if the loss is lowest at the end, or was evaluated at most once.
+        None if the last loss is lower than all others, or if there are fewer than two losses.
         """
         if len(self.validation) < 2:
             return None
@@ -51,7 +58,7 @@ class Losses:
 
 
 def losses(run: RunDirectory) -> Losses:
-    """Read the losses of a run."""
+    """Read the losses of a run; omit losses that are not finite."""
     records = run.records
     training = [
         (record["round"], record["train_loss"])
@@ -109,14 +116,17 @@ def answer(setting: Setting) -> str:
         change = "rose" if last > first else "hardly fell:" if curves.flat else "fell"
         start = f"The training loss of {name} {change} from {first:.2f} to {last:.2f}"
         if len(curves.training) == 1:
-            start = f"The training loss of {name} was {last:.2f} in its only round"
-        guess = f"; guessing evenly gives {curves.chance:.2f}" if curves.chance is not None else ""
-        sentences.append(f"{start}{guess}.")
+            start = f"The training loss of {name} was {last:.2f} in round {curves.training[0][0]}"
+        if curves.chance is not None:
+            start += f"; guessing evenly among the labels gives {curves.chance:.2f}"
+        sentences.append(f"{start}.")
     if curves.turning is not None:
         rounds, best = curves.turning
+        done, last = curves.validation[-1]
+        place = f"after round {rounds}" if rounds else "before the first round"
         sentences.append(
-            f"The validation loss was lowest after round {rounds} ({best:.2f}) and is "
-            f"{curves.validation[-1][1]:.2f} at the end."
+            f"The validation loss was lowest {place} ({best:.2f}) and is {last:.2f} after round "
+            f"{done}."
         )
     elif len(curves.validation) > 1:
         first, last = curves.validation[0][1], curves.validation[-1][1]
@@ -143,10 +153,12 @@ def _losses(setting: Setting) -> Iterator[Figure]:
         series.append(_constant("guessing", chance, series))
     elif losses(setting.methods[0].run).validation:
         series.append(_constant("before training", series[0].y[0], series))
+    regression = isinstance(setting.methods[0].run.recipe.task, RegressionRecipe)
+    unit = "squared error" if regression else "nats"
     yield Figure(
         "loss",
         "Loss by round, mean over clients",
-        Lines(series, x="rounds completed", y="loss (nats)", floor=None),
+        Lines(series, x="rounds completed", y=f"loss ({unit})", floor=None),
         "Validation: loss of the served adapters on examples that clients do not train on. "
         "Training: mean loss during the next round. If the training loss falls while the "
         "validation loss rises, the adapters overfit.",
@@ -197,8 +209,9 @@ def _scores(setting: Setting) -> Iterator[Figure]:
         ),
         f"The band covers the middle 80 % of the clients of {setting.methods[0].name}."
         + (
-            " finetuned: its score after one more round of local training. If this score is close "
-            "to the score without it, clients need no finetuning."
+            f" finetuned: the score of {setting.methods[0].name} after one more round of local "
+            "training. If it is close to the score of the served models, clients need no "
+            "finetuning."
             if any(line.kind == "second" for line in series)
             else ""
         )
@@ -235,7 +248,7 @@ def _most_frequent(run: RunDirectory) -> float | None:
 
 
 def percentile(scores: dict[str, Any], percent: float) -> float:
-    """Return a percentile of the clients' scores; nan if there are none."""
+    """Return a percentile (0 to 100) of the clients' finite scores; nan if there are none."""
     metric = scores["metric"]
     values = [
         client_scores[metric]

@@ -1,4 +1,4 @@
-"""The methods of a page: its runs and their baselines, with a name and a style for each."""
+"""The methods of a report: its runs and their baselines, with a name and a style for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 @dataclass(frozen=True)
 class Method:
-    """A run, with its name and style in all figures of the page."""
+    """A run, with its name and style in all figures of the report."""
 
     name: str
     run: RunDirectory
@@ -52,7 +52,7 @@ class Setting:
 
     name: str
     runs: Sequence[Method]
-    """The runs that the page is about."""
+    """The runs with this setting that were passed to the report."""
     methods: Sequence[Method]
     """These runs and their baselines. The first is compared with the others."""
 
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def rivals(self) -> list[Method]:
-        """Methods other than the first that have scores, local and fedavg before others.
+        """The methods after the first that have scores: local, then fedavg, then the others.
 
         If some of them have the seed of the first method, methods with other seeds are omitted.
         """
@@ -102,7 +102,7 @@ def _order(strategy: str) -> int:
 def settings(runs: Iterable[RunDirectory]) -> list[Setting]:
     """Group runs by task, backbone and data.
 
-    A baseline is omitted if an earlier run has the same method and seed.
+    A baseline is omitted if an earlier run or baseline has the same setting, method and seed.
     """
     given = {run.path.resolve(): run for run in runs}
     by_path = dict(given)
@@ -159,9 +159,10 @@ def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
 
 
 def final_scores(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the final scores of all clients, or None if nothing was evaluated.
+    """Return the scores of the models that a run serves at the end, with the fields of ``Scores``.
 
-    Before the run ends, return the scores of the last evaluated round.
+    Before the run ends, return the served scores of the last evaluated round. Return None if there
+    are no such scores.
     """
     if (run.path / "summary.json").is_file():
         return run.summary["final"]["served"]  # type: ignore[no-any-return]

@@ -13,7 +13,10 @@ _MAX_CLIENTS = 200
 
 
 def run_html(run: RunDirectory) -> str:
-    """Return HTML: tables of methods and clients, and a sentence on the clients that gain."""
+    """Return HTML: tables of methods and clients, and a sentence on the clients that gain.
+
+    Without a completed round, the HTML has only the title and the run directory.
+    """
     done, rounds = len(run.records), run.recipe.rounds
     clients = len(run.client_names) if (run.path / "clients.json").is_file() else 0
     title = f"{run.recipe.name}: {done} of {rounds} rounds, {clients} clients"

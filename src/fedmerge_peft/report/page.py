@@ -38,7 +38,7 @@ _LINE_WIDTH = 2.2
 
 
 def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) -> Path:
-    """Write the page; an existing file is overwritten.
+    """Write the HTML page; an existing file is overwritten.
 
     Args:
         runs: Run directories, finished or not; each run is shown with its baselines.
@@ -48,8 +48,9 @@ def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) ->
         The path.
 
     Raises:
-        RunError: There is no run, a run does not exist, the suffix is neither ``.html`` nor
-            ``.htm``, or the file cannot be written.
+        RunError: ``runs`` is empty, a run does not exist or cannot be read, the suffix of ``path``
+            is neither ``.html`` nor ``.htm``, or the file cannot be written.
+        RecipeError: As for ``RunDirectory.recipe``.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -76,7 +77,8 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
         The files.
 
     Raises:
-        RunError: A run does not exist, or a file cannot be written.
+        RunError: A run does not exist or cannot be read, or a file cannot be written.
+        RecipeError: As for ``RunDirectory.recipe``.
     """
     opened = _open(runs)
     if len(opened) == 1:
@@ -112,7 +114,8 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
         runs: As for ``write_report``.
 
     Raises:
-        RunError: There is no run, or a run does not exist.
+        RunError: ``runs`` is empty, or a run does not exist or cannot be read.
+        RecipeError: As for ``RunDirectory.recipe``.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -144,7 +147,7 @@ def _part(name: str) -> str:
 
 
 def _colors() -> str:
-    """Return the style sheet's rules that depend on the palette."""
+    """Return the computed rules of the style sheet: colors, dashes, line width and shades."""
 
     def variables(colors: Sequence[str]) -> str:
         return " ".join(f"--c{number}: {color};" for number, color in enumerate(colors))
@@ -172,7 +175,7 @@ def _colors() -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Escape control and direction characters of text; return markup unchanged."""
+    """Escape non-printable characters of text; return markup and other values unchanged."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -276,7 +279,7 @@ def _adapters(run: RunDirectory) -> str:
 
 
 def _training_facts(run: RunDirectory) -> dict[str, str]:
-    """Return the learning rate and the epochs or steps, and how the run chose them."""
+    """Return the learning rate and the epochs or steps; add the reason if the run chose them."""
     training, chosen = run.recipe.training, run.decisions
     passes = {"steps": training.steps} if training.steps else {"epochs": training.epochs}
     values: dict[str, Any] = {"learning_rate": training.learning_rate, **passes}

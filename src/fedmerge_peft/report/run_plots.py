@@ -15,12 +15,14 @@ from fedmerge_peft.report.methods import settings
 from fedmerge_peft.report.sharing_figures import sharing_figures
 from fedmerge_peft.runs.directory import RunDirectory
 
+_NO_SCORES = "no round was evaluated, or no client has test or validation examples"
+
 
 class RunPlots:
     """Figures of a run and its baselines.
 
     Each method returns a ``Picture``. Notebooks show it, and its ``save`` writes it to a file. A
-    method raises ``RunError`` if the run has no data for its figure yet.
+    method raises ``RunError`` if the run has no data for its figure.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -29,30 +31,32 @@ class RunPlots:
 
     def accuracy(self) -> Picture:
         """Return the main score of all methods by round. It need not be accuracy."""
-        return _picture(learning_figures(self._setting), "scores")
+        return _picture(learning_figures(self._setting), "scores", missing=_NO_SCORES)
 
     def loss(self) -> Picture:
         """Return the training and validation loss by round, with a line for comparison.
 
-        The line is the loss of guessing or, unless each example has one label, the first validation
-        loss.
+        If each example has one label, the line is the loss of guessing. Otherwise it is the first
+        validation loss; without validation losses, there is no line.
         """
-        return _picture(learning_figures(self._setting), "loss")
+        figures = learning_figures(self._setting)
+        return _picture(figures, "loss", missing="no round has a finite loss")
 
     def weights(self) -> Picture:
         """Return the merging weights π of each client."""
-        return _picture(sharing_figures(self._run), "weights")
+        missing = "no round is done, or all clients share one adapter"
+        return _picture(sharing_figures(self._run), "weights", missing=missing)
 
     def clients(self) -> Picture:
-        """Return each client's score under the strategy, local training and other baselines.
+        """Return each client's score under the strategy and up to three baselines.
 
         Without baselines, the figure shows the clients' scores under the strategy alone.
         """
         figures = list(client_figures(self._setting, parts=1))
-        return _picture(figures[::-1], "gains", "clients")
+        return _picture(figures[::-1], "gains", "clients", missing=_NO_SCORES)
 
     def traffic(self) -> Picture:
-        """Return the data sent to and received from a client in the whole run, in MB."""
+        """Return the MB sent to and received from a client in all rounds, mean over clients."""
         methods = [method for method in self._setting.methods if method.run.records]
         rows = [
             (f"{method.name}, {text}", traffic(method, key), method.style)
@@ -66,12 +70,10 @@ class RunPlots:
         return DrawingPicture(bars, "Traffic of a client in the whole run")
 
 
-def _picture(figures: Iterable[Figure], *names: str) -> Picture:
+def _picture(figures: Iterable[Figure], *names: str, missing: str) -> Picture:
+    """Return the first named figure that exists, else raise ``RunError`` with ``missing``."""
     by_name = {figure.name: figure for figure in figures}
     for name in names:
         if name in by_name:
             return DrawingPicture(by_name[name].drawing, by_name[name].title)
-    raise RunError(
-        "the run has no data for this figure: no round was evaluated, or all clients share one "
-        "adapter"
-    )
+    raise RunError(f"the run has no data for this figure: {missing}")

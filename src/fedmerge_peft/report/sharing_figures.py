@@ -25,13 +25,16 @@ _MAX_ROUNDS = 6
 
 
 def sharing_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield the figures of π; none if the run has one adapter, or no round yet."""
+    """Yield figures of π and of the clients' labels.
+
+    Yield none if the run has a single adapter, or no completed round.
+    """
     if not run.records or run.weights.shape[1] < 2:
         return
     weights = run.weights.to_numpy()
     groups = known_groups(run)
     order = similar_order(weights)
-    if groups:  # the rows of a group are adjacent, in the order of the groups' first rows
+    if groups:  # keep each group together; the group with the first row comes first
         first = {group: place for place, group in reversed([*enumerate(groups[i] for i in order)])}
         order = np.array(sorted(order, key=lambda row: first[groups[row]]))
         groups = [groups[row] for row in order]
@@ -79,8 +82,9 @@ def answer(method: Method) -> str:
 def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
     """Return an order ``(m,)`` of the rows of π ``(m, d)`` in which similar rows are adjacent.
 
-    Rows are sorted by the adapter with their largest weight, then by the adapter with their second
-    largest weight, then by their largest weight, in descending order.
+    Rows are sorted by the number of the adapter with their largest weight, then by the number of
+    the adapter with their second largest weight. Ties are sorted by the largest weight, in
+    descending order.
     """
     ranked = np.argsort(-weights, axis=1, kind="stable")
     second = ranked[:, min(1, weights.shape[1] - 1)]
@@ -91,10 +95,10 @@ def similarity(rows: NDArray[Any]) -> NDArray[Any]:
     """Return the similarity 1 − ½ ‖p_i − p_j‖₁ of each pair of rows.
 
     Args:
-        rows: Distributions ``(m, k)``; each row sums to 1.
+        rows: Distributions ``(m, k)``. Each row sums to 1, or is 0 for a client without labels.
 
     Returns:
-        Similarities ``(m, m)``: 1 for equal rows, 0 for rows with disjoint support.
+        Similarities ``(m, m)``: 1 for equal rows, 0 for distributions with disjoint support.
     """
     return np.stack([1 - np.abs(rows - row).sum(axis=1) / 2 for row in rows])
 
@@ -165,9 +169,9 @@ def _labels(run: RunDirectory, order: NDArray[np.int64], groups: list[str]) -> I
             top=float(min(1.0, math.ceil(10 * shares.max(initial=0.1)) / 10)),
             groups=groups,
         ),
-        "Clients are in the order of their merging weights. If the weights follow the labels, both "
-        "figures show the same blocks. Clients may also use the same label for different things, "
-        "which this figure does not show.",
+        "Clients are in the order of the figure of the merging weights. If the weights follow the "
+        "labels, that figure and this one show the same blocks. Clients may also use the same "
+        "label for different things, which this figure does not show.",
     )
 
 
@@ -191,7 +195,8 @@ def _similarities(
             "Similarity of clients by labels",
             _pairs(_shares(counts.to_numpy()[order]), names, groups),
             "The same pairs, compared by the shares of their labels. Blocks that appear only in "
-            "the figure of the weights are clients that behave alike although their labels differ.",
+            "the figure of the weights are clients that share adapters although their labels "
+            "differ.",
         )
 
 
@@ -215,7 +220,11 @@ def _shares(counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def adapter_figures(run: RunDirectory) -> Iterator[Figure]:
-    """Yield figures of each adapter's mass and of the entropy of π, by round."""
+    """Yield figures of each adapter's mass and of the entropy of π, by round.
+
+    Rounds with another number of adapters than the last round are omitted. Yield none if the last
+    round has a single adapter, or the strategy learns no weights.
+    """
     records = [record for record in run.records if record["adapter_mass"]]
     widths = [len(record["adapter_mass"]) for record in records]
     records = [record for record, width in zip(records, widths, strict=True) if width == widths[-1]]

@@ -44,10 +44,11 @@ class Cell:
 
 
 def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
-    """Return the columns and one row per client. The worst clients of the first method come first.
+    """Return the columns and one row per client, the worst score of the first method first.
 
-    A row has the client's scores under a few methods, and its gain over the reference. Without a
-    metric, there are neither columns nor rows.
+    A row has the client's numbers of examples, its scores under at most four methods and, if there
+    is a reference, the gain of the first method over it. Clients without a score come last. If no
+    method has scores, there are neither columns nor rows.
     """
     metric = setting.metric
     if metric is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Version = tuple[int, int, int]
-"""Inode, size in bytes, and time of the last change in nanoseconds."""
+"""Inode, size in bytes, and time of the last modification in nanoseconds."""
 
 
 class CachedFiles:
@@ -17,7 +17,10 @@ class CachedFiles:
         self._values: dict[Path, tuple[Version, Any]] = {}
 
     def get(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """Return ``read(path)``, cached until the file changes; a missing file is not cached."""
+        """Return ``read(path)``, cached until the file changes.
+
+        While the file is missing, each call calls ``read``.
+        """
         version = _version(path)
         known = self._values.get(path)
         if version is not None and known is not None and known[0] == version:

@@ -1,6 +1,7 @@
 """Checkpoints: the state from which a run resumes. Each round writes one; two are kept.
 
-checkpoint/round-00007.soup.safetensors   the soup; soup.safetensors is a hard link to the latest
+checkpoint/round-00007.soup.safetensors   the soup; until the run ends, soup.safetensors is a hard
+                                          link to the latest
 checkpoint/round-00007.safetensors        the strategy's state and a manifest: counters, the length
                                           of metrics.jsonl, the recipe, the SHA-256 sums of the soup
                                           and of the last line of metrics.jsonl
@@ -8,7 +9,8 @@ checkpoint/round-00007.safetensors        the strategy's state and a manifest: c
 The second file is written last, after all other files of the round including the metrics. A round
 is complete if this file exists. Reading verifies both files; if one is damaged, the previous
 checkpoint is used. No random generator state is stored, because every draw derives from the seed
-and the round (``util/seeds.py``). Nothing is pickled.
+and the round (``util/seeds.py``) or, if it must be secret, comes from the operating system. Nothing
+is pickled.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def restore(self, strategy: Strategy) -> None:
-        """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
+        """Load this state into a new strategy. Raise ``ValueError`` if it does not fit."""
         SavedState(self.soup, {**self.tensors, **self.manifest.counters}).restore(strategy)
 
 
@@ -91,7 +93,10 @@ class Checkpoint:
 
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
-    """Write the soup, the first file of a checkpoint; return its path. Raises ``RunError``."""
+    """Write the soup, the first file of a checkpoint; return its path.
+
+    Raises ``RunError`` if the file cannot be written.
+    """
     with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
@@ -112,7 +117,7 @@ def commit(
         metrics: Length of ``metrics.jsonl`` up to that round, bytes, and the sum of its last line.
 
     Raises:
-        RunError: A file cannot be written.
+        RunError: A file cannot be written or removed, or the round's soup cannot be read.
     """
     state = strategy.state_dict()
     tensors = {
@@ -170,6 +175,8 @@ def read(folder: Path, round: int) -> Checkpoint:
 def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
     """Read the latest valid checkpoint, and log a warning for each later one that is invalid.
 
+    Checkpoints of incomplete rounds are skipped without a warning.
+
     Args:
         folder: The folder of the checkpoints.
         recipe: The recipe to resume with.
@@ -199,7 +206,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
     if metrics.count(b"\n") > 1:
         reason = "; ".join(faults) if faults else "it has no checkpoint"
         raise ResumeError(
-            f"{folder.parent} cannot be resumed: {reason}. Its finished rounds are still readable; "
+            f"{folder.parent} cannot be resumed: {reason}. Its undamaged files are still readable; "
             "restore its damaged or missing files from a copy, or start a new run with fedmerge run"
         )
     for fault in faults:
@@ -208,7 +215,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
 
 
 def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
-    """Raise ``RunError`` unless the metrics are undamaged and belong to the checkpoint's run."""
+    """Raise ``RunError`` unless the metrics up to the checkpoint are undamaged and of its run."""
     path = folder.parent / "metrics.jsonl"
     if len(metrics) < manifest.metrics_bytes:
         raise RunError(
@@ -228,7 +235,7 @@ def _check_recipe(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
         )
         raise ResumeError(
             f"{folder.parent}: the recipe has changed since round {manifest.round}: {changes}. "
-            "Change it back to resume"
+            "Change it back to resume, or start a new run with fedmerge run"
         )
 
 
@@ -241,7 +248,7 @@ def _soup_path(folder: Path, round: int) -> Path:
 
 
 def _fixed_values(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values that must not change on resume."""
+    """Return the values, except those of baselines, that must not change on resume."""
     return {
         key: value
         for key, value in flat(recipe).items()

@@ -23,7 +23,10 @@ _RUN_FILE = re.compile(
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
 """Pattern of the temporary name of a file that is being written; the group is its final name."""
 _TRACKING = re.compile(r"((?:baselines/[^/]+/)*tracking)/.+")
-"""Pattern of a tracker's files, relative to the run directory; the group is the folder."""
+"""Pattern of a tracker's files, as paths relative to the run directory.
+
+The group is the path of the folder ``tracking``.
+"""
 _DEEPEST = 64
 """Maximum depth of nested folders in a run directory."""
 _MAX_LISTED = 5
@@ -31,7 +34,7 @@ _MAX_LISTED = 5
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Return all files below a directory; links count as files and are not followed.
+    """Return all files below a directory; symbolic links count as files and are not followed.
 
     Raises ``RunError`` if folders are nested more than 64 deep. Runs and trackers do not create
     such folders.
@@ -39,10 +42,10 @@ def files_in(directory: Path) -> list[Path]:
     files, top = [], len(directory.parts)
     for folder, folders, names in os.walk(directory):
         here = Path(folder)
-        if len(here.parts) - top > _DEEPEST:  # os.walk recurses
+        if len(here.parts) - top > _DEEPEST:  # os.walk recurses in Python 3.11
             raise RunError(
-                f"{directory} has folders that are nested more than {_DEEPEST} deep; name a run "
-                "directory, or remove the nested folders"
+                f"{directory} has folders that are nested more than {_DEEPEST} deep; give the "
+                "path of a run directory, or remove the nested folders"
             )
         files += [
             path
@@ -53,10 +56,10 @@ def files_in(directory: Path) -> list[Path]:
 
 
 def refuse_links(directory: Path) -> None:
-    """Raise ``RunError`` if the directory contains links or special files, at any depth.
+    """Raise ``RunError`` if the directory contains symbolic links or special files, at any depth.
 
-    Links in an untrusted run directory could cause files elsewhere to be read, overwritten or
-    deleted. Links below a folder ``tracking`` are accepted if their targets are below the same
+    Symbolic links in an untrusted run directory could cause files elsewhere to be read, overwritten
+    or deleted. Those below a folder ``tracking`` are accepted if their targets are below the same
     folder. The directory itself may be a link, because its path comes from the user.
     """
     for path in files_in(directory):
@@ -128,7 +131,10 @@ def remove_run(directory: Path) -> None:
 
 
 def remove_temporary_files(directory: Path) -> None:
-    """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
+    """Remove files that were being written when the run was interrupted.
+
+    Raises ``RunError`` if a file cannot be removed.
+    """
     with translated_write_errors(directory):
         for path in files_in(directory):
             if is_temporary(path.relative_to(directory).as_posix()):

@@ -1,4 +1,4 @@
-"""Confusion matrices of a finished run: test examples by true and predicted class."""
+"""Confusion matrices of a finished run: test examples (or words) by true and predicted class."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
 _MOST = 1000
 """Maximum number of labels for which a client's table includes labels that do not occur."""
 Cells = Sequence[Sequence[int]]
-"""Nonzero cells of a confusion matrix: triples (true class, predicted class, examples)."""
+"""Nonzero cells of a confusion matrix: triples (true class, predicted class, count).
+
+The count is a number of test examples or, if each word has a label, of words.
+"""
 
 
 def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Cells]] | None:
-    """Return the labels, and each client's ``Cells`` for the state that a run serves.
+    """Return the labels, and the ``Cells`` of each client with scored test examples.
 
-    Return None if the run has no confusion matrices of this state: the run has not ended, its task
-    has no classes, it is private or across sites, or it serves an earlier round than its last.
+    They count the predictions of the models that the run serves. Return None if the run has no such
+    counts: it has not ended, its task has no classes, no client has test examples, it is private or
+    across sites, or it serves an earlier round than its last.
 
     Raises:
-        RunError: The file is damaged.
+        RunError: A file of the run is damaged.
     """
     path = run.path / "confusion.json"
     if not path.is_file():
@@ -43,7 +47,7 @@ def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Cells]] |
 
 
 def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame:
-    """Return a client's numbers of test examples, true × predicted class.
+    """Return a client's numbers of test examples (or words), true × predicted class.
 
     With more than 1,000 labels, only labels that occur have a row and a column.
 
@@ -53,7 +57,8 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
         round: Number of rounds after which the client's adapter was saved.
 
     Raises:
-        RunError: There are no matrices of that round, or the client has no test examples.
+        RunError: There are no matrices of that round, the run has no such client, or the client has
+            no scored test examples.
     """
     import pandas as pd
 
@@ -61,12 +66,17 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
     if matrices is None or round != run.round():
         raise RunError(
             f"{run.path} has no confusion matrices after round {round}: they are written after "
-            "the last round if each example or word has one label, and the run is neither private "
-            "nor across sites; use run.predict on labeled examples"
+            "the last round if each test example or word has one label, and the run is neither "
+            "private nor across sites; use run.predict on labeled examples"
         )
     labels, clients = matrices
     if client not in clients:
-        raise RunError(f"{run.path} {no_client(client, list(clients))} with test examples")
+        if client not in run.client_names:
+            raise RunError(f"{run.path} {no_client(client, run.client_names)}")
+        raise RunError(
+            f"{run.path}: client {client!r} has no confusion matrix, because it has no test "
+            "examples or could not be scored; use run.predict on labeled examples"
+        )
     counts = counted([clients[client]])
     shown = range(len(labels)) if len(labels) <= _MOST else used_labels(counts)
     names = [labels[label] for label in shown]
@@ -74,7 +84,7 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
 
 
 def counted(clients: Iterable[Cells]) -> Counter[tuple[int, int]]:
-    """Return the number of examples of all clients by true and predicted class."""
+    """Sum the cells of clients; return each count by its pair (true class, predicted class)."""
     counts: Counter[tuple[int, int]] = Counter()
     for cells in clients:
         for true, predicted, count in cells:
@@ -88,7 +98,10 @@ def used_labels(counts: Counter[tuple[int, int]]) -> list[int]:
 
 
 def matrix(counts: Counter[tuple[int, int]], labels: Sequence[int]) -> NDArray[np.int64]:
-    """Return the counts of these classes, ``(labels, labels)``: true × predicted."""
+    """Return the counts as a matrix ``(labels, labels)``, true × predicted class.
+
+    ``labels`` contains all classes of ``counts``.
+    """
     place = {label: number for number, label in enumerate(labels)}
     table = np.zeros((len(place), len(place)), dtype=np.int64)
     for (true, predicted), count in counts.items():

@@ -6,16 +6,16 @@ environment.json        format version, start time, versions, git commit, device
 decisions.json          values for keys of training that are auto, with reasons and the range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, text format, and padding
-examples.json           digest of the encoded examples, if the recipe has baselines
+examples.json           digest of the examples, if the recipe has baselines (not across sites)
 labels.json             training examples of each client by label, if examples have labels
-confusion.json          test examples of each client by true and predicted class, after the end
+confusion.json          after the end: test examples of each client by true and predicted class
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
 weights/                π after each round
 soup.safetensors        adapters after the last finished round, and updates of the backbone (flora,
                         fedex_lora); after the end of the run, both are from the served round
 weights.safetensors     π after the same round
-best/                   soup and weights at the lowest mean validation loss over all clients
+best/                   soup, weights and scores at the lowest mean validation loss of all clients
 privacy.json            how often each round counts toward ε, if the recipe has privacy
 summary.json            at the end: scores after the last, the best and the served round ("final")
 tracking/               files of experiment trackers (tracking.py)
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """Reader of a run directory; ``RunWriter`` writes one, ``api.Run`` adds conveniences."""
+    """Reader of a run directory; ``RunWriter`` writes one, ``api.Run`` adds adapters and plots."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
@@ -78,27 +78,28 @@ class RunDirectory:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise ``RunExistsError`` unless the path is absent or has at most temporary files."""
+        """Raise ``RunExistsError`` unless nothing but temporary files is at the path."""
         if path.exists() and (
             not path.is_dir() or any(not is_temporary(file.name) for file in path.iterdir())
         ):
             free = RunDirectory.free_path(path)
             content = "a run" if (path / "recipe.yaml").exists() else "other files"
+            state = f"already holds {content}" if path.is_dir() else "is not a folder"
             resume = (
                 f"The run is unfinished; resume it: {command}. Or choose"
                 if (command := RunDirectory(path).resume_command)
                 else "Choose"
             )
             raise RunExistsError(
-                f"{path} already holds {content}; existing files are never overwritten. "
-                f"{resume} another directory: --out {free}",
+                f"{path} {state}; existing files are never overwritten. "
+                f"{resume} another directory, such as {free}",
                 free,
             )
 
     @staticmethod
     def free_path(path: Path) -> Path:
         """Return the first of ``path-2``, ``path-3``, ... that does not exist."""
-        path = path if path.name else Path.cwd() / "run"  # not "" or the root
+        path = path if path.name else Path.cwd() / "run"  # "" and the root have no name
         numbered = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
         return next(candidate for candidate in numbered if not candidate.exists())
 
@@ -146,8 +147,7 @@ class RunDirectory:
             trust_remote_code: Consent to run code that its recipe names.
 
         Raises:
-            RunError: The path is not a run directory, contains links, or has the format of another
-                version of the package.
+            RunError: It is no run directory, has symbolic links or another format, or is damaged.
         """
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
@@ -163,8 +163,8 @@ class RunDirectory:
     def recipe(self) -> Recipe:
         """The run's recipe, read again if the file has changed: ``resume`` may add rounds.
 
-        Raises:
-            RecipeError: The recipe is invalid, or would import plugins without consent.
+        Raises ``RunError`` if the file is missing or damaged, and ``RecipeError`` if the recipe is
+        invalid or would import plugins without consent.
         """
         recipe: Recipe = self._files.get(self.path / "recipe.yaml", self._load_recipe)
         return recipe
@@ -179,8 +179,8 @@ class RunDirectory:
         """The run's recipe, after a check that its model may be loaded.
 
         Raises:
-            RecipeError: As for ``recipe``.
-            BackboneError: The model would run code that comes with it, without consent.
+            RecipeError, RunError: As for ``recipe``.
+            BackboneError: The model may run code that comes with it, without consent.
         """
         recipe = self.recipe
         if recipe.backbone.trust_remote_code and not self.trust_remote_code:
@@ -249,7 +249,7 @@ class RunDirectory:
 
     @property
     def last_scores(self) -> dict[str, Any] | None:
-        """Scores of the models after the last round; None if they were not evaluated.
+        """Scores of the models served after the last round; None if no client has scores.
 
         Raises ``RunError`` if the run has not ended.
         """
@@ -304,8 +304,8 @@ class RunDirectory:
         folder = self.path / "best" if best else self.path
         if best and not folder.is_dir():
             raise RunError(
-                f"{self.path} has no best round: its clients have no validation examples, or no "
-                "round was evaluated; use the last round"
+                f"{self.path} has no best round: it is private, its clients have no validation "
+                "examples, or no round evaluated all of them; omit --best, or best=True in Python"
             )
         return read_state(folder, len(self._clients))
 
@@ -387,7 +387,7 @@ def round_of(path: Path) -> int:
 
 
 def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
-    """Return a recipe and its baselines as separate recipes, each with its run directory."""
+    """Return a recipe and its baselines of other strategies, each with its run directory."""
     run = RunDirectory(path)
     alone: dict[str, Any] = {"baselines": [], "baselines_from": None}
     return [

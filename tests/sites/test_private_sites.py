@@ -9,10 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
 
 from fedmerge_peft import Run
-from fedmerge_peft.errors import FederateError, RefusedError
+from fedmerge_peft.errors import FederateError, RecipeError, RefusedError
 from fedmerge_peft.sites.config import SITE_FILE, SiteSettings
+from fedmerge_peft.sites.flare.executor import SiteExecutor
+from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, PAYLOAD
+from fedmerge_peft.sites.prepare import federated_recipe
 from fedmerge_peft.sites.server.job import run_job
 from fedmerge_peft.sites.site.privacy_budget import BUDGET_FILE, PrivacyBudget
 from fedmerge_peft.sites.site.release import WITHHELD, agreed_epsilon
@@ -144,6 +151,40 @@ def test_a_client_that_fails_is_not_distinguished_from_one_that_trains(local_sit
         assert (reply.kind, reply.fields["train_loss"]) == ("trained", None)
         assert noisy(reply)
     assert "the site sends noise in place of its update" in caplog.text
+
+
+def test_a_failing_client_of_a_site_with_noise_of_its_own_reports_its_size(local_site):
+    """Without local privacy in the recipe, the server knows the sizes, and refuses another."""
+    noise = {"privacy": {"clip": 0.5, "noise": 2.0}}
+    trainer, received = local_site("privacy={mode: none}", settings=noise)
+    client = trainer.data.clients[0]
+    size = client.size
+    trainer._open[1].clients[0].train[:] = 10**9  # beyond the table
+    trainer._open[1].clear_caches()
+    reply = answer(trainer, received["train"], client=client.name)
+    assert (reply.kind, reply.fields["num_examples"]) == ("trained", size)
+
+
+def test_a_trainer_that_does_not_start_sends_no_cause(tmp_path):
+    class InThisProcess(SiteExecutor):
+        def __init__(self):
+            Executor.__init__(self)
+            self._connection = self._trainer = None
+
+        def _kit(self, fl_ctx):
+            return tmp_path
+
+    (tmp_path / SITE_FILE).write_text("a secret: 1")
+    asked = Shareable({PAYLOAD: Message("enroll", {}).to_bytes(), DEADLINE: 9.0})
+    reply = InThisProcess().execute("enroll", asked, FLContext(), Signal())
+    assert reply[ERROR] == "the trainer does not start; see the site's log"
+
+
+def test_a_baseline_whose_adapters_no_noise_protects_is_refused(smoke):
+    recipe = smoke("strategy=fedavg", "baselines=[fedprox, local]", LOCAL)
+    with pytest.raises(RecipeError, match=r"baselines\[1\].name: the server keeps the adapters"):
+        federated_recipe(recipe)
+    federated_recipe(smoke("strategy=fedavg", "baselines=[fedprox]", LOCAL))
 
 
 def test_other_failures_of_a_private_site_have_one_text(local_site, monkeypatch):

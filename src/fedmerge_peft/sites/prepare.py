@@ -35,6 +35,12 @@ def federated_recipe(recipe: Recipe) -> Recipe:
                 f"{key}.name: {strategy.name} needs statistics of the clients' features, which "
                 "sites do not return; use another strategy"
             )
+        if recipe.privacy.mode != "none" and not strategy.federated:
+            raise RecipeError(
+                f"{key}.name: the server keeps the adapters of {strategy.name}, and "
+                f"privacy.mode: {recipe.privacy.mode} does not protect them across sites; use "
+                "another strategy"
+            )
     overrides = ["training.clients_per_batch=1"]
     if "failures" not in recipe.clients.model_fields_set:
         overrides.append("clients.failures=skip")

@@ -12,7 +12,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.errors import FederateError, FedMergeError
 from fedmerge_peft.sites.config import ADDRESS_VARIABLE
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, PAYLOAD
 from fedmerge_peft.sites.flare.workarounds import disable_payload_repr
@@ -65,17 +65,25 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         return Path(fl_ctx.get_engine().get_workspace().get_root_dir())
 
     def _job_trainer(self, fl_ctx: FLContext) -> Trainer:
-        """Return the trainer of this process; create it for the first message."""
+        """Return the trainer of this process; create it for the first message.
+
+        Raises:
+            FederateError: The trainer cannot be created. Only the site's log has the cause.
+        """
         if self._trainer is None:
             from fedmerge_peft.sites.config import SETTINGS_VARIABLE, SITE_FILE, SiteSettings
             from fedmerge_peft.sites.site.trainer import Trainer
 
             kit = self._kit(fl_ctx)
             document = os.environ.get(SETTINGS_VARIABLE)
-            settings = (
-                SiteSettings.model_validate_json(document)
-                if document
-                else SiteSettings.read(kit / SITE_FILE)
-            )
-            self._trainer = Trainer(kit, fl_ctx.get_identity_name(), settings)
+            try:
+                settings = (
+                    SiteSettings.model_validate_json(document)
+                    if document
+                    else SiteSettings.read(kit / SITE_FILE)
+                )
+                self._trainer = Trainer(kit, fl_ctx.get_identity_name(), settings)
+            except FedMergeError as error:  # its text may contain examples or counts
+                self.log_error(fl_ctx, f"the trainer does not start: {error}")
+                raise FederateError("the trainer does not start; see the site's log") from error
         return self._trainer

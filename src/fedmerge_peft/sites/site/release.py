@@ -121,7 +121,12 @@ class ReleaseRules:
             self.budget.charge(client, privacy.mu_squared, plan.returned_rows)
 
     def reply(
-        self, outcome: Reply | ClientError, index: int, plan: Plan, privacy: UpdatePrivacy | None
+        self,
+        outcome: Reply | ClientError,
+        index: int,
+        size: int,
+        plan: Plan,
+        privacy: UpdatePrivacy | None,
     ) -> Reply:
         """Return the reply to send.
 
@@ -131,6 +136,7 @@ class ReleaseRules:
         Args:
             outcome: The client's reply without noise, or its failure.
             index: Index of the client at this site.
+            size: Number of the client's training examples.
             plan: The plan.
             privacy: Clip and noise of ``update_privacy``.
 
@@ -142,7 +148,7 @@ class ReleaseRules:
                 raise outcome
             log.error("%s; the site sends noise in place of its update", outcome)
             empty = torch.zeros(plan.returned_rows, plan.sent.shape[1])
-            outcome = Reply(index, empty, 1, 0.0, 0.0, round=outcome.round)
+            outcome = Reply(index, empty, size, 0.0, 0.0, round=outcome.round)
         if privacy is not None:
             outcome = replace(outcome, deltas=filter_update(outcome.deltas, plan, privacy))
         if not self.private:

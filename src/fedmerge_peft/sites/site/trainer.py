@@ -248,7 +248,8 @@ class Trainer:
         self.release.charge(client, plan, privacy)
         local = self._local_assignment(plan, assignment)
         ((_, trained),) = engine.train_clients(assignment.round, [(index, local)])
-        released = self.release.reply(trained, index, plan, privacy)
+        size = engine.clients[index].size
+        released = self.release.reply(trained, index, size, plan, privacy)
         norm, unfiltered = (
             float(row_norms(one.deltas.reshape(1, -1))) if isinstance(one, Reply) else None
             for one in (released, trained)

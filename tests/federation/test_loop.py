@@ -176,7 +176,8 @@ def test_a_run_that_ends_during_warm_up_has_a_warning(engine):
         Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds()
     )
     assert records[-1].warnings == [
-        "until clients are grouped after round 3, fedmerge equals FedAvg; completed rounds: 2"
+        "until clients are grouped after round 3, all share one adapter, as in FedAvg; "
+        "completed rounds: 2"
     ]
 
 

@@ -109,8 +109,8 @@ def test_fedem_refuses_components_that_would_stay_equal():
     with pytest.raises(
         RecipeError,
         match=(
-            r"strategy: fedem's components would start and remain equal: "
-            r".* use lora\.merge=factor"
+            r"strategy: fedem's components would start and remain equal, because "
+            r"no parameter .* LoRA and lora\.merge=factor"
         ),
     ):
         make(3, lambda _: torch.zeros(SIZE))

@@ -1,4 +1,4 @@
-"""Server-side methods, one per module."""
+"""Strategies: the server-side methods, such as FedMerge and FedAvg, and their construction."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +31,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
 
     Raises:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation,
-            or the soup does not fit into memory.
+            or the adapters that it keeps do not fit into memory.
         PluginError: A plugin's strategy cannot be constructed, is not a ``Strategy``, has no soup,
             has weights of the wrong shape, or names state that is missing or cannot be saved.
         RunError: The disk has no space for the soup.
@@ -59,7 +59,7 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
 
 
 def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
-    """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
+    """Raise ``RecipeError`` before allocation if the strategy's adapters need too much memory."""
     key, size = recipe.adapters_key, context.layout.size
     count = getattr(recipe, key, None)
     numbers = count * size if isinstance(count, int) else 0

@@ -3,29 +3,29 @@
 All strategies that average use an ``Aggregator``. Let δ_i be the updates and q_ij ≥ 0 the weight of
 client i for adapter j. With Q_j = Σ_i q_ij (1 in most cases), the combined update is
 
-    Δ_j = Q_j · A(δ, w),    w = q_j / Q_j,    Σ_i w_i = 1
+    Δ_j = Q_j · A(δ, w),    w_i = q_ij / Q_j,    Σ_i w_i = 1
 
-A is one of these rules:
+A is one of the following rules. A user of adapter j is a client whose w_i is at least half of the
+uniform weight, 1 / (number of clients that replied). n is the number of users.
 
 mean           Σ_i w_i δ_i. A single client can move it arbitrarily far.
 median         Weighted median of each coordinate: at most half of the weight lies on either side.
                If two values satisfy this, the median is their midpoint.
 trimmed_mean   Weighted mean of each coordinate after the lowest and the highest fraction β of the
                weight have been removed.
-krum           δ_i of the client with the smallest sum of squared distances to its n − f − 2
-               nearest neighbors.
-multi_krum     Weighted mean of δ_i over the n − f clients with the smallest such sums.
+krum           δ_i of the user with the smallest sum of squared distances to its n − f − 2 nearest
+               neighbors among the users. f is the number of users that are assumed to be malicious.
+multi_krum     Weighted mean of δ_i over the n − f users with the smallest such sums.
 cosine_filter  Weighted mean of δ_i over the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0.
-               Every client votes for a direction with a vector of length 1. An update that opposes
-               the votes of the other clients is removed.
+               The sum runs over the users: each user votes for its direction with weight w_i'. An
+               update that opposes the votes of the other users is removed.
 similarity_filter  The cosine filter, except that clients whose updates are unusually similar to
                each other share one vote (``similarity_filter.py``).
 
 Median and trimmed mean are the weighted forms of definitions 1 and 2 of Yin et al. 2018, arXiv
 1803.01498; equal weights yield the original definitions. Krum is from Blanchard et al. 2017, arXiv
-1703.02757. It ignores the weights when it selects clients: n is the number of users of an adapter,
-and f is a fraction of n. A user is a client with at least half of a uniform share of the adapter's
-weight. With fewer than three users no client can be outvoted, and the result is a weighted mean.
+1703.02757. It selects among the users without regard to their weights. With fewer than three users
+no user can be outvoted, and the result of the last four rules is a weighted mean.
 
 The cosine filter follows FLTrust (Cao et al. 2021, arXiv 2012.13995, algorithm 2). FLTrust removes
 updates whose direction opposes an update from the server's own data. If the server has no data, as
@@ -56,7 +56,7 @@ from fedmerge_peft.util.vectors import row_norms, tensor_mismatch
 _NORM_WINDOW = 5
 """Number of rounds in the running median of the norms."""
 _MIN_USER_SHARE = 0.5
-"""Smallest weight of a user of an adapter, as a fraction of a uniform share of its weight."""
+"""Smallest weight of a user, as a fraction of the uniform weight of the clients that replied."""
 _SORT_COLUMNS = 1 << 16
 """Number of columns that are sorted at a time, to bound memory."""
 
@@ -92,7 +92,7 @@ class Aggregator:
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
     def votes(self, sizes: Tensor) -> Tensor:
-        """Return the clients' votes ``(k,)``: their sizes n, limited to the median by a defense.
+        """Return the clients' votes ``(k,)``: their sizes n, and with a defense at most the median.
 
         A defense is clipping, or any rule other than the mean. The server cannot verify the number
         of examples that a client declares. Without a defense, a client can therefore outvote all

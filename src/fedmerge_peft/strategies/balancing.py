@@ -16,7 +16,7 @@ def balancing_shifts(logits: Tensor) -> Tensor:
 
     Sinkhorn's iteration finds v such that the columns of softmax(W + v) have equal sums (Sinkhorn
     1964; for balanced assignments, Caron et al. 2020, arXiv 2006.09882). The same v applies to all
-    clients. A multiple of v by a factor below 1 balances π partially.
+    clients. A fraction of v balances π partially.
 
     Args:
         logits: W, ``(m, d)``.

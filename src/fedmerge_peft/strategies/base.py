@@ -56,13 +56,14 @@ class Reply:
     """Adapters as sent minus adapters as trained, ``(k, P)`` float32 on the CPU: one row for each
     adapter that the plan trains."""
     size: int
-    """n_i, the number of training examples."""
+    """n_i, the number of training examples; 1 if ``privacy.mode: local`` hides it."""
     train_loss: float | None
-    """Mean loss (nats) over the round's training steps. None from a private site, which sends no
-    losses and no scores."""
+    """Mean loss (nats) of the first trained adapter over its training steps. For a mixture, the sum
+    of the components' mean losses, in which each example has its posterior weight. None from a
+    private site, which sends no losses and no scores (``sites/site/release.py``)."""
     seconds: float
     """Duration of the client's work. If the trained adapter was cached, the duration of its
-    original training."""
+    original training counts instead. 0 from a private site."""
     served: dict[str, float] | None = None
     """Scores of the adapter that the client was served, before training, such as ``test_accuracy``.
     None in rounds without evaluation, and from a private site."""
@@ -93,11 +94,13 @@ class Reply:
 class Strategy(Stateful, ABC):
     """Server-side method that runs on the common round loop.
 
-    Every strategy serves client i with ``weights[i] @ soup``. One global adapter is a soup with one
-    row. A clustering has one-hot weights. Purely local training is a soup with one row for each
-    client. A mixture of experts uses the same weights to mix the predictions of the adapters.
-    Adapters that stay private to a client in a real federation are rows of the soup as well;
-    ``traffic`` does not count them.
+    Every strategy serves client i with ``weights[i] @ soup``. If the soup has own parts, those of
+    the client are added; if it has weights by block, the weights differ between blocks of columns.
+    One global adapter is a soup with one row. A clustering has one-hot weights. Purely local
+    training is a soup with one row for each client. A mixture of experts uses the same weights to
+    mix the predictions of the adapters. Adapters that stay private to a client in a real federation
+    are rows of the soup as well, and private parts of adapters are its own parts; ``traffic``
+    counts neither.
 
     A client that has not taken part yet (``clients.fraction`` below 1) is served like a new client:
     with the global adapter if there is one, and with the mean of all adapters otherwise (for a
@@ -152,7 +155,7 @@ class Strategy(Stateful, ABC):
         return self.adapter(client)
 
     def validates(self) -> bool:
-        """Return True if the replies of the next round must contain validation losses."""
+        """Return True if the strategy needs validation losses in the replies of the next round."""
         return False
 
     def traffic(self, client: int) -> tuple[int, int]:

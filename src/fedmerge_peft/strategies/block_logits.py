@@ -45,7 +45,7 @@ class BlockLogits(Stateful):
         self.blocks = blocks
         self.temperature = recipe.temperature
         self.logits = logits[:, None].repeat(1, len(blocks), 1)
-        """``(m, B, d)`` float32."""
+        """W, ``(m, B, d)`` float32."""
         self.steps = LogitSteps(recipe, context, logits.shape[1], len(blocks))
 
     def set(self, clients: Tensor, first: Callable[[Tensor], Tensor]) -> None:
@@ -142,4 +142,6 @@ def make_blocks(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Blo
     try:
         return Blocks.create(recipe.blocks, context.layout)
     except ValueError as error:
-        raise RecipeError(f"strategy.blocks: {error}; choose another kind") from error
+        raise RecipeError(
+            f"strategy.blocks: {error}; choose another kind, or remove the key"
+        ) from error

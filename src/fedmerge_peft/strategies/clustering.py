@@ -76,7 +76,7 @@ class ServerClustering(Clustering):
             count: Number of clusters to choose from; None to choose from all rows of the soup.
 
         Returns:
-            A mask ``(k,)`` of the clients that already had a cluster. Only their replies update
+            A mask ``(k,)``, True for clients that already had a cluster. Only their replies update
             adapters.
         """
         rows, known = self.soup.rows[:count], self.clusters[clients] >= 0

@@ -17,7 +17,8 @@ from fedmerge_peft.util.gaussian_privacy import epsilon_of
 from fedmerge_peft.util.seeds import derive
 
 _EPSILON_ERROR = 0.01
-"""Largest amount by which the accountant of sampled mechanisms overestimates ε."""
+"""Largest error of the accountant's estimate of ε for sampled mechanisms. The accountant adds it to
+the estimate to obtain an upper bound."""
 
 
 def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
@@ -39,12 +40,12 @@ class PrivateAggregator(Aggregator):
     Let w_ij ∈ [0, 1] be the weight of client i for adapter j (π_ij; 1 for FedAvg), let all clients
     have equal size, and let K be the cohort size:
 
-        Δ_j = Σ_i w_ij clip(δ_i) / max(K/d, Σ_i w_ij) + N(0, (z S)²)
-        S = 2 C d / K for d > 1,    S = C / K for d = 1
+        Δ_j = Σ_i w_ij clip(δ_i) / D_j + N(0, (z S)²)
+        D_j = max(K/d, Σ_i w_ij) and S = 2 C d / K for d > 1,    D_j = K and S = C / K for d = 1
 
     The removal of client i moves Δ_j by at most 2 C w_ij d/K (McMahan et al. 2018, lemma 1, for
     each j). It moves all Δ_j together by at most 2 C ‖w_i‖₂ d/K ≤ S, because Σ_j w_ij ≤ 1. With
-    d = 1 the denominator is K for any set of replies, and half of this bound suffices.
+    d = 1 the denominator does not depend on the replies, and half of this bound suffices.
     """
 
     def __init__(self, recipe: PrivacyRecipe, cohort_size: float, seed: int | None) -> None:
@@ -53,8 +54,8 @@ class PrivateAggregator(Aggregator):
         Args:
             recipe: Clipping norm C and noise multiplier z.
             cohort_size: K, or its mean if clients are drawn independently.
-            seed: Seed of a simulation's noise. The noise also depends on the number of previous
-                rounds. None draws noise from the operating system's generator.
+            seed: Seed of a simulation's noise. The noise also depends on the number of the round.
+                None draws noise from the operating system's generator.
         """
         super().__init__()
         self.privacy = recipe

@@ -27,9 +27,10 @@ class FedAvgFinetuned(OneHotStrategy):
 
         θ_i ← ``passes`` passes of local training on ℓ_i(θ_i)
 
-    A client starts from θ_i = θ. R rounds of finetuning are therefore R · ``passes`` ·
-    ``training.epochs`` epochs from the newest global adapter. In these rounds, a client receives θ
-    once and returns nothing. A client that takes part in none of them is served θ.
+    A client starts from θ_i = θ. If it takes part in R rounds of finetuning, it therefore trains
+    for R · ``passes`` times ``training.epochs`` (or ``training.steps``), starting from θ. In these
+    rounds, a client receives θ once and returns nothing. A client that takes part in none of them
+    is served θ.
 
     The rows of the soup are θ, then θ_1 to θ_m.
     """

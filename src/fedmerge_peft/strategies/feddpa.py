@@ -53,7 +53,7 @@ class FedDPA(OneHotStrategy):
         self.private = second | self.head
         rows = context.fresh_row(0).repeat(1 + context.clients, 1)
         for layer in layer_factors(context.layout):
-            # B_i = 0; on embeddings PEFT initializes B at random
+            # B_i = 0 in the global row. On embeddings, PEFT initializes B at random.
             layer.split(rows[0])[1][:, layer.rank // 2 :] = 0
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self.server = ServerOptimizer(recipe, rows[:1])

@@ -42,9 +42,9 @@ class FedEM(Strategy):
         rows = torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
         if recipe.adapters > 1 and bool((rows == rows[0]).all()):
             raise RecipeError(
-                "strategy: fedem's components would start and remain equal: "
-                "with lora.merge=shared_a and no head, an adapter consists of B, which starts "
-                "at zero; use lora.merge=factor"
+                "strategy: fedem's components would start and remain equal, because no parameter "
+                "of this adapter starts at random; adapt layers with LoRA and lora.merge=factor, "
+                "which trains LoRA's random factor"
             )
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self._weights = torch.full((context.clients, recipe.adapters), 1 / recipe.adapters)

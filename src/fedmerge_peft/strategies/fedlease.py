@@ -57,7 +57,7 @@ class FedLEASE(ServerClustering):
     """
 
     state_fields = (*ServerClustering.state_fields, "experts", "server")
-    further_clients = 1  # the silhouette compares fewer clusters than clients
+    further_clients = 1  # the silhouette requires fewer clusters than clients
 
     def __init__(self, recipe: recipes.FedLEASERecipe, context: StrategyContext) -> None:
         super().__init__(recipe.adapters, context)

@@ -54,7 +54,7 @@ class FedMerge(Strategy):
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
 
-    In the rounds after the grouping, the server compares validation losses to test the grouping
+    After the grouping, the server tests it by validation losses, unless ``trials`` is None
     (``validation_trial.py``). If groups bring no gain, all clients share the mean adapter. If
     merging raises the loss, each client gets an adapter and small weights for the other adapters.
     """
@@ -178,7 +178,7 @@ class FedMerge(Strategy):
         return self._warming is None and self.trials is not None and self.trials.common is not None
 
     def _common_adapter(self, client: int) -> Tensor:
-        """Return the mean of the clients' merged adapters, with the client's own head, ``(P,)``."""
+        """Return ``_mean_adapter``, mixed with the client's own head if it has one, ``(P,)``."""
         common = self._mean_adapter().clone()
         if self.own_head is not None:
             one = slice(client, client + 1)
@@ -186,7 +186,7 @@ class FedMerge(Strategy):
         return common
 
     def _mean_adapter(self) -> Tensor:
-        """Return the mean merged adapter of the clients that have a group, ``(P,)``."""
+        """Return the mean merged adapter, without own heads, of clients with a group, ``(P,)``."""
         if self._mean is None:
             self._mean = self.soup.merge(self.weights[self.joined].mean(dim=0))
         return self._mean
@@ -255,7 +255,7 @@ class FedMerge(Strategy):
     ) -> Tensor:
         """Combine the updates of some clients into the gradient of Θ in w columns, ``(d, w)``.
 
-        In the warm rounds, all rows have FedAvg's gradient, which ``rule: gradient`` divides by d.
+        Before the grouping, all rows have FedAvg's gradient, which ``rule: gradient`` divides by d.
 
         Args:
             clients: Client indices, ``(k,)``.
@@ -346,7 +346,7 @@ class FedMerge(Strategy):
         self.merging.logits[:] = self._logits(torch.tensor(everyone))
 
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
-        """Assign clients that missed the grouping to the group that their first update points to.
+        """Assign clients that missed the grouping to the adapter that their first update points to.
 
         These clients trained the mean adapter, because their weights were uniform.
         """
@@ -395,6 +395,6 @@ class FedMerge(Strategy):
         if self._warming is not None:
             return [
                 f"until clients are grouped after round {self.recipe.warm_rounds}, "
-                f"fedmerge equals FedAvg; completed rounds: {self.rounds}"
+                f"all share one adapter, as in FedAvg; completed rounds: {self.rounds}"
             ]
         return super().warnings()

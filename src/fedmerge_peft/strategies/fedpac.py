@@ -47,7 +47,7 @@ class FedPAC(PartlyShared):
         H_jk = Σ_{x∈k} f(x) / n_j,    v_j = (1 / n_j) (Σ_k Σ_{x∈k} ‖f(x)‖² / n_j − Σ_k ‖H_jk‖²)
 
     where f are the features of φ as sent. The first term is the variance of the combined head, the
-    second its squared bias. Weights α_ij below 0.001 are set to zero.
+    second its squared bias. Weights α_ij below 0.001 are set to zero, and the others are rescaled.
 
     The head is the last linear layer, and f is its input. The sums run over the clients that
     replied; other clients keep their heads. The first round has no centroids and no penalty. A

@@ -39,8 +39,9 @@ class FeMAM(OneHotStrategy):
     The levels share one LoRA of rank r: level l has its own part of the ranks, so that
     B A = Σ_l B_l A_l. Each level also adds to the head and all other parameters. k-means compares
     the directions of the heads, or of the levels' whole models if there is no head. The soup has
-    one row for each client, the sum of its levels. A client that pauses keeps its model of the
-    current level, except in level 1. Clients without validation scores keep all levels.
+    one row for each client: the initial adapter plus the client's levels. A client that pauses
+    keeps its model of the current level, except in level 1. A client with fewer than two validation
+    losses from the rounds of a level keeps its model of this level.
 
     Differences from the paper:
 
@@ -51,7 +52,7 @@ class FeMAM(OneHotStrategy):
       decrease. Here a level starts from zero, has a fixed number of rounds, and is kept or dropped
       by the losses before the client's first and last round of the level. The last level is not
       dropped, because it ends with the run.
-    - The authors' local training has a proximal term of 0.01, which is ``training.proximal``.
+    - The authors' local training has a proximal term of 0.01; set it with ``training.proximal``.
     """
 
     adapters_per_client = 2
@@ -80,13 +81,13 @@ class FeMAM(OneHotStrategy):
         self.seed = context.seed
         self.assigned = torch.arange(context.clients)
         self.before = self.soup.rows.clone()
-        """Sums of the earlier levels, ``(m, P)``."""
+        """Initial adapter plus each client's earlier levels, ``(m, P)``."""
         self.first_loss = torch.full((context.clients,), torch.inf)
-        """Validation loss (nats) of each client before its first round of this level, ``(m,)``; inf
-        if unknown."""
+        """Validation loss (nats) of each client before the first round of this level in which it
+        was scored, ``(m,)``; inf if there is none."""
         self.last_loss = torch.full((context.clients,), -torch.inf)
-        """Validation loss (nats) of each client before its latest round of this level, ``(m,)``;
-        -inf before its second round."""
+        """Validation loss (nats) of each client before the latest such round, ``(m,)``; -inf until
+        there are two such rounds."""
         self.last_round = torch.zeros(context.clients, dtype=torch.int64)
         """Latest round in which each client took part, from 1, ``(m,)``; 0 before its first."""
         self.rounds = 0

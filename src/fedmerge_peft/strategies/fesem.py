@@ -22,10 +22,11 @@ class FeSEM(ServerClustering):
     M:  Θ_j ← mean of θ_i over the clients with j_i = j, with equal weights
 
     At first all clients train one adapter. As soon as enough clients have replied, the server
-    computes the initial clusters and centers by k-means of θ_i. The server performs both steps, so
-    one adapter travels in each direction. A center does not change if it is not the nearest to any
-    θ_i of the round. After a few rounds, training moves an adapter by less than the distance
-    between centers, so clusters rarely change later.
+    computes the initial clusters and centers by k-means; θ_i is then the mean of the adapters that
+    client i has trained so far. The server performs both steps E and M, so one adapter travels in
+    each direction. A center does not change if it is not the nearest to any θ_i of the round. After
+    a few rounds, training moves an adapter by less than the distance between centers, so clusters
+    rarely change later.
     """
 
     def __init__(self, recipe: recipes.FeSEMRecipe, context: StrategyContext) -> None:

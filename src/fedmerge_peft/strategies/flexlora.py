@@ -23,9 +23,8 @@ class FlexLora(HeterogeneousRanks):
     ρ_i is n_i / n over the clients that replied. B A is the best approximation of the mean at rank
     r, and exact if the rank of the mean is at most r. A client of rank r_i is sent the first r_i
     directions. The scaling is common to all clients and therefore not part of the sum. B takes all
-    of S. The rows of A stay orthonormal, close in size to LoRA's initial values, so a direction
-    with S = 0 can still be learned. Heads and all other parameters that are not factors are
-    averaged.
+    of S. The rows of A are orthonormal, close in size to LoRA's initial values, so a direction with
+    S = 0 can still be learned. Heads and all other parameters that are not factors are averaged.
     """
 
     def update(self, replies: Iterable[Reply]) -> None:

@@ -18,9 +18,10 @@ from fedmerge_peft.strategies.clustering import ServerClustering, cluster_means
 
 
 class FLHC(ServerClustering):
-    """FedAvg of one adapter θ up to round ``warm_rounds``, then FedAvg in each of several clusters.
+    """FedAvg of one adapter θ until the clients are clustered, then FedAvg in each cluster.
 
-    The server clusters the clients once (algorithm 1):
+    In round ``warm_rounds``, or later if too few clients have replied by then, the server clusters
+    the clients once (algorithm 1):
 
     before the clustering:   θ ← θ − Σ_i n_i δ_i / Σ_i n_i
     from the clustering on:  Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i

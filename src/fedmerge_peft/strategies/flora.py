@@ -27,8 +27,9 @@ class FLora(HeterogeneousRanks):
     next round starts from fresh factors, which follow from the seed and are the same for all
     clients. Heads and all other parameters that are not factors are averaged and kept.
 
-    A client is sent the head and all stacks that it has not received yet. A client that took part
-    in the previous round thus receives one stack. A client returns its factors and head.
+    A client is sent all stacks that it has not received yet, and the parameters that are not
+    factors. A client that took part in the previous round thus receives one stack. A client returns
+    its factors and the other parameters.
 
     W + ΔW is rounded to the backbone's number format. ΔW itself, and the adapter that a run saves,
     are float32. Source: Wang et al. 2024, arXiv 2409.05976.

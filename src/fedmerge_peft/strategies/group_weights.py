@@ -10,9 +10,9 @@ from torch import Tensor
 from fedmerge_peft.strategies.similarity import Grouping
 
 _STEPS = 60
-"""Number of bisections, which determine κ to the precision of float64."""
+"""Number of bisections for κ of ``first_logits``, enough for the precision of float64."""
 _LARGEST = 1e4
-"""Upper limit of κ, used if no smaller κ reaches the target weight."""
+"""Upper limit of κ, used if no smaller κ reaches the mean weight that ``first_logits`` requires."""
 
 
 def affinities(cosines: Tensor, groups: Tensor) -> Tensor:

@@ -108,6 +108,23 @@ def test_fesem_distinguishes_long_rows_at_small_distances():
     assert torch.equal(groups, groups[:2].repeat(15))
 
 
+def test_fesem_groups_by_the_distances_of_the_updates():
+    """Two groups at y = ±1, spread evenly over x, whose variance is 1.2 times larger.
+
+    Splitting by y reduces the squared distances by 1 for each client, and by x by 0.9. Rows of
+    inner products as coordinates would weight the axes by their variances, and split by x.
+    """
+    x = torch.linspace(-1, 1, 8)
+    x *= (1.2 / x.square().mean()).sqrt()
+    targets = torch.zeros(16, SIZE)
+    targets[:, 0], targets[:, 1] = x.repeat(2), torch.tensor([1.0, -1.0]).repeat_interleave(8)
+    strategy = make(FeSEMRecipe(name="fesem", adapters=2), lambda _: torch.zeros(SIZE), clients=16)
+    strategy.update(replies(strategy, [Quadratic(target) for target in targets], range(16)))
+    groups = strategy.weights.argmax(1)
+    assert groups[0] != groups[8]
+    assert torch.equal(groups, groups[[0, 8]].repeat_interleave(8))
+
+
 # ---- FL+HC ---------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def test_soups_that_do_not_fit_are_refused_before_they_are_made(name, key, monke
         make_strategy(strategy_recipe(name, **{key: 1000}), context)
 
 
-@pytest.mark.parametrize("name", ["local", "ditto", "fedavg_ft", "fedalt", "femam"])
+@pytest.mark.parametrize("name", ["local", "ditto", "fedavg_ft", "fedalt", "feddpa", "femam"])
 def test_adapters_of_all_clients_that_do_not_fit_are_refused(name, monkeypatch):
     layout = AdapterLayout.from_tensors(
         [("a.lora_A.weight", (4, 3), "lora"), ("a.lora_B.weight", (3, 4), "lora")]

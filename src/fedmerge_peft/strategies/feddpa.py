@@ -43,6 +43,7 @@ class FedDPA(OneHotStrategy):
       half.
     """
 
+    adapters_per_client = 1
     state_fields = (*OneHotStrategy.state_fields, "server", "newcomers")
 
     def __init__(self, recipe: recipes.FedDPARecipe, context: StrategyContext) -> None:

@@ -12,7 +12,7 @@ import torch
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, StrategyContext, stack_replies
 from fedmerge_peft.strategies.clustering import ServerClustering, cluster_means, membership
-from fedmerge_peft.strategies.similarity import inner_products, k_means
+from fedmerge_peft.strategies.similarity import coordinates, inner_products, k_means
 
 
 class FeSEM(ServerClustering):
@@ -44,7 +44,7 @@ class FeSEM(ServerClustering):
             clients, deltas = self.unclustered.clients, self.unclustered.means()
             self.unclustered = None
             # All clients start from the same adapter, so distances between δ equal those between θ.
-            nearest = k_means(inner_products(deltas), count, self.seed)
+            nearest = k_means(coordinates(inner_products(deltas)), count, self.seed)
             trained = self.soup.rows[0] - deltas
         else:
             known = self.assign_newcomers(clients, deltas)

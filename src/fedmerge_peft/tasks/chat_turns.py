@@ -10,8 +10,9 @@ renderings are prefixes of the rendered chat:
 
 Some templates render a message differently if other messages follow it: Qwen 3 removes the
 reasoning of earlier turns, and Mistral moves the system prompt to the last question. For such
-templates, the content of the turn is located by rendering the chat with different content. The turn
-then ends with the text that the template writes after the content of a chat's last message.
+templates, the content of the turn is the part of the rendered chat that changes if this content is
+replaced. The turn also includes the text, such as an end token, that the template writes after the
+content if the chat ends with this turn.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Span = tuple[int, int]
 _MARKER = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 _LONGEST_MARKER = 64
 _OTHER_CONTENTS = ("0 other 1", "Z words z")
-"""Two contents that differ in their first and in their last characters. Therefore at least one of
-them differs from a given text in its first character, and at least one in its last."""
+"""Two contents of messages that differ in their first and in their last characters. Therefore at
+least one of them differs from a given text in its first character, and at least one in its last."""
 
 
 class TurnError(Exception):
@@ -43,7 +44,7 @@ class TurnError(Exception):
 def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return the length of the longest common prefix of two texts or two lists of tokens.
 
-    A prefix of texts does not end inside a marker, such as <|user|> or [INST].
+    If two texts differ inside a marker, such as <|user|> or [INST], the prefix ends before it.
     """
     shortest = min(len(first), len(second))
     if first[:shortest] == second[:shortest]:
@@ -64,15 +65,17 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def begin_of_turn(
     whole: Sequence[Any], before: Sequence[Any] | None, prompt: Sequence[Any] | None
 ) -> int | None:
-    """Return the beginning of a turn; None if the chat does not begin with the messages before it.
+    """Return the index at which a turn begins; None if it is unknown.
+
+    It is unknown if ``prompt`` is None, or the chat begins with neither ``prompt`` nor ``before``.
 
     Args:
         whole: Rendered chat, as text or tokens.
-        before: Rendered messages before the turn; None if they cannot be rendered.
-        prompt: Rendered messages before the turn, with the generation prompt; None if they cannot
-            be rendered. The chat may lack the end of this prompt. For example, the generation
-            prompt of DeepSeek R1 ends with the beginning of the reasoning, and its template removes
-            reasoning from chats.
+        before: Rendered messages before the turn; None if there are none, or the template rejects
+            them.
+        prompt: The same with the generation prompt. The chat may lack the end of this prompt. For
+            example, the generation prompt of DeepSeek R1 ends with the beginning of the reasoning,
+            and its template removes reasoning from chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)
@@ -109,7 +112,7 @@ def find_begin(messages: Sequence[Message], index: int, whole: str, render: Rend
 
 
 def find_end(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:
-    """Find the end of the turn ``messages[index]``.
+    """Find the end of ``messages[index]``, which may have any role, in the rendered chat.
 
     Arguments and errors are those of ``find_begin``.
     """
@@ -128,7 +131,7 @@ def find_end(messages: Sequence[Message], index: int, whole: str, render: Render
 def _find_content(messages: Sequence[Message], index: int, whole: str, render: Render) -> Span:
     """Find the part of a rendered chat that changes with the content of a message.
 
-    Raises ``TurnError`` if there is no such part.
+    Raises ``TurnError`` if there is no such part, or the template rejects other content.
     """
     begin, end = len(whole), 0
     for content in _OTHER_CONTENTS:

@@ -60,7 +60,7 @@ def read_right(
         _warn_without_zero(right, column)
         return right
     rows = [_places(*row, ascii_uppercase) for row in zip(labels, choices, strict=True)]
-    # If most labels are numbers, the error names a label that is not a number.
+    # If most labels are numbers, an invalid label is reported before the valid numbers.
     if 2 * sum(numbers) > len(labels) and not all(rows):
         _only([own or by_number[row] for row, own in enumerate(rows)], labels, choices, column)
     return _only(rows, labels, choices, column)
@@ -69,14 +69,15 @@ def read_right(
 def _labels(table: Dataset, column: str) -> list[Any]:
     """Return labels as texts or integers.
 
-    Numbers of a ``ClassLabel`` are replaced by their names, unless all names are numbers.
+    Numbers of a ``ClassLabel`` are replaced by their names, unless all names are numbers. Negative
+    numbers stay.
     """
     (values,) = whole_numbers([read_column(table, column, "task.label")])
     reject_nulls(values, column)
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
         raise DataError(
             f"task.label: column {column!r} has the type {values.type}, expected "
-            "numbers from 0, letters from A, or the texts of the right choices"
+            "text or whole numbers that identify the right choices"
         )
     labels: list[Any] = values.to_pylist()
     names = getattr(table.features[column], "names", None)

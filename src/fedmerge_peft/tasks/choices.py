@@ -49,8 +49,9 @@ def read_choices(
             has nulls in the last columns.
 
     Raises:
-        DataError: A column does not exist, has no texts or is listed twice; a row has fewer than
-            two choices, lacks a choice before its last, or has more or fewer names than choices.
+        DataError: A column does not exist, has an unsuitable type or is listed twice; a list or a
+            value in it is missing; a row has fewer than two choices, lacks a choice before its
+            last, or has more or fewer names than choices.
     """
     names = None
     if not isinstance(columns, str):
@@ -68,7 +69,7 @@ def read_choices(
         if len(choices) < 2:
             raise DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"{_named(columns)} has {len(choices)} choice(s), "
+                f"{len(choices)} choice(s) in {_named(columns)}, "
                 "expected two or more; add the others, or remove the row"
             )
         if names is not None and len(names[row]) != len(choices):
@@ -115,7 +116,10 @@ def _without_missing(row: int, texts: Sequence[str | None], columns: Sequence[st
 
 
 def is_row(given: Any, keys: Set[str]) -> bool:
-    """Return True for a dictionary of texts with exactly these keys, and 2 or more ``choices``."""
+    """Return True for a dictionary with exactly these keys and with valid values.
+
+    The value of ``choices`` is a list of 2 or more texts. Other values are texts.
+    """
     return (
         isinstance(given, Mapping)
         and given.keys() == keys

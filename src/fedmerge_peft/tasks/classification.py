@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Classification(WeightedClasses):
-    """Task with one label per example. The loss is the cross-entropy without label smoothing."""
+    """Task with one label per example. The loss is the cross-entropy without label smoothing.
+
+    In training, the recipe's class weights and the focal factor multiply it.
+    """
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
@@ -44,7 +47,7 @@ class Classification(WeightedClasses):
             labels: ``(batch,)``.
 
         Returns:
-            Losses in nats and ones, both float32 ``(batch,)``.
+            Losses in nats, and the number of terms, which is 1; both float32 ``(batch,)``.
         """
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         return losses, torch.ones_like(losses)

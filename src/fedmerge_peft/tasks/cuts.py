@@ -18,13 +18,17 @@ logger = logging.getLogger(__name__)
 def count_cuts(
     examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
 ) -> list[str]:
-    """State how many examples each predicate of ``Examples.cuts`` has, in total and by part.
+    """Count the examples to which each predicate of ``Examples.cuts`` applies.
+
+    Return one line for each predicate that applies to an example in use, such as ``3 of 90 examples
+    are longer than 32 tokens and were truncated``. If several parts have examples, the line also
+    has the count of each part.
 
     Args:
         examples: Encoded examples.
         parts: Indices of the examples in use, by part, such as ``training``. An example of several
             clients counts once.
-        name: Noun for the examples.
+        name: Plural noun for the examples.
     """
     held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
     total = len(set().union(*held.values()))

@@ -43,13 +43,18 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
 
 def loading_code(auto: str, problem_type: str | None = None) -> str:
-    """Return ``Task.loading_code`` of a model with a head for labels."""
+    """Return ``Task.loading_code`` of a model for texts with a head for labels or numbers.
+
+    Args:
+        auto: Transformers class of the model.
+        problem_type: Name of the loss in the model's configuration; None if there is none.
+    """
     further = "" if problem_type is None else f'\n    problem_type="{problem_type}",'
     return _LOADING.format(auto=auto, further=further)
 
 
 class EncoderTask(TokenTask):
-    """Task that reads at most ``max_length`` tokens, with a new head for the task's labels.
+    """Task that adds a head to the model, and reads at most ``max_length`` tokens at a time.
 
     Without ``max_length`` in the recipe, the model's limit applies.
 
@@ -87,7 +92,7 @@ class EncoderTask(TokenTask):
 
     @property
     def reads_pairs(self) -> bool:
-        """True if an example is a pair of texts."""
+        """True if the model reads pairs of texts; False if it reads single texts."""
         return False
 
     @property
@@ -105,9 +110,9 @@ class EncoderTask(TokenTask):
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model, and test if the model reads token types.
 
-        Some models, such as GPT-2, embed token types as words. The test therefore requires that
-        token types of 0 do not change the output. It is omitted if the configuration states the
-        number of types.
+        Some models, such as GPT-2, embed token types with the embeddings of words. The test
+        therefore requires that token types of 0 do not change the output. It is omitted if the
+        configuration states the number of types, or the tokenizer returns no types.
         """
         super().match_inputs(model)
         if self._types is not None or not self._returns_types:

@@ -1,9 +1,10 @@
 """Metrics of tag sequences, computed by seqeval like CoNLL's evaluation script.
 
-An entity is a maximal run of tags of one type. In IOB2, B-X begins an entity. I-X continues an
-entity of type X, or begins one if no such entity precedes it. In BIOES, E-X ends an entity, and S-X
-is an entity of one word. An entity is right if its type and both borders are right. F1, precision
-and recall are ``nan`` if there are neither expected nor predicted entities.
+An entity is a run of consecutive words whose tags have one type. In IOB2, B-X begins an entity. I-X
+continues an entity of type X, or begins one if no such entity directly precedes it. In BIOES, E-X
+ends an entity, and S-X is an entity of one word. An entity is right if its type and both borders
+are right. F1, precision and recall are ``nan`` if there are neither expected nor predicted
+entities.
 """
 
 from __future__ import annotations

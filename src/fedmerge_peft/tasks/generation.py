@@ -1,4 +1,7 @@
-"""Text generation with a recipe's settings, independent of a model's generation config."""
+"""Text generation with a recipe's settings.
+
+Of a model's generation config, only the special tokens are used, such as the end of a turn.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ class TextGenerator:
     """Padding id."""
     settings: GenerationSettings
     keeps_prompt: bool = True
-    """True if the output begins with the prompt; False if it begins with only the start token."""
+    """True if the model's output begins with the prompt; False if it begins with the start token of
+    the decoder."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further values of ``GenerationConfig``."""
 
@@ -194,7 +198,8 @@ def end_tokens(tokenizer: Any, model: Any) -> list[int]:
     if (settings := getattr(model, "generation_config", None)) is None:
         raise BackboneError(
             "model: it does not generate text (it has no generation_config), so neither "
-            "predictions nor metrics of texts are possible; use perplexity or accuracy"
+            "predictions nor metrics of generated text are possible; in task.metrics, use "
+            "perplexity or accuracy"
         )
     ids = settings.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})

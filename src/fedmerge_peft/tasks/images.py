@@ -71,7 +71,7 @@ class ImageTask(MediaTask):
         return blank_table({recipe.image: Image()}, rows, cls.blanks(recipe, labels))
 
     def probe(self) -> Examples | None:
-        """Return three processed images; None if the processor keeps the sizes of images.
+        """Return three processed images; None if they differ in size after processing.
 
         Log a warning if the processor does not scale pixels.
 
@@ -87,7 +87,8 @@ class ImageTask(MediaTask):
             with library_errors(
                 lambda reason: BackboneError(
                     f"backbone.model: {type(self.processor).__name__} does not process images: "
-                    f"{reason}; name another image processor in backbone.tokenizer"
+                    f"{reason}; name another image processor in backbone.tokenizer or, for a model "
+                    "in memory, pass another one (processor=...)"
                 )
             ):
                 outputs = self._outputs(fromarray(pixels))
@@ -112,9 +113,9 @@ class ImageTask(MediaTask):
         """Decode all images, and run the image processor on each one separately.
 
         Raises:
-            DataError: An image is missing, cannot be decoded or processed, or has more than 8 bits
-                and needs ``task.white``, which is not set; the message names the row. Also raised
-                if the labels do not match the recipe.
+            DataError: An image is missing, or cannot be decoded or processed; the largest possible
+                value of its pixels is unknown, and ``task.white`` is not set; in both cases, the
+                message names the row. Also raised if the labels do not match the recipe.
             BackboneError: The image processor does not bring all images to one size.
         """
         labels = self.targets(self.recipe, table, self.labels)
@@ -131,7 +132,7 @@ class ImageTask(MediaTask):
 
         Returns:
             The image processor's output, such as ``pixel_values`` float32 ``(batch, 3, height,
-            width)``, and ``labels`` ``(batch,)``.
+            width)``, and ``labels``, ``(batch,)``, or ``(batch, labels)`` for sets of labels.
         """
         columns = {
             name: [tensors[index] for index in indices]
@@ -143,7 +144,11 @@ class ImageTask(MediaTask):
         return {name: torch.stack(tensors) for name, tensors in columns.items()}
 
     def _process(self, image: Image, row: int) -> dict[str, Tensor]:
-        """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
+        """Run the image processor; return its outputs, with pixels as ``PixelCode.encode`` does.
+
+        The table of the code is in ``pixel_tables``. Raises ``DataError`` that names the row if the
+        processor fails.
+        """
         with library_errors(
             lambda reason: DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
@@ -167,7 +172,7 @@ class ImageTask(MediaTask):
 
     @cached_property
     def _pixel_code(self) -> PixelCode:
-        """Byte code of processed pixels, derived from a black and a white image."""
+        """Code that stores processed pixels as bytes, derived from a black and a white image."""
         from PIL.Image import new
 
         black, white = (self._outputs(new("RGB", (64, 64), name)) for name in ("black", "white"))

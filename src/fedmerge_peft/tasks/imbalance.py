@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class WeightedClasses(Task):
-    """Base of tasks with class weights and the focal loss, for loss terms -log p."""
+    """Base of tasks with class weights and the focal loss, for loss terms -log p.
+
+    p is the predicted probability of the true label. In a set of labels, there is one term for each
+    label, and p is the predicted probability of its true value, 0 or 1.
+    """
 
     names_classes: ClassVar[bool] = True
     recipe: Any
@@ -41,7 +45,7 @@ class WeightedClasses(Task):
         return weights.view_as(labels)
 
     def balanced_weights(self, labels: Sequence[Tensor]) -> Tensor:
-        """Compute w_c = n / (C · n_c), so that all classes have the same sum of weights.
+        """Compute w_c = n / (C · n_c), so that all classes that occur have the same sum of weights.
 
         n_c is the number of terms of class c, n the number of all terms, and C the number of
         classes with n_c > 0. Classes with n_c = 0 have the weight 1. The formula is scikit-learn's.

@@ -1,8 +1,8 @@
 """Models that a Python program passes, with their tokenizer or image processor.
 
 A recipe names such a model by its fingerprint, ``backbone.model: memory:DIGEST``. This module has
-only weak references, so the program must keep the ``PassedModel``. Runs train on copies and never
-change the objects.
+only weak references, so callers of ``take_model`` must keep the ``PassedModel``. Runs train on
+copies and never change the objects.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class PassedModel:
     """``memory:`` and the fingerprint of the model and its processor."""
 
     def check_unchanged(self) -> None:
-        """Raise ``BackboneError`` if the model has changed since it was passed."""
+        """Raise ``BackboneError`` if the model or its processor has changed since it was passed."""
         if _name(self.model, self.processor) != self.name:
             raise BackboneError(
-                f"model: the {type(self.model).__name__} has changed since it was passed "
-                f"({self.name}); pass the unchanged model again, or start a new run with this one"
+                f"model: the {type(self.model).__name__}, or its tokenizer or image processor, has "
+                f"changed since it was passed ({self.name}); pass the unchanged objects again, or "
+                "start a new run with these"
             )
 
 
@@ -124,9 +125,9 @@ def passed_model(name: str) -> PassedModel | None:
     passed = _PASSED.get(name)
     if passed is None:
         raise BackboneError(
-            f"backbone.model: {name} is a model that a Python program passes: "
-            "federate(recipe, model=..., tokenizer=...). To load a run, pass the same model again: "
-            "load_run(path, model=..., tokenizer=...)"
+            f"backbone.model: {name} is a model that a Python program passes, and it is not in "
+            "memory. Start a run with federate(recipe, model=..., tokenizer=...). To load a run, "
+            "pass the same model again: load_run(path, model=..., tokenizer=...)"
         )
     return passed
 
@@ -134,6 +135,7 @@ def passed_model(name: str) -> PassedModel | None:
 def passed_processor(name: str) -> Any:
     """Return a copy of the processor of a model in memory; None for a folder or a hub id.
 
+    A function is returned as ``ImageFunction``.
     Raises ``BackboneError`` if ``memory:DIGEST`` names a model that is not in memory.
     """
     passed = passed_model(name)
@@ -151,7 +153,7 @@ class ImageFunction:
         self._function = function
 
     def __call__(self, images: list[Any], return_tensors: str = "np") -> dict[str, list[Any]]:
-        """Return ``pixel_values``, one per image."""
+        """Return ``pixel_values``: a list with one array per image."""
         outputs = map(self._function, images)
         return {
             "pixel_values": [

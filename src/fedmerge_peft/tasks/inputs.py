@@ -1,4 +1,4 @@
-"""Rejection of inputs that a task cannot predict."""
+"""Rejection of invalid inputs of predictions."""
 
 from __future__ import annotations
 

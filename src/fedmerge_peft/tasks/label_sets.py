@@ -166,7 +166,10 @@ class LabelSets(WeightedClasses):
 
 
 def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
-    """Read a column of 0 and 1, or of booleans, as int64 ``(rows,)``."""
+    """Read a column of 0 and 1, or of booleans, as int64 ``(rows,)``.
+
+    They may be written as text. Raises ``DataError`` for nulls and other values.
+    """
     (values,) = whole_numbers([read_column(table, column, "task.labels")])
     reject_nulls(values, column)
     if is_text(values.type):

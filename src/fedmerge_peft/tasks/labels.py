@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANY_LABELS = 1_000
-"""Number of integer labels that is always accepted. A larger number requires as many rows."""
+"""Number of integer labels, or value of ``task.num_labels``, that is always accepted. A larger
+number requires as many rows."""
 
 
 def blank_table(
@@ -69,10 +70,12 @@ def reject_nulls(values: Any, column: str, first: int = 0) -> None:
 def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
     """Infer the names of the labels, in the order of their ids.
 
-    A ``ClassLabel`` column defines its names. Text labels are sorted. Integer labels are named
-    ``0`` to the largest integer; a warning lists integers that do not occur. Booleans are named
-    ``False`` and ``True``.
-    If ``num_labels`` exceeds the number of labels in the data, additional labels are named by their
+    The names of a ``ClassLabel`` keep their order. Text labels are sorted. Integer labels are named
+    ``0`` to the largest integer; without ``num_labels``, a warning names integers that do not
+    occur. Booleans are named ``False`` and ``True``.
+
+    If a ``ClassLabel`` has more than ``num_labels`` names, only the first ones are returned. If
+    ``num_labels`` exceeds the number of labels in the data, additional labels are named by their
     ids: if the data have three labels, the first additional label is ``LABEL_3``.
 
     Args:
@@ -82,9 +85,9 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
 
     Raises:
         DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
-            are no rows; there are more labels than ``num_labels``; a name is too long, or there are
-            too many names; ``num_labels``, or without it the number of integer labels, exceeds both
-            1,000 and the number of rows.
+            are no rows; there are more text labels than ``num_labels``, or an integer label is not
+            less than it; a name is too long, or there are too many names; ``num_labels``, or
+            without it the number of integer labels, exceeds both 1,000 and the number of rows.
     """
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
@@ -245,7 +248,11 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
 
 
 def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
-    """Create label names ``0`` to the largest id; warn of ids that do not occur."""
+    """Create label names ``0`` to the largest id.
+
+    Without ``num_labels``, warn of ids that do not occur, and raise ``DataError`` if the largest id
+    is at least 1,000 and at least the number of rows.
+    """
     row, limit = int(ids.argmax()), max(MANY_LABELS, len(ids))
     if num_labels is None and ids[row] >= limit:
         raise DataError(

@@ -143,7 +143,7 @@ def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -
 
 
 def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> Dataset:
-    """Convert a column of lists to lists of a ``ClassLabel`` with these names.
+    """Convert a column of lists to lists of a ``ClassLabel`` with the names ``labels``.
 
     Arguments and errors are those of ``encode_lists``.
     """

@@ -104,10 +104,10 @@ class MediaTask(Task):
 
     @classmethod
     def load_processor(cls, backbone: BackboneRecipe, folder: str) -> Any:
-        """Return the processor that a Python program passed with the model, or load one.
+        """Return a copy of the processor that a program passed with the model, or load one.
 
         Raises:
-            BackboneError: The processor cannot be loaded.
+            BackboneError: The processor cannot be loaded, or the passed model is not in memory.
         """
         import transformers
 

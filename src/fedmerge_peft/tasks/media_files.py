@@ -17,5 +17,6 @@ def read_file(path: str) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{reason(error)}; paths are looked for beside the table, then in {Path.cwd()}"
+            f"{reason(error)}; relative paths are looked for in the folder of the table, then in "
+            f"{Path.cwd()}"
         ) from error

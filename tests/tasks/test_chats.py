@@ -143,7 +143,7 @@ def test_prompts_may_have_a_loss_too(task_of):
     ("table", "loss", "message"),
     [
         (PAIRS, "assistant", "task.loss: assistant needs chats, but the data have the format prom"),
-        (Dataset.from_dict({"text": ["a"]}), "assistant", "task.loss: assistant needs chats"),
+        (Dataset.from_dict({"text": ["a"]}), "assistant", "the format text; use all, or data with"),
         (Dataset.from_dict({"text": ["a"]}), "completion", "task.loss: completion needs prompts"),
     ],
 )

@@ -267,9 +267,9 @@ def test_more_than_8_bits_are_scaled_by_the_value_of_white(values, white, expect
         (np.array([[0, 65536]], np.int32), None, "set task.white"),
         (np.array([[0, 1]], np.float32), None, "set task.white"),
         (np.array([[0, 40000]], np.float32), None, "set task.white"),
-        (np.array([[0, 4096]], np.uint16), 4095, "range from 0 to 4096, but white is 4095"),
+        (np.array([[0, 4096]], np.uint16), 4095, "range from 0 to 4096, but task.white is 4095"),
         (np.array([[-1, 5000]], np.int32), None, "range from -1 to 5000"),
-        (np.array([[0, np.nan]], np.float32), 1.0, "range from nan to nan"),
+        (np.array([[0, np.nan]], np.float32), 1.0, "range from nan to nan, but must not"),
     ],
 )  # fmt: skip
 def test_an_unknown_value_of_white_is_refused(task_of, values, white, reason):

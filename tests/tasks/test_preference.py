@@ -258,7 +258,8 @@ def test_rows_that_are_no_pairs_are_refused(task_of, table, message):
 def test_equal_completions_are_counted(task_of):
     table = Dataset.from_dict({"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c", "b"]})
     cuts = task_of("llama", table, name=NAME).encode(table).cuts
-    assert cuts["have the same chosen and rejected completion, so there is nothing to learn"] == [1]
+    same = "have the same chosen and rejected completion, so there is no preference to learn"
+    assert cuts[same] == [1]
 
 
 def test_examples_are_shown_with_both_completions(task_of):

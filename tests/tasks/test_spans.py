@@ -77,7 +77,7 @@ def test_records_of_lists_and_ids_of_labels_are_read(task_of):
     ("spans", "message"),
     [
         ([{"start": 2, "end": 9, "label": "X"}], "from 2 to 9 is not inside the text of 3"),
-        ([{"start": 2, "end": 2, "label": "X"}], "from 2 to 2 is not inside"),
+        ([{"start": 2, "end": 2, "label": "X"}], "from 2 to 2 does not end after its start"),
         ([{"start": 1, "end": 2, "label": "X"}], "from 1 to 2 has no word"),
         ([{"start": 0, "end": 3, "label": "X"}, {"start": 2, "end": 3, "label": "X"}], "overlaps"),
         ([{"start": 0.5, "end": 3, "label": "X"}], "expected a list of {start, end, label}"),

@@ -45,7 +45,7 @@ def test_losses_are_squared_errors_also_of_the_value_that_marks_missing_labels(t
         (["0.5", "high"], r"row 1 .*'high' in column 'label' is not a number; write numbers with"),
         (["1,5", "2"], r"row 0 .*'1,5' in column 'label' is not a number"),
         (["1", "inf"], r"row 1 .*'label' has inf"),
-        ([1e13, 0.0], r"task.target: column 'label' has values up to 1e\+13"),
+        ([1e13, 0.0], r"task.target: column 'label' has magnitudes up to 1e\+13"),
     ],
 )
 def test_targets_that_are_no_finite_numbers_are_refused(task_of, labels, message):
@@ -88,7 +88,7 @@ def test_decimals_of_databases_are_numbers(task_of):
 def test_a_warning_names_targets_that_a_new_head_learns_slowly(task_of, caplog):
     table = table_of([1200, 800])
     task_of("bert", table, name=NAME).encode(table)
-    assert "column 'label' has values up to 1.2e+03" in caplog.text
+    assert "column 'label' has magnitudes up to 1.2e+03" in caplog.text
 
 
 def test_metrics_equal_those_of_scikit_learn_and_scipy():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.tasks.predictions import Predictions
 
 _ROUNDING = 1e-6
-"""Rounding error by which a metric may leave its range."""
+"""Rounding error by which a loss or a metric may leave its range."""
 
 
 def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
@@ -42,7 +42,8 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         regression, it is the mean squared error. Most metrics are fractions from 0 to 1.
         Correlations are from -1 to 1. Perplexity is ``exp`` of the loss (``inf`` on overflow).
         Squared and absolute errors and reward margins have no upper limit. A value without examples
-        is ``nan``.
+        is ``nan``, and so is a metric that the outputs do not define, such as Pearson's
+        correlation with constant references.
     """
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
@@ -115,7 +116,9 @@ def greater_score_is_better(name: str) -> bool:
 
 
 def facts_of(score: str) -> Mapping[str, Any]:
-    """Return the registered facts of a score's metric; empty if the metric is unknown.
+    """Return the facts with which a score's metric is registered, such as its ``range``.
+
+    The result is empty for the loss and for metrics that are not registered.
 
     Args:
         score: Name of the score, such as ``test_accuracy``.
@@ -125,7 +128,7 @@ def facts_of(score: str) -> Mapping[str, Any]:
 
 
 def is_fraction(score: str) -> bool:
-    """Return True if the range of a score, such as ``test_accuracy``, is 0 to 1."""
+    """Return True if a score's metric is registered with the range from 0 to 1."""
     return facts_of(score).get("range") == (0.0, 1.0)
 
 
@@ -137,7 +140,7 @@ def score_fault(
     Args:
         scores: Values by name, such as ``test_accuracy``.
         metrics: The task's metrics.
-        lowest_loss: Lower bound of the loss in nats; 0 for the loss of a discrete distribution.
+        lowest_loss: Lower bound of the loss: 0 for built-in tasks, −∞ for tasks of plugins.
     """
     ranges = {"loss": (lowest_loss, math.inf)} | {
         name: METRICS[name].facts.get("range", (-math.inf, math.inf)) for name in metrics

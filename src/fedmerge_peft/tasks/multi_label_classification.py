@@ -11,13 +11,19 @@ from fedmerge_peft.tasks.texts import TextTask
 
 
 class MultiLabelClassificationTask(LabelSets, TextTask):
-    """Texts with any number of labels. Arguments are those of ``EncoderTask``."""
+    """Classification of texts or pairs of texts with any number of labels each.
+
+    Arguments are those of ``EncoderTask``.
+    """
 
     loading_code: ClassVar[str] = encoder.loading_code(TextTask.auto_model, PROBLEM_TYPE)
 
 
 class MultiLabelImageClassificationTask(LabelSets, ImageTask):
-    """Images with any number of labels. Arguments are those of ``MediaTask``."""
+    """Classification of images with any number of labels each.
+
+    Arguments are those of ``MediaTask``.
+    """
 
     loading_code: ClassVar[str] = media.loading_code(
         ImageTask.auto_model, ImageTask.auto_processor, ', backend="pil"', PROBLEM_TYPE

@@ -72,12 +72,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize the context with each choice.
 
-        ``Examples.cuts`` lists rows with truncated texts, equal choices, or an empty context.
+        ``Examples.cuts`` lists rows with truncated texts, choices with the same tokens, or an empty
+        context.
 
         Raises:
             DataError: The columns do not match the recipe; the tokenizer fails on a text, or reads
-                a part of it as a special token; a text has no tokens, or tokens that the model does
-                not have.
+                a part of it as a special token; a context and a choice together have fewer than two
+                tokens; a text has tokens that the model does not have.
         """
         contexts, choices, right = read_rows(table, self.recipe)
         tokens: dict[str, list[list[Any]]] = {name: [[] for _ in right] for name in self._columns}

@@ -16,8 +16,8 @@ def split_batch(padding: Padding, examples: Examples, indices: NDArray[Any]) -> 
     """Split a batch into parts whose examples may share a pass of the model.
 
     Args:
-        padding: ``Task.padding``.
-        examples: Output of ``Task.encode``.
+        padding: ``Task.padding``, or ``Task.prompt_padding`` for prompts.
+        examples: Encoded examples or prompts.
         indices: Examples of the batch, ``(n,)``.
 
     Returns:

@@ -34,8 +34,9 @@ def read_images(table: Dataset, column: str, white: float | None) -> Iterator[Im
         white: Value of white in images with more than 8 bits, as in ``as_rgb``.
 
     Raises:
-        DataError: An image is missing or cannot be decoded, or its value of white is unknown. The
-            message names the row.
+        DataError: The column's type is not one of images; an image is missing or cannot be decoded;
+            an image needs ``white``, which is None; a pixel is negative, NaN, or exceeds ``white``.
+            Except for a wrong type, the message names the row.
     """
     entries = table.select_columns([column]).with_format("arrow")
     for start in range(0, len(table), _ROWS_AT_ONCE):
@@ -49,7 +50,7 @@ def _values(rows: Any, column: str) -> list[Any]:
     """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
 
     Raises:
-        DataError: A column of this type does not contain images.
+        DataError: The array's type is not one of images.
     """
     from datasets import Image
 

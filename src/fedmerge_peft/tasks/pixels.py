@@ -27,8 +27,8 @@ def as_rgb(image: Image, white: float | None = None) -> Image:
         white: Value of white in images with more than 8 bits. None to infer it (``array_image``).
 
     Raises:
-        ValueError: The value of white is unknown, or a pixel exceeds it or is negative; Pillow
-            cannot convert the mode.
+        ValueError: ``white`` is None and cannot be inferred; a pixel is negative, NaN, or larger
+            than ``white``; Pillow cannot convert the mode.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return array_image(np.asarray(image), white)
@@ -42,13 +42,13 @@ def array_image(values: NDArray[Any], white: float | None = None) -> Image:
 
     Args:
         values: ``(height, width)``, or ``(height, width, channels)`` with 1, 3 or 4 channels.
-        white: Value of white; always 255 in uint8 arrays. None to infer it: 65535 if the largest
-            value is 0 or an integer from 4096 to 65535; 255 if it is an integer up to 255 and the
-            array has 3 or 4 channels.
+        white: Value of white; always 255 in uint8 arrays. None to infer it from the largest value:
+            65535 if this value is 0; in arrays of integers, also if it is from 4096 to 65535; 255
+            in arrays of integers with 3 or 4 channels if it is at most 255.
 
     Raises:
-        ValueError: The array has another shape; the value of white is unknown; a value exceeds it,
-            is negative or is NaN.
+        ValueError: The array is empty or has another shape; ``white`` is None and cannot be
+            inferred; a value is negative, NaN, or larger than ``white``.
     """
     from PIL.Image import fromarray
 
@@ -57,7 +57,8 @@ def array_image(values: NDArray[Any], white: float | None = None) -> Image:
     fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
     if not (fits and values.size):
         raise ValueError(
-            f"it has the shape {values.shape}, not (height, width) or (height, width, channels)"
+            f"it has the shape {values.shape}, expected (height, width), or (height, width, "
+            "channels) with 1, 3 or 4 channels"
         )
     return fromarray(_to_bytes(values, white)).convert("RGB")
 
@@ -67,6 +68,11 @@ def _to_bytes(values: NDArray[Any], white: float | None) -> NDArray[np.uint8]:
         return values
     integers = values.dtype.kind in "iu"
     low, high = values.min(), values.max()
+    if not low >= 0:  # also true for NaN
+        raise ValueError(
+            f"its values range from {low:g} to {high:g}, but must not be negative or NaN; correct "
+            "the image"
+        )
     if white is None:
         if (integers and _WHITE_12 < high <= _WHITE_16) or high == 0:
             white = _WHITE_16
@@ -75,10 +81,14 @@ def _to_bytes(values: NDArray[Any], white: float | None) -> NDArray[np.uint8]:
         else:  # 12-bit values are often stored in 16 bits, and would be almost black
             raise ValueError(
                 f"its values are {values.dtype} from {low:g} to {high:g}, so the value of white is "
-                "not known; set task.white, such as 65535 for 16 bits, 4095 for 12, or 1.0"
+                "not known; set task.white, such as 65535 for 16 bits, 4095 for 12 bits, or "
+                "1.0 for fractions"
             )
-    if not (low >= 0 and high <= white):  # also false for NaN
-        raise ValueError(f"its values range from {low:g} to {high:g}, but white is {white:g}")
+    if high > white:
+        raise ValueError(
+            f"its values range from {low:g} to {high:g}, but task.white is {white:g}; raise "
+            "task.white, or correct the image"
+        )
     if integers and white == _WHITE_16:  # as Pillow reads 16-bit colors
         return (values.astype(np.int64) >> 8).astype(np.uint8)
     return np.rint(values.astype(np.float64) * (_WHITE_8 / white)).astype(np.uint8)

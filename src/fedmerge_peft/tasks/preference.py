@@ -85,8 +85,9 @@ class PreferenceTask(CausalLMTask):
         """Tokenize the prompt of every row with each of its two completions.
 
         Raises:
-            DataError: See ``CausalLMTask.encode``; or a row has no prompt: there is no column of
-                prompts, and the completions are texts, or chats that begin with different messages.
+            DataError: See ``CausalLMTask.encode``; or there is no column of prompts, and the
+                completions are texts, or the two chats of a row do not begin with the same messages
+                and end with different ones.
         """
         sides = [
             super(PreferenceTask, self).encode(_completions(self._preference, table, side))
@@ -104,7 +105,9 @@ class PreferenceTask(CausalLMTask):
         }
         pairs = zip(*(columns[f"{side}_labels"] for side in _SIDES), strict=True)
         equal = [row for row, pair in enumerate(pairs) if torch.equal(*pair)]
-        cuts["have the same chosen and rejected completion, so there is nothing to learn"] = equal
+        cuts["have the same chosen and rejected completion, so there is no preference to learn"] = (
+            equal
+        )
         return Examples(columns, cuts)
 
     def show(self, table: Dataset) -> list[ShownExample]:
@@ -199,7 +202,8 @@ class PreferenceTask(CausalLMTask):
         """Compute the loss of each pair.
 
         Args:
-            logits: ``(2n, length, vocabulary)``.
+            logits: ``(2n, length, vocabulary)``, or only those at the targets, as in
+                ``CausalLMTask.losses``.
             labels: ``(n, 2, 1 + length)``, as in ``collate``.
 
         Returns:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.text_tasks import QuestionAnsweringRecipe
 
 DEFAULT_LENGTH = 384
-"""Maximum length of a window in tokens if the recipe sets none and the model's limit is larger."""
+"""Maximum length of a window in tokens if the recipe sets none and the model has no lower limit."""
 
 
 class QuestionAnsweringTask(TokenTask):
@@ -53,7 +53,8 @@ class QuestionAnsweringTask(TokenTask):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: ``max_length`` exceeds the model's limit, or ``stride`` is too large for it.
+        DataError: ``max_length`` exceeds the model's limit, or ``stride`` is too large for the
+            length of the windows.
         BackboneError: The tokenizer or the model's configuration cannot be loaded, or the tokenizer
             does not return character offsets.
     """
@@ -82,8 +83,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         config = self.prepare_tokens(recipe, backbone, model_folder)
         if not self.processor.is_fast:
             raise BackboneError(
-                f"backbone.tokenizer: the tokenizer of {self._model} does not return the places of "
-                "its tokens in a text; name a model with a tokenizer.json"
+                f"backbone.tokenizer: the tokenizer of {self._model} does not return the "
+                "character offsets of its tokens; name a model with a tokenizer.json"
             )
         limit = token_limit(self.processor, config)
         length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
@@ -127,8 +128,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row into windows.
 
-        ``Examples.cuts`` lists rows with a cut question, several windows, an answer that no window
-        contains, or an empty context.
+        ``Examples.cuts`` lists rows with a truncated question, several windows, an answer that no
+        window contains, or an empty context.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; the answers are not valid
@@ -170,13 +171,16 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             {
                 f"have a question cut to {self._windows.longest_question} tokens": cut,
                 f"have more than {length} tokens and become several windows": several,
-                "have an answer that no window holds as a whole (task.stride)": lost,
+                "have an answer that no window contains (a larger task.stride may help)": lost,
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
             },
         )
 
     def show(self, table: Dataset) -> list[ShownExample]:
-        """Return each row's windows. If one has no answer, the token for no answer is marked."""
+        """Return the windows of each row.
+
+        In a window without the answer, the token for no answer is shown as the answer.
+        """
         columns = self.encode(table).columns
         shown = []
         for ids, lengths, labels in zip(
@@ -223,7 +227,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return batch
 
     def forward(self, model: Any, inputs: Batch) -> Tensor:
-        """Return logits of the first and the last token, ``(batch · windows, 2, longest)``.
+        """Return the start and end logits of each token, ``(batch · windows, 2, longest)``.
 
         The logits of padding are the lowest number of the dtype.
         """
@@ -246,7 +250,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             labels: ``(batch, windows, 2)``.
 
         Returns:
-            Sum in nats and number of windows, both float32 ``(batch,)``.
+            Sum in nats and number of windows without fillers, both float32 ``(batch,)``.
         """
         windows, targets = logits.float().flatten(0, 1), labels.flatten()
         losses = functional.cross_entropy(windows, targets, ignore_index=IGNORED, reduction="none")

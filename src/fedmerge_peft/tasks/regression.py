@@ -52,9 +52,10 @@ class Regression(Task):
 
     @classmethod
     def targets(cls, recipe: RegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
-        """Return the targets of all rows, ``(rows,)``. In a ``ClassLabel``, names are the targets.
+        """Return the targets of all rows, ``(rows,)``.
 
-        Raises ``DataError`` for missing, non-numeric, non-finite or too large values.
+        The targets in a ``ClassLabel`` column are its names, read as numbers. Raises ``DataError``
+        if the column does not exist, and for missing, non-numeric, non-finite or too large values.
         """
         values = read_column(table, recipe.target, "task.target")
         reject_nulls(values, recipe.target)
@@ -82,14 +83,14 @@ class Regression(Task):
         largest = float(np.abs(numbers).max(initial=0.0))
         if largest > _LARGEST:
             raise DataError(
-                f"task.target: column {recipe.target!r} has values up to {largest:.3g}, whose "
-                f"squared errors are too large for a loss (the largest accepted value is "
+                f"task.target: column {recipe.target!r} has magnitudes up to {largest:.3g}, whose "
+                f"squared errors are too large for a loss (the largest accepted one is "
                 f"{_LARGEST:g}); divide the column by a constant"
             )
         if largest > _FAR:
             logger.warning(
-                "task.target: column %r has values up to %.3g, but the model's outputs start near "
-                "0; divide the column by a constant to train faster",
+                "task.target: column %r has magnitudes up to %.3g, but the model's outputs start "
+                "near 0; divide the column by a constant to train faster",
                 recipe.target,
                 largest,
             )
@@ -143,7 +144,6 @@ def _numbers(texts: Any, column: str) -> Any:
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     f"{text!r} in column {column!r} is not a "
-                    "number; write numbers with a decimal point, without units and thousands "
-                    "separators"
+                    "number; write numbers such as 1234.5, without units and thousands separators"
                 ) from None
         raise

@@ -181,11 +181,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute ``-log softmax_c(s · cos(a, c))[positive]`` of each example in float32.
 
-        The candidates c of an anchor a are the positives and negatives of the batch, each distinct
-        text once. The target is the anchor's own positive. Apart from the target, texts that equal
-        the anchor or one of its positives in the batch are not candidates. This loss is InfoNCE
-        (van den Oord 2018). Without repeated texts, it equals MultipleNegativesRankingLoss of
-        sentence-transformers.
+        The factor s is ``task.scale``. The candidates c of an anchor a are the positives and
+        negatives of the batch, each distinct text once. The target is the anchor's own positive.
+        Apart from the target, texts that equal the anchor or one of its positives in the batch are
+        not candidates. This loss is InfoNCE (van den Oord 2018). Without repeated texts, it equals
+        MultipleNegativesRankingLoss of sentence-transformers.
 
         Args:
             logits: Vectors, ``(batch · texts, width)``.

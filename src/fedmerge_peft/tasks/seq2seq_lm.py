@@ -187,10 +187,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return True
 
     def match_inputs(self, model: Any) -> None:
-        """Check the tokenizer against the model, and set the decoder's start token.
+        """Check the tokenizer against the model.
+
+        If the model has no start token for its decoder, set it to the target language's token.
 
         Raises:
-            BackboneError: Tokenizer and model do not match, or there is no start token.
+            BackboneError: Tokenizer and model do not match; or the model has no start token, and
+                the recipe has no target language.
         """
         super().match_inputs(model)
         if model.config.decoder_start_token_id is None and self.recipe.target_language is not None:

@@ -7,4 +7,4 @@ from fedmerge_peft.tasks.texts import TextTask
 
 
 class SequenceClassificationTask(Classification, TextTask):
-    """Classification of texts. Arguments are those of ``EncoderTask``."""
+    """Classification of texts or pairs of texts. Arguments are those of ``EncoderTask``."""

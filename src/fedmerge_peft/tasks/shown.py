@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of an example with the same role, loss and truncation."""
+    """Consecutive tokens of an example with equal ``role``, ``has_loss`` and ``is_cut``."""
 
     role: str
     """Role of the message, or another name for this part of the example."""
@@ -26,20 +26,23 @@ class Segment:
 
     @classmethod
     def of(cls, tokenizer: Any, role: str, ids: Tensor, *, has_loss: bool = False) -> Segment:
-        """Decode token ids ``(n,)`` one by one."""
+        """Return a segment with the texts of token ids ``(n,)``, each decoded on its own."""
         return cls(role, [tokenizer.decode([token]) for token in ids.tolist()], has_loss)
 
 
 @dataclass(frozen=True)
 class ShownExample:
-    """Readable form of a row after tokenization and truncation."""
+    """Readable form of a tokenized row. It may include tokens that truncation removes."""
 
     segments: list[Segment]
     label: str | None = None
-    """Label of the row, for tasks with labels."""
+    """Label of the row as text; None for tasks without labels."""
 
     def count(self, *, has_loss: bool | None = None, is_cut: bool = False) -> int:
-        """Count tokens. By default, these are all tokens that truncation keeps."""
+        """Count the tokens that truncation keeps or, with ``is_cut``, those that it removes.
+
+        ``has_loss`` restricts the count to tokens with or without a loss; None counts both.
+        """
         return sum(
             len(segment.tokens)
             for segment in self.segments

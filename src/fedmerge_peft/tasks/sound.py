@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Samples = NDArray[np.float32]
-"""Samples of one channel, ``(n,)``, from -1 to 1."""
+"""Samples of one channel, ``(n,)``, normally from -1 to 1."""
 _LOUDEST = 32.0
-"""Largest accepted sample. Recordings may slightly exceed 1; unscaled integers far exceed it."""
+"""Largest accepted absolute value of a sample. Recordings may slightly exceed 1; unscaled integers
+far exceed it."""
 _STREAMED = 2**31 - 2**16
-"""Smallest length in a WAV header that is a placeholder. Programs that stream a file write it."""
+"""Smallest length in a WAV header that counts as a placeholder, as 0 does. Programs that stream a
+file write a placeholder, because they do not know its length yet."""
 _SHORTEST = 0.05
 """Shortest accepted sound in seconds. For even shorter ones, models may have no output."""
 
@@ -68,7 +70,8 @@ def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
 def read_sound(value: Any, rate: int) -> Samples:
     """Return the samples of one value of a column.
 
-    Channels are averaged. Integers are scaled by the range of their type.
+    Channels are averaged. Signed integers of up to 32 bits and unsigned integers of 8 bits are
+    scaled by the range of their type.
 
     Args:
         value: Path of a WAV file, its bytes, ``{"path", "bytes"}`` as in datasets' Audio, an array
@@ -124,7 +127,7 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
     elif (missing := length + 8 - len(content)) > 1:  # one missing byte is padding
         raise ValueError(f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unknown chunks, such as titles of songs
+        warnings.simplefilter("ignore")  # about unknown chunks, such as titles of songs
         try:
             rate, samples = wavfile.read(io.BytesIO(content))
         except (ValueError, EOFError, struct.error) as error:
@@ -133,7 +136,11 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
 
 
 def _scaled(samples: NDArray[Any]) -> Samples:
-    """Return the mean of the channels, from -1 to 1. Raises ``ValueError`` for other arrays."""
+    """Return the mean of the channels, with integers scaled as in ``read_sound``.
+
+    Raises ``ValueError`` for an array that is not ``(n,)`` or ``(n, channels)``, has more channels
+    than samples, or contains 64-bit integers or values that are not real numbers.
+    """
     if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
         raise ValueError(f"it is not an array of samples: {samples.dtype}, {samples.ndim}-d")
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:

@@ -151,11 +151,16 @@ def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list
         Begin and end of each word, ``(words, 2)``, and their tags.
 
     Raises:
-        ValueError: A span is empty, is not inside the text, contains no word, or overlaps another.
+        ValueError: A span does not end after its start, is not inside the text, contains no word,
+            or overlaps another.
     """
     end = 0
     for span in spans:
-        if not 0 <= span.start < span.end <= len(text):
+        if span.end <= span.start:
+            raise ValueError(
+                f"the span from {span.start} to {span.end} does not end after its start"
+            )
+        if span.start < 0 or span.end > len(text):
             raise ValueError(
                 f"the span from {span.start} to {span.end} is not inside the text of {len(text)} "
                 "characters"
@@ -185,7 +190,7 @@ def entity_names(labels: Sequence[str]) -> list[str]:
 
 
 def _spans(value: Any, names: Sequence[str] | None) -> Iterator[Span]:
-    """Yield spans of a list of records, or of a record of lists."""
+    """Yield the spans in a list of records, or in a record of lists."""
     if isinstance(value, dict):
         value = [
             dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)

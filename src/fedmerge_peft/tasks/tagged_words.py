@@ -61,7 +61,7 @@ class TagSource(ABC):
 
     @abstractmethod
     def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
-        """Convert the tags of another table to ids in ``labels``.
+        """Convert the tags of a table to ids, which are indices in ``labels``.
 
         Raises ``DataError`` for a tag that is not in ``labels``.
         """
@@ -169,7 +169,8 @@ def first_tokens(
     Args:
         bounds: Begin and end of each word, ``(words, 2)``.
         offsets: Begin and end of each token in the text; begin equals end for tokens that are not
-            in the text. A token that begins with the space before a word belongs to the word.
+            in the text. A token belongs to the word that contains its last character, even if the
+            token begins with the space before the word.
 
     Returns:
         Indices of tokens, ``(words,)``.

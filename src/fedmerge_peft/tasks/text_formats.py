@@ -1,6 +1,6 @@
 """Data set formats of causal language modeling: text, chats, prompt-completion, instructions.
 
-Column names and their meaning follow TRL's data set formats.
+Column names and their meaning follow TRL's data set formats and, for instructions, Alpaca's.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
     loss = recipe.loss
     chats = format == "messages"
     if loss == "assistant" and not chats:
+        others = "all" if format == "text" else "completion or all"
         raise RecipeError(
             f"task.loss: assistant needs chats, but the data have the format {format}; use "
-            "completion or all, or data with messages"
+            f"{others}, or data with messages"
         )
     if loss == "completion" and format == "text":
         raise RecipeError(
@@ -111,8 +112,9 @@ def read_pairs(
         table: Rows.
 
     Raises:
-        DataError: A column, or the column of a field of the template, does not exist; a column has
-            the wrong type or nulls; the braces of the template do not match.
+        DataError: A column does not exist, except that of ``{input}``; prompts, completions,
+            instructions or outputs are not text or have nulls; the braces of the template do not
+            match.
     """
     if format == "prompt-completion":
         return (
@@ -156,8 +158,8 @@ def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
     """Create the prompt of each row from the template.
 
     Raises:
-        DataError: The column of a field other than ``{input}`` is missing, or the template's braces
-            do not match.
+        DataError: The column of a field other than ``{input}`` is missing; instructions are not
+            text or have nulls; the template's braces do not match.
     """
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}

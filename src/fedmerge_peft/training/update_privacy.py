@@ -26,11 +26,11 @@ class UpdatePrivacy:
         if not self.clip > 0:
             raise ValueError(f"clip: found {self.clip}, expected a positive number")
         if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise: found {self.noise}, expected a finite number from 0")
+            raise ValueError(f"noise: found {self.noise}, expected a finite number of at least 0")
 
     @property
     def mu_squared(self) -> float:
-        """μ² of one update for μ-GDP, (2 clip / noise)²; infinite without noise.
+        """μ² of one update for μ-GDP, (2 clip / noise)²; infinite without clipping or noise.
 
         The distance between two clipped updates is at most 2 clip.
         """
@@ -48,7 +48,8 @@ def apply_update_privacy(
     Args:
         delta: The update.
         privacy: Clip and noise.
-        phases: Masks ``(P,)`` of the trained columns; None for all.
+        phases: For each phase, the mask ``(P,)`` of the columns that it trains; None if it trains
+            all columns.
         seed: Seed of a simulation's noise; None for the operating system's generator.
     """
     norm = max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)

@@ -1,1 +1,1 @@
-"""Utilities below all other rooms: files, seeds, vectors, row buffers, state, timing, logging."""
+"""Utilities without knowledge of federated learning: files, seeds, vectors, timing, logging."""

@@ -41,7 +41,7 @@ class Records(NamedTuple):
 
     records: list[dict[str, Any]]
     sha256: str
-    """Sum of the last line; an empty string if the file has no lines."""
+    """Sum of the last complete line; an empty string if the file has none."""
 
 
 _REMEDY = ". Restore the file from a copy, or start a new run"
@@ -70,7 +70,7 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read and verify a JSON object. Raise ``RunError`` if it is missing or damaged."""
+    """Read and verify a JSON object. Raise ``RunError`` if the file is unreadable or damaged."""
     content = _read(path)
     _verified(path, content, _END_OF_DOCUMENT)
     document = _parsed(path, content)
@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read and verify text. Raise ``RunError`` if it is missing or damaged."""
+    """Read and verify text. Raise ``RunError`` if the file is unreadable or damaged."""
     try:
         return _verified(path, _read(path), _END_OF_TEXT).decode()
     except UnicodeDecodeError as error:
@@ -120,7 +120,8 @@ def read_records(path: Path, content: bytes | None = None) -> Records:
 
     Args:
         path: File. A missing file has no records.
-        content: Content of the file, if it has been read already.
+        content: Bytes to verify in place of the file, such as its first part. Messages name
+            ``path`` all the same.
 
     Raises:
         RunError: The file cannot be read, or a line is damaged.
@@ -194,7 +195,7 @@ def _reading(path: Path, read: Callable[[], T]) -> T:
 
 
 def _tensors_sum(tensors: Mapping[str, Tensor], note: str) -> str:
-    """Return the sum over a text and the tensors' names, dtypes, shapes and values."""
+    """Return the sum over the note and the tensors' names, dtypes, shapes and values."""
     digest = sha256(note.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -218,7 +219,7 @@ def _read(path: Path) -> bytes:
 
 
 def _verified(path: Path, content: bytes, end: re.Pattern[bytes], previous: str = "") -> bytes:
-    """Return the part of the content that its sum covers. Raise ``RunError`` on a mismatch."""
+    """Return the content before its sum. Raise ``RunError`` if the sum is missing or differs."""
     match = end.search(content)
     if match is None:
         raise damaged(path, "it does not end with its SHA-256 sum")

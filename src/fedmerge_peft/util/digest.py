@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest(parts: Iterable[Tensor | int | float | str | None]) -> bytes:
-    """Compute a 16-byte BLAKE2b digest of values, dtypes and shapes, in their order."""
+    """Compute a 16-byte BLAKE2b digest of the parts in order, with tensors' dtypes and shapes."""
     state = blake2b(digest_size=16)
     for part in parts:
         if not isinstance(part, Tensor):

@@ -46,7 +46,7 @@ def translated_write_errors(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{path} cannot be written ({reason(error)}); finished rounds are intact. "
-            "Free disk space, or choose another --out"
+            "Free disk space, or choose another folder (--out)"
         ) from error
 
 
@@ -59,7 +59,7 @@ def locked_directory(path: Path) -> Iterator[None]:
 
     Raises:
         RunBusyError: Another process or thread has locked the directory.
-        RunError: The directory cannot be created.
+        RunError: The directory cannot be created or opened.
     """
     with translated_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def locked_directory(path: Path) -> Iterator[None]:
             if not lock_descriptor(descriptor, blocking=False):
                 raise RunBusyError(
                     f"{path} is being written by another process; wait until it ends, or choose "
-                    "another --out"
+                    "another folder (--out)"
                 )
         token = _LOCKED.set(_LOCKED.get() | {resolved})
         try:

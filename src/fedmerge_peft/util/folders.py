@@ -1,8 +1,8 @@
 """Folders that are written whole or not at all, with the SHA-256 sums of their files.
 
 The sums are in ``SHA256SUMS``, in the format of ``sha256sum``. If a subfolder has its own
-``SHA256SUMS``, the folder lists only the sum of that file. A copy of the subfolder alone can
-therefore be verified, too.
+``SHA256SUMS``, the outer ``SHA256SUMS`` lists that file, but no other file of the subfolder. A copy
+of the subfolder alone can therefore be verified, too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder so that it has all of its files or does not exist.
+    """Write a folder so that it has all of its files or none.
 
-    The context yields a temporary folder next to ``folder``, and renames it at the end. Remains of
-    an earlier process that was killed are removed.
+    The context yields a temporary folder next to ``folder``. At the end, it adds ``SHA256SUMS`` and
+    renames the temporary folder. Remains of an earlier process that was killed are removed.
 
     Args:
         folder: A new or empty folder.
@@ -61,13 +61,13 @@ def write_sums(folder: Path) -> None:
     """Write a folder's ``SHA256SUMS``. Raise ``RunError`` on failure."""
     sums = {name: _digest(folder / name) for name in _covered(folder)}
     if unread := [name for name, digest in sums.items() if digest is None]:
-        raise RunError(f"{folder / unread[0]} cannot be read; repeat the export")
+        raise RunError(f"{folder / unread[0]} cannot be read; write the folder again")
     lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
     write_text(folder / SUMS, "".join(lines))
 
 
 def faults(folder: Path) -> list[str]:
-    """Return one sentence for each file, at any depth, that does not match ``SHA256SUMS``.
+    """Return a sentence for each difference between a folder and the sums in it, at any depth.
 
     The folder may come from an untrusted source, so links and special files are not opened.
     """
@@ -81,7 +81,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
-    """Return the faults of one folder, and its subfolders with sums of their own."""
+    """Return the faults of one folder, and the subfolders whose own sums remain to be checked."""
     path = folder / SUMS
     if path.is_symlink() or not path.is_file():
         return [f"{path} is missing"], []
@@ -107,7 +107,9 @@ def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
         elif (digest := _digest(folder / name)) is None:
             problems.append(f"{folder / name} cannot be read")
         elif listed[name] != digest:
-            problems.append(f"{folder / name} is damaged: its SHA-256 sum differs from {path}")
+            problems.append(
+                f"{folder / name} is damaged: its SHA-256 sum differs from the one in {path}"
+            )
         elif name.endswith(f"/{SUMS}"):
             inner.append((folder / name).parent)
     return problems, inner

@@ -21,7 +21,8 @@ _BEGINNINGS = (
     (b"<!doctype html", "a web page, such as an error of a download; download the file again"),
     (b"<html", "a web page, such as an error of a download; download the file again"),
 )  # fmt: skip
-"""First bytes of a kind of file, in lower case for text, and a description of the kind."""
+"""First bytes of each kind of file, and a description with advice after a semicolon. The first
+bytes of web pages are in lower case, because the comparison ignores their case."""
 
 
 def foreign_content(path: Path, own: bytes | None = None) -> str | None:

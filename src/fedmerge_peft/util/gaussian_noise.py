@@ -1,7 +1,7 @@
 """Gaussian noise from a seed, for simulations, or from the operating system's generator.
 
-Seeded noise does not protect privacy: anyone with the seed, or with enough of the generator's
-output, can compute the rest. Noise that protects privacy comes from ``os.urandom``.
+Seeded noise does not protect privacy: anyone can compute it from the seed, or predict it from
+enough of the generator's earlier output. Noise that protects privacy comes from ``os.urandom``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def lines(content: str) -> str:
 
 
 def text(value: object) -> str:
-    """Escape the special characters of HTML, control characters and direction characters."""
+    """Escape the special characters of HTML, and all characters that are not printable."""
     return escape(printable(str(value)))
 
 

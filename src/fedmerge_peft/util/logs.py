@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 _SHOWN = ("federation.tuning", "sites.site.trainer")
-"""Modules whose results users should see: chosen values, and the place of a site's adapters."""
+"""Modules whose messages of level INFO are printed, too: on chosen values and on the folders of a
+site's adapters."""
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -26,12 +27,13 @@ class _PrintableFormatter(logging.Formatter):
 def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     """Print this package's warnings to ``console``, and silence the libraries' ``FutureWarning``.
 
-    The results of the modules in ``_SHOWN``, such as values chosen for ``auto``, are printed too.
+    Messages of level INFO are printed for the modules in ``_SHOWN``, such as values chosen for
+    ``auto``.
 
     Args:
         console: Destination of the warnings.
-        engines_only: Print warnings of ``fedmerge_peft.engines`` only. Set on all ranks except 0,
-            because other warnings are identical on all ranks.
+        engines_only: Print messages of ``fedmerge_peft.engines`` only. Set on all ranks except 0,
+            because other messages are identical on all ranks.
     """
     from rich.logging import RichHandler
 

@@ -27,6 +27,8 @@ def make_private(folder: Path) -> None:
 def is_own(path: Path) -> bool:
     """Return True for a file or folder of this user that is not a link.
 
+    The owner is checked on POSIX systems only.
+
     Raises:
         OSError: The path does not exist, or cannot be examined.
     """

@@ -1,8 +1,8 @@
 """Ranges of the numbers and texts that come from other machines and from files.
 
 Fields of messages and files are annotated with one of these types, and pydantic checks them.
-Values are never coerced. The upper bounds are far beyond honest values; they keep sums finite in
-float64 and squared norms finite in float32.
+Values are not converted, except integers to floats. The upper bounds are far beyond honest values;
+they keep sums finite in float64 and squared norms finite in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from fedmerge_peft.util.text import printable, shortened
 
 MAX_COUNT = 10**9
 MAX_NORM = 1e9
-"""Largest L2 norm of an update. The squared norm of a sum of a million updates fits float32."""
+"""Largest L2 norm of an adapter or update. The squared norm of a sum of a million of these fits
+float32."""
 MAX_SCORE = 1e30
 MAX_SECONDS = 1e9
 MAX_NAME = 256
@@ -49,7 +50,7 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=2**62)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Loss = Annotated[float, real(-MAX_SCORE, MAX_SCORE)]
-"""Loss in nats; it may be negative, as the negative logarithm of a density."""
+"""Loss in nats, or squared error for regression. Negative values are valid."""
 Seconds = Annotated[float, real(0.0, MAX_SECONDS)]
 
 

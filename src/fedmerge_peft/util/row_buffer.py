@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**27
-"""Bytes of a block, and of rows that are processed at a time. A single row may be larger."""
+"""Bytes of a ``RowBuffer``'s block, unless the expected rows need more. Other computations on long
+rows process as many bytes at a time."""
 MEMORY_BYTES = 2**28
-"""Default number of bytes that a ``RowBuffer`` holds in memory before it uses a file."""
+"""Default limit on the bytes that a ``RowBuffer`` holds in memory before it uses files."""
 
 
 class RowBuffer:
@@ -20,12 +21,12 @@ class RowBuffer:
 
     ``as_matrix`` views rows of one block as a matrix without a copy.
 
-    Rows beyond ``max_bytes`` are stored in a memory-mapped temporary file in ``TMPDIR``. The
-    operating system can evict the pages of the file. The file is deleted when nothing refers to its
-    rows.
+    The first block that would exceed ``max_bytes``, and each later block, is a memory-mapped
+    temporary file in ``TMPDIR``. The operating system can evict the pages of a file. A file is
+    deleted when nothing refers to its rows.
 
     Args:
-        max_bytes: Number of bytes to hold in memory. Default: ``MEMORY_BYTES``.
+        max_bytes: Limit on the bytes of blocks in memory. Default: ``MEMORY_BYTES``.
         expected_calls: Expected number of calls of ``append``. If all calls append equally many
             rows, all rows are stored in one block.
     """
@@ -63,7 +64,8 @@ class RowBuffer:
 def as_matrix(rows: Sequence[Tensor]) -> Tensor:
     """Combine rows ``(P,)`` into a matrix ``(k, P)``.
 
-    The result is a view if the rows are equally spaced in one block, and a copy otherwise.
+    The result is a view if the rows are in one block, in its order and equally spaced. Otherwise,
+    it is a copy.
     """
     first, *others = rows
     offsets = [row.storage_offset() for row in rows]

@@ -1,4 +1,4 @@
-"""Storage of the server's rows: in float32 or bfloat16, in memory or in a memory-mapped file.
+"""Storage of the soup's rows: in float32 or bfloat16, in memory or in a memory-mapped file.
 
 Float32 rows in memory are ordinary tensors. Other rows are read, computed in float32 and written in
 chunks of columns. Such rows are never changed in place: new rows replace them, so that a reference
@@ -48,7 +48,7 @@ class RowStorage:
         return self.dtype == torch.float32 and not self.on_disk
 
     def empty(self, count: int, size: int) -> Tensor:
-        """Allocate rows ``(count, size)``. Raises ``RunError`` if the disk has no space."""
+        """Allocate rows ``(count, size)``. Raise ``RunError`` if their file cannot be created."""
         if not self.on_disk:
             return torch.empty(count, size, dtype=self.dtype)
         length = count * size * self.dtype.itemsize
@@ -152,7 +152,7 @@ def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def release(rows: Tensor) -> None:
-    """Remove the pages of a file from the resident memory of this process; no values change."""
+    """Remove the pages of rows on disk from this process's resident memory; no values change."""
     if (mapping := _mapping(rows)) is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
 

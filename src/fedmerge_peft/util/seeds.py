@@ -24,7 +24,10 @@ def derive(seed: int, *purpose: str | int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's generators inside the context, and restore the caller's generators after it."""
+    """Seed torch's CPU generator, and that of a CUDA ``device``, inside the context.
+
+    The earlier states of both generators are restored after it.
+    """
     import torch
 
     devices = [device] if device is not None and device.type == "cuda" else []

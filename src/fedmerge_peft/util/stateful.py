@@ -59,10 +59,12 @@ class Stateful:
 
 
 def checked_copy(name: str, current: object, loaded: Tensor | int | None) -> Tensor | int | None:
-    """Return a copy of ``loaded`` after comparing it with the ``current`` value.
+    """Return a copy of ``loaded`` if it can replace the ``current`` value.
+
+    A value of the same kind can replace it; so can None if ``current`` is a ``Stateful``.
 
     Raises:
-        ValueError: ``loaded`` differs in kind, or is a tensor of another shape or dtype.
+        ValueError: ``loaded`` is of another kind, or is a tensor of another shape or dtype.
     """
     if (
         isinstance(current, Tensor)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge_peft.util.private_folder import is_own, make_private
+from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class TensorCache:
         self._total: int | None = None
         """Bytes of all files, as far as known; None before the first write."""
         self._unscanned = 0
-        """Bytes written since the folder was last read."""
+        """Bytes written since the folder was last listed."""
 
     def get(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Return a tensor on the CPU, memory-mapped if it is large; None if it is not in the cache.
@@ -97,7 +98,8 @@ class TensorCache:
             self._discard(path, str(error))
             return None
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-            self._discard(path, f"it has {tensor.dtype} {tuple(tensor.shape)}")
+            wanted = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+            self._discard(path, f"it contains {describe(tensor)}, expected {wanted}")
             return None
         if _checksum(tensor) != expected:
             self._discard(path, "its checksum differs")
@@ -108,7 +110,7 @@ class TensorCache:
         return tensor.clone() if tensor.nbytes < _SMALL else tensor
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Store a tensor, unless there is no room for it or an earlier write failed."""
+        """Store a tensor, unless it or an earlier one found no room, or an earlier write failed."""
         if not self._writes or not self._is_private(create=True):
             return
         stored = tensor.detach().cpu().contiguous()
@@ -117,7 +119,7 @@ class TensorCache:
         try:
             if not self._has_room(stored.nbytes):
                 self._writes = False
-                log.info("%s is full, so no more tensors are stored in it", self.folder)
+                log.info("%s or its disk is full, so no more tensors are stored in it", self.folder)
                 return
             try:
                 save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})
@@ -134,7 +136,10 @@ class TensorCache:
         self._unscanned += stored.nbytes
 
     def _is_private(self, *, create: bool = False) -> bool:
-        """Return True if only this user can open the folder. The check runs once."""
+        """Return True if the folder exists and only this user can open it.
+
+        The first result for an existing folder is kept. ``create`` creates a missing folder first.
+        """
         if self._private is None and (create or self.folder.exists()):
             try:
                 make_private(self.folder)

@@ -1,4 +1,4 @@
-"""Finiteness and norms of long vectors, at memory bandwidth and with sums in float64."""
+"""Checks of tensors, and norms of long vectors, computed at memory bandwidth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row_norms(rows: Tensor) -> Tensor:
     """Compute ‖row‖₂ of float32 rows ``(k, P)`` as float64 ``(k,)``, with relative error 10⁻⁶.
 
     Squares are summed within blocks in float32 and across blocks in float64. A row whose squares
-    overflow or underflow float32 is summed in float64.
+    may overflow or underflow float32 is summed in float64.
     """
     blocked = rows.shape[1] // _BLOCK * _BLOCK
     blocks = torch.linalg.vector_norm(
@@ -44,7 +44,7 @@ def row_norms(rows: Tensor) -> Tensor:
 def norm_fault(rows: Tensor) -> str | None:
     """Return the reason why adapters or updates ``(k, P)`` are out of range; None if they are not.
 
-    Rows are in range if all values are finite and the L2 norm is at most ``MAX_NORM``.
+    Rows are in range if all values are finite and each L2 norm is at most ``MAX_NORM``.
     """
     if not len(rows):
         return None

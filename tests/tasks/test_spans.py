@@ -73,6 +73,16 @@ def test_records_of_lists_and_ids_of_labels_are_read(task_of):
         assert own[own >= 0].tolist() == [0, 1]
 
 
+def test_a_span_without_a_label_is_no_span_of_the_last_one(task_of):
+    """datasets has -1 in place of a missing class."""
+    names = ClassLabel(names=["X", "Y"])
+    kind = List({"start": Value("int64"), "end": Value("int64"), "label": names})
+    rows = [[{"start": 2, "end": 3, "label": 0}], [{"start": 2, "end": 3, "label": -1}]]
+    table = Dataset.from_dict({"text": ["a b"] * 2, "spans": rows}).cast_column("spans", kind)
+    with pytest.raises(DataError, match=r"row 1 .*expected a list of {start, end, label}"):
+        task_of("bert", table, name=NAME, spans="spans").encode(table)
+
+
 @pytest.mark.parametrize(
     ("spans", "message"),
     [

@@ -198,6 +198,8 @@ def _spans(value: Any, names: Sequence[str] | None) -> Iterator[Span]:
     for entry in value:
         label = entry["label"]
         if isinstance(label, int) and names is not None:
+            if not 0 <= label < len(names):
+                raise ValueError
             label = names[label]
         if not isinstance(label, str) or not label:
             raise TypeError

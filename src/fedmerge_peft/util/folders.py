@@ -89,6 +89,8 @@ def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
         lines = path.read_bytes().decode().splitlines()
     except UnicodeDecodeError:
         return [f"{path} is damaged: it is not UTF-8"], []
+    except OSError:
+        return [f"{path} cannot be read"], []
     problems, listed, inner = [], {}, []
     for number, line in enumerate(lines, 1):
         if match := _LINE.fullmatch(line):

@@ -103,7 +103,7 @@ def refuse_positions(inputs):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(ignore_positions, "would affect each other"), (refuse_positions, "TypeError: unexpected")],
+    [(ignore_positions, "may affect each other"), (refuse_positions, "TypeError: unexpected")],
 )
 def test_models_without_such_attention_are_refused(make_bench, change, reason):
     bench = make_bench("llama", cached=False)

@@ -24,11 +24,12 @@ def run_plans(
         train: ``train(requests)`` trains adapters. Each request comes with the position of its plan
             in ``plans``. The function returns the outcome or the exception of each request, in the
             same order.
-        losses: ``losses(position, row)`` returns the summed loss (nats) of each training example
-            of the client of ``plans[position]`` with an adapter, ``(n,)``.
-        statistics: ``statistics(position, row)`` returns the class statistics of the same examples
-            with an adapter, ``(classes, d + 2)`` (``features.class_statistics``). Without this
-            function, results have no statistics.
+        losses: ``losses(position, row)`` computes the summed loss (nats) of each training example
+            of one client, ``(n,)``. ``position`` is that of the client's plan in ``plans``, and
+            ``row`` is the adapter, ``(P,)``.
+        statistics: ``statistics(position, row)`` computes the class statistics of the same
+            examples under the adapter ``row``, ``(classes, d + 2)``
+            (``features.class_statistics``). Without this function, results have no statistics.
 
     Returns:
         Each client's result, or the exception that ended its plan; the other plans continue.
@@ -73,10 +74,11 @@ def run_plan(
         plan: The plan.
         seed: Seed of all random draws of the plan.
         train: ``train(job, seed)`` trains one adapter.
-        losses: ``losses(row)`` returns the summed loss (nats) of each of the client's training
-            examples with an adapter, ``(n,)``.
-        statistics: ``statistics(row)`` returns the class statistics of these examples with an
-            adapter, ``(classes, d + 2)`` (``features.class_statistics``).
+        losses: ``losses(row)`` computes the summed loss (nats) of each of the client's training
+            examples under the adapter ``row``, ``(n,)``.
+        statistics: ``statistics(row)`` computes the class statistics of these examples under the
+            adapter ``row``, ``(classes, d + 2)`` (``features.class_statistics``). Without this
+            function, the result has no statistics.
     """
     (outcome,) = run_plans(
         [(plan, seed)],

@@ -32,9 +32,9 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
         (features,) = inputs
         if features.ndim != 2:
             raise RecipeError(
-                "strategy: this strategy needs one feature vector per example, but the head of "
-                f"this model reads a tensor of {features.ndim} dimensions; use an encoder for "
-                "classification, or another strategy"
+                "strategy, baselines: class centroids need one feature vector per example, but the "
+                f"head of this model reads a tensor of {features.ndim} dimensions; use an encoder "
+                "for classification in backbone.model, or another strategy"
             )
         vectors.append(features)
 
@@ -53,8 +53,8 @@ def last_layer(backbone: Backbone) -> nn.Module:
     entry = backbone.layout.classifier
     if entry is None:
         raise RecipeError(
-            "strategy: this strategy needs a head, but this adapter has none; name one in "
-            "lora.modules_to_save, or use another strategy"
+            "strategy, baselines: class centroids need a head, but this adapter has none; name one "
+            "in lora.modules_to_save, or use another strategy"
         )
     weight = backbone.trainable[backbone.layout.entries.index(entry)]
     modules: Iterator[nn.Module] = backbone.model.modules()
@@ -66,7 +66,7 @@ def last_layer(backbone: Backbone) -> nn.Module:
 
 
 def penalties(alignment: Alignment, features: Tensor, labels: Tensor) -> Tensor:
-    """Compute λ/d ‖f − c_y‖² of each example, ``(n,)``; 0 for classes without a centroid.
+    """Compute λ/d ‖f − c_y‖² of each example, ``(n,)``; 0 if its class has no centroid.
 
     Args:
         alignment: c and λ.
@@ -81,13 +81,13 @@ def penalties(alignment: Alignment, features: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_statistics(runtime: Runtime, row: Tensor, indices: Indices, batch_size: int) -> Tensor:
-    """Compute the statistics of each class's features f with an adapter ``(P,)``.
+    """Compute the statistics of the features f of each class under one adapter.
 
     Args:
         runtime: Model, task and examples.
         row: Adapter, ``(P,)``.
         indices: Rows of the table.
-        batch_size: Examples in a pass.
+        batch_size: Largest number of examples in a pass.
 
     Returns:
         ``(classes, d + 2)`` float32 on the CPU: number of examples, Σ ‖f‖², and Σ f.

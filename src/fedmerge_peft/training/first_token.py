@@ -18,9 +18,10 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     """Return a cut of the model's last layer to the first token, if its head reads no other token.
 
     A trial on the shortest and the longest example decides. The gradient of the losses must be zero
-    at all other positions of the last layer, and the losses must agree with and without these
-    positions. An example of odd length is tried as well, because Longformer pads to a multiple of
-    its window, and removes this padding from the end of the last layer's output.
+    at all other positions of the last layer's output, and the losses must agree with and without
+    these positions. The losses of an example of odd length must agree, too, if there is one.
+    Longformer pads such an example to a multiple of its window, and removes as many positions from
+    the end of the last layer's output, which does not work with the cut.
 
     With the cut, results are equal up to rounding. Dropout masks are drawn for all positions, so
     the cut does not change them.
@@ -30,7 +31,8 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
         rows: Rows of the table that belong to clients; the trial takes examples from these.
 
     Returns:
-        The cut, not applied; None if the model needs all positions.
+        The cut, not applied. None if the trial fails, if no layer is built like BERT's, if batches
+        are not padded on the right, or with gradient checkpointing.
     """
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":

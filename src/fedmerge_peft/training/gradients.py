@@ -28,11 +28,12 @@ def accumulate(
     objectives: Sequence[Objective] | None = None,
     scalers: Sequence[GradScaler | None] | None = None,
 ) -> Tensor:
-    """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
+    """Add the gradient of each adapter's mean loss and penalty to ``adapters.gradient``.
 
     The mean is taken over all terms (examples, or labeled tokens) of an adapter's step, regardless
-    of its division into micro-batches. With class weights, it is a weighted mean. Call this
-    function within ``adapters.applied()``.
+    of its division into micro-batches. The divisor is that of ``Objective.divisor``: the number of
+    terms or, in some tasks with class weights, the sum of their weights. Example weights multiply
+    the losses, but do not change the divisor. Call this function within ``adapters.applied()``.
 
     Args:
         runtime: Model, task and examples.

@@ -36,7 +36,7 @@ class Hyperparameters:
         """Check and return values from a file or a message.
 
         Raises:
-            ValueError: The learning rate is not positive, not finite or above
+            ValueError: The learning rate is not a number above 0 and at most
                 ``MAX_LEARNING_RATE``, the number of epochs is not an integer from 1 to
                 ``MAX_EPOCHS``, or there are other keys.
         """
@@ -78,7 +78,8 @@ def automatic_epochs(training: TrainingRecipe, rounds: int, sizes: Sequence[int]
         training: Batch size and gradient accumulation. With ``steps``, the result is 1, because
             epochs are not used.
         rounds: R, the rounds of the recipe.
-        sizes: Training examples of each client. Clients without examples are not counted.
+        sizes: Training examples of each client. Clients without examples are not counted. If no
+            client is left, n is 1.
     """
     if training.steps is not None:
         return 1

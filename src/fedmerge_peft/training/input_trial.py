@@ -45,7 +45,9 @@ def tolerance(backbone: Backbone, accelerator: Accelerator) -> float:
 def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: str) -> None:
     """Match the task's inputs to the model, and set ``task.padding`` and ``task.prompt_padding``.
 
-    Call it before ``task.encode``.
+    If the task has no examples for the trial (``Task.probe``), both paddings keep their defaults.
+    ``task.prompt_padding`` is set only if the task generates text. Call this function before
+    ``task.encode``.
 
     Args:
         task: Task of the model.
@@ -113,7 +115,8 @@ def _choose(
 ) -> None:
     """Set the first padding with which examples have the same outputs in a batch as alone.
 
-    Raises ``BackboneError`` if there is no such padding, or if the model fails on a single example.
+    The choice ``alone`` needs no test. Raises ``BackboneError`` if there is no such padding, or if
+    the model fails on a single example or returns NaN for it.
     """
     rows = np.arange(3)  # a short example, and two long ones of the same length
     with library_errors(
@@ -126,7 +129,8 @@ def _choose(
         if any(bool(outputs.isnan().any()) for outputs in alone):
             raise BackboneError(
                 f"backbone.model: {name} returns NaN on the inputs of this task; its weights are "
-                "damaged, or exceed the range of backbone.dtype"
+                "damaged, or exceed the range of the number format; set backbone.dtype to float32 "
+                "and training.mixed_precision to no, or choose another model"
             )
     for padding in choices:
         set_padding(padding)
@@ -144,13 +148,14 @@ def _choose(
             break
     else:
         raise BackboneError(
-            f"backbone.model: the outputs of {name} for a text depend on the longer texts of its "
-            "batch, which this task does not support; choose another model"
+            f"backbone.model: {name} fails on a batch of texts of different lengths, or its "
+            "outputs for a text differ from those for the text alone, which this task does not "
+            "support; choose another model"
         )
     if padding != choices[0]:
         log.info(
-            "with padding=%s, an example has other outputs in a batch than alone, so padding=%s is "
-            "used",
+            "with padding=%s, the model fails on a batch, or an example has other outputs in a "
+            "batch than alone, so padding=%s is used",
             choices[0],
             padding,
         )

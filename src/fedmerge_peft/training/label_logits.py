@@ -42,19 +42,20 @@ def client_offset(logits: Logits, examples: Examples, rows: Indices, classes: in
     """Compute ``label_offset`` for a client with these training examples.
 
     Args:
-        logits: Value of ``training.logits``.
+        logits: Value of ``training.logits``, or the strategy's value (``Train.logits``).
         examples: The encoded table.
         rows: The client's rows of the table.
         classes: Number of labels of the task.
 
     Raises:
-        RecipeError: The examples do not have one label each.
+        RecipeError: ``logits`` is not plain, and the examples do not have one label each.
     """
     if logits == "plain":
         return None
     labels = [examples.columns["labels"][row] for row in rows.tolist()]
     if classes == 0 or any(label.ndim for label in labels):
         raise RecipeError(
-            f"training.logits: {logits} needs a task with one label per example; use plain"
+            f"training.logits: {logits} needs a task with one label per example; use plain or, if "
+            "the strategy is fedrod, another strategy"
         )
     return label_offset(logits, torch.bincount(torch.stack(labels), minlength=classes))

@@ -21,14 +21,14 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
     """Return a decoder's output layer for labeled positions only; None if it cannot be used.
 
     It cannot be used if the model has no frozen output layer, or if the task needs the logits of
-    all positions (``Task.token_targets``). Otherwise, a trial on two short examples decides: the
-    losses must agree with the losses of a plain pass. A second trial sets
-    ``LabeledHead.unchanged``. It requires that the model returns the layer's output bit for bit,
-    neither scaled nor capped, and that the task's losses need only cross-entropies.
+    all positions (``Task.token_targets``). Otherwise, a trial on one or two short examples decides:
+    the losses must agree with the losses of a plain pass. A second trial sets
+    ``LabeledHead.unchanged`` to True if the model returns the layer's output bit for bit, neither
+    scaled nor capped, and the task's losses need only cross-entropies.
 
     Args:
         runtime: Model, task and examples.
-        rows: Rows of the table that belong to clients; the trial takes two of them.
+        rows: Rows of the table that belong to clients; the trial takes one or two of them.
     """
     task, model = runtime.task, runtime.backbone.model
     layer = frozen_output_layer(model)

@@ -49,7 +49,8 @@ class Job:
     indices: Indices
     """The client's rows of the table."""
     seed: int
-    """Seed of the order of examples and, with the seeds of other jobs, of the dropout masks."""
+    """Seed of the order of examples. The seed of the dropout masks derives from this seed and those
+    of all other jobs in the same call of ``train``."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     """Values for the keys of ``training`` that are auto; they may differ between jobs in one pass.
     """
@@ -104,7 +105,8 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
 
     Raises:
         RecipeError: As in ``client_offset``, ``captured_features`` and ``PrefixCache.prepare``.
-        ValueError: A key of ``training`` is auto, and a job has no value for it.
+        ValueError: The learning rate is auto, or the epochs are auto and ``steps`` is not set, and
+            a job has no value for this key.
     """
     backbone = runtime.backbone
     if runtime.cache is not None:
@@ -311,7 +313,7 @@ class GradientRules:
             adapters.gradient.mul_(scale)
 
     def restore(self, adapters: Adapters, before: Tensor) -> None:
-        """Restore the columns that do not train, because weight decay has changed them.
+        """Restore the columns that do not train, because weight decay changes them, too.
 
         Args:
             adapters: The adapters after an optimizer step.

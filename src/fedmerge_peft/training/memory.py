@@ -15,22 +15,23 @@ from fedmerge_peft.training.runtime import Runtime
 log = logging.getLogger(__name__)
 
 _USABLE = 0.85
-"""Part of the free memory that a pass may use; the rest is for fragments and the estimate's error.
-"""
+"""Fraction of the free memory that a pass may use. The rest is a reserve for fragmentation and for
+the error of the estimate."""
 
 
 def clients_that_fit(runtime: Runtime, recipe: Recipe, count: int) -> int:
-    """Return ``count``, or a smaller number of clients whose training pass fits into memory.
+    """Return ``count``, halved until a training pass with this number of clients fits into memory.
 
     Only a number that ``training.clients_per_batch: auto`` has chosen is reduced, and only on a
-    CUDA GPU. The estimate assumes that all examples are as long as the longest one. If the memory
-    of the task cannot be estimated, ``count`` is returned. The engine also reduces the number after
-    a pass has run out of memory.
+    CUDA GPU. The smallest result is 1, even if a pass with one client does not fit. The estimate
+    assumes that all examples are as long as the longest one. If the memory of the task cannot be
+    estimated, ``count`` is returned. The engine also reduces the number after a pass has run out of
+    memory.
 
     Args:
         runtime: The loaded model and the examples.
         recipe: The run's recipe.
-        count: Number of clients in one pass.
+        count: Number of clients in one pass, if memory suffices.
     """
     free = free_memory(runtime.device)
     if free is None or recipe.training.clients_per_batch != "auto":

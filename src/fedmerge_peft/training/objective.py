@@ -13,7 +13,7 @@ from fedmerge_peft.tasks.base import Task
 
 @dataclass(frozen=True)
 class Objective:
-    """Difference between one client's training loss and the task's loss."""
+    """Offsets and weights with which one client's training loss differs from the task's loss."""
 
     offset: Tensor | None = None
     """Offsets that are added to the logits, ``(classes,)``; None if all are 0."""

@@ -25,7 +25,8 @@ def count_steps(examples: int, training: TrainingRecipe) -> int:
     """Return the number of optimizer steps of one client in one phase of local training.
 
     Raises:
-        ValueError: ``training.epochs`` is auto (``hyperparameters.py``).
+        ValueError: ``training.epochs`` is auto (``hyperparameters.py``), and ``training.steps`` is
+            not set.
     """
     if training.steps is not None:
         return training.steps
@@ -79,15 +80,18 @@ _BITSANDBYTES = {
 def check_optimizer(optimizer: str, device: torch.device) -> None:
     """Check that an optimizer of bitsandbytes is installed, and that the device supports it.
 
+    Optimizers of torch are not checked.
+
     Raises:
-        DeviceError: bitsandbytes is missing, or does not support the device.
+        DeviceError: bitsandbytes is missing, or the optimizer does not run on the device.
     """
     if optimizer not in _BITSANDBYTES:
         return
     if device.type not in ("cuda", "cpu"):
+        devices = "a CUDA GPU" if optimizer.startswith("paged") else "a CUDA GPU or a CPU"
         raise DeviceError(
-            f"training.optimizer: {optimizer} needs a CUDA GPU or a CPU, but this run uses "
-            f"{device.type}; use adamw"
+            f"training.optimizer: {optimizer} needs {devices}, but this run uses {device.type}; "
+            "use adamw"
         )
     if optimizer.startswith("paged") and device.type != "cuda":
         unpaged = "adamw_8bit" if mixes_rows(optimizer) else "adamw"

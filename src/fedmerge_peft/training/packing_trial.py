@@ -37,14 +37,17 @@ def require_packing(runtime: Runtime, rows: Indices, recipe: Recipe) -> None:
 def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     """Return the reason why batches cannot be packed, or None.
 
-    The trial packs the shortest example twice, the median one and the longest one, for one adapter
-    and for two.
+    The trial packs four examples: the shortest one twice, the median one and the longest one. It
+    packs them once as the batch of one adapter, and once as the batches of two adapters.
     """
     order = rows[np.argsort(runtime.examples.lengths[rows], kind="stable")]
     chunk = order[[0, -1, len(order) // 2, 0]]
     labels, inputs = runtime.to_device(runtime.collate(chunk))
     if set(inputs) != {"input_ids", "attention_mask"}:
-        return f"the model's inputs are {', '.join(sorted(inputs))}, and not tokens alone"
+        return (
+            f"the model's inputs are {', '.join(sorted(inputs))}, but only input_ids and "
+            "attention_mask can be packed"
+        )
     inside = inputs["attention_mask"].bool()
     runtime.backbone.eval()
 
@@ -67,5 +70,5 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
             not difference.norm()
             <= tolerance(runtime.backbone, runtime.accelerator) * wanted.norm()
         ):
-            return "the logits differ, so examples would affect each other"
+            return "the logits differ from those of a padded batch; examples may affect each other"
     return None

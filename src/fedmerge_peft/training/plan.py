@@ -33,9 +33,9 @@ class Trained:
     row: Tensor
     """The trained adapter, ``(P,)`` float32 on the CPU."""
     loss: float
-    """Mean loss (nats) over the steps, without the proximal term."""
+    """Mean loss (nats) over the steps, without the proximal term and ``Alignment``."""
     steps: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps in all phases, including steps that were skipped in fp16."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class ClientResult:
     """Outcome of a client's plan."""
 
     deltas: Tensor
-    """δ, sent minus trained, ``(k, P)``: a row for each adapter that was trained."""
+    """δ, sent minus trained, ``(k, P)``: a row for each adapter that was trained. ``Train.privacy``
+    has been applied."""
     loss: float
     """Mean training loss (nats) of the shared adapter. For a mixture, the components' losses are
     weighted by their posterior q."""
@@ -75,10 +76,10 @@ class ClientResult:
     choice: int = 0
     """Index of the adapter that was trained, if the plan offered a choice."""
     weights: Tensor | None = None
-    """A mixture's new π, ``(d,)``."""
+    """A mixture's new π, ``(d,)``; None for other plans."""
     statistics: Tensor | None = None
     """Class statistics of ``Plan.measured_rows``, ``(rows, classes, d + 2)`` float32
-    (``features.class_statistics``)."""
+    (``features.class_statistics``); None if there are none."""
 
 
 class Plan(ABC):
@@ -130,7 +131,7 @@ class Plan(ABC):
         Args:
             losses: For each of ``scored_rows``, the summed loss (nats) of each training example,
                 ``(n,)``.
-            seed: Seed of all random draws of the plan, from which the seeds of further jobs derive.
+            seed: Seed of all random draws of the plan, from which the seeds of the jobs derive.
         """
 
     @abstractmethod

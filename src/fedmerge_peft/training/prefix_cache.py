@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POSITIONS = 4096
-"""Most positions in a pass that computes states, unless one example has more."""
+"""Largest number of positions in a pass that computes states, unless one example has more."""
 
 
 def prefix_cache(
@@ -74,7 +74,8 @@ class PrefixCache:
     only on the groups, not on later passes, and are the same on the disk and in memory.
 
     A trial batch of the shortest and the longest example first checks whether the model supports
-    the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
+    the cache. If batches are not padded, the trial uses the longest example only. If the model does
+    not support the cache, or if the states would exceed the memory limit, every batch runs all
     layers.
 
     Batches must be padded on the right to their longest example, or contain examples of one length.
@@ -110,7 +111,8 @@ class PrefixCache:
         self._stored_dtype = dtype
         self._tried = False
         self.used = False
-        """True once the trial has found that the model supports the cache."""
+        """True if the trial has run, the model supports the cache, and the states fit into memory.
+        """
         self._lengths = np.zeros(len(examples), dtype=np.int64)
         """Number of positions of each example, summed over its sequences."""
         self._parts: list[Indices] = []
@@ -133,7 +135,8 @@ class PrefixCache:
     ) -> AbstractContextManager[None]:
         """Return a context in which a forward pass on the batch of these rows uses the cache.
 
-        Call this method and enter the context under the autocast of the pass.
+        The context has no effect if the trial has disabled the cache, or if one of the rows belongs
+        to no group. Call this method and enter the context under the autocast of the pass.
 
         Args:
             rows: Rows of the table.
@@ -208,8 +211,8 @@ class PrefixCache:
         if not bool(rounded.isfinite().all()) and bool(computed.isfinite().all()):
             largest = float(computed.abs().max())
             raise RecipeError(
-                f"training.prefix_dtype: states of {largest:.3g} exceed float16; use bfloat16, "
-                "or remove the key"
+                f"training.prefix_dtype: the frozen layers' outputs reach {largest:.3g}, beyond "
+                "the range of float16; use bfloat16, or remove the key"
             )
         return rounded
 
@@ -246,7 +249,7 @@ class PrefixCache:
     # ---- the trial -------------------------------------------------------------------------------
 
     def _try_model(self, prefix: Prefix) -> str | None:
-        """Try the cache on two examples and divide all examples into parts.
+        """Try the cache on one batch. If it can be used, divide all examples into parts.
 
         Returns:
             The reason why the cache cannot be used, or None.
@@ -309,7 +312,7 @@ class PrefixCache:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Run the trial in evaluation mode, with gradients, inside the context.
+        """Set evaluation mode, enable gradients, and seed the random generators inside the context.
 
         Gradients reveal whether the states depend on trainable tensors. The model's mode and the
         random generators are restored at the end.
@@ -342,8 +345,8 @@ class PrefixCache:
 
         Returns:
             Mask of the positions in the batch that are not padding, ``(sequences, length)``; None
-            if the positions of the hidden states do not match the batch's tokens, or if the padding
-            is not on the right.
+            if the numbers of positions are unknown, if the positions of the hidden states do not
+            match the batch's tokens, or if the padding is not on the right.
         """
         mask, known = inputs.get("attention_mask"), self._examples.positions
         if known is None and mask is None and len(np.unique(self._examples.lengths[held])) > 1:

@@ -59,7 +59,7 @@ class Runtime:
     cache: PrefixCache | None = None
     """Cache that skips the layers before the first trainable one; None if the run has no cache."""
     first_token: FirstToken | None = None
-    """Cut of the last layer to the first token; None if the head reads other tokens."""
+    """Cut of the last layer to the first token; None if the layer computes all tokens."""
     head: LabeledHead | None = None
     """Output layer of a decoder at labeled positions only; None if logits are computed at all
     positions."""
@@ -182,7 +182,7 @@ class Runtime:
         """Run the model on examples and return their logits.
 
         Args:
-            model: The backbone's model, with any adapters.
+            model: The backbone's model, to which the adapters are applied.
             rows: Rows of the table.
             inputs: Their inputs on the device.
             labels: Their labels on the device.
@@ -191,8 +191,9 @@ class Runtime:
 
         Returns:
             Output of ``Task.forward``. With ``head``, the logits at labeled positions,
-            ``(positions, vocabulary)``. If ``for_losses`` is set and the logits do not fit into one
-            chunk, the cross-entropies at these positions, ``(positions,)``.
+            ``(positions, vocabulary)``. With ``head`` and ``for_losses``, if
+            ``LabeledHead.in_chunks`` is True for these positions, their cross-entropies,
+            ``(positions,)``.
 
         Raises:
             RecipeError: As in ``PrefixCache.prepare``.

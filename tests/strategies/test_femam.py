@@ -156,7 +156,7 @@ def test_every_level_needs_a_rank(formulas):
     ):
         case.strategy("femam", levels=5)
     case = formulas(2, AdapterLayout.from_tensors([("a.lora_A.weight", (4, 3), "lora")]))
-    with pytest.raises(RecipeError, match=r"strategy.name: femam cannot split this adapter"):
+    with pytest.raises(RecipeError, match=r"lora: femam cannot split this adapter"):
         case.strategy("femam")
 
 

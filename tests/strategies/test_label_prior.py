@@ -140,7 +140,7 @@ def test_the_bias_is_that_of_the_heads_last_layer():
         bias_columns(layout(*dense, out[0]), 3)
     with pytest.raises(RecipeError, match=r"ends in out.weight with 3 rows, but there are 5"):
         bias_columns(layout(*dense, *out), 5)
-    with pytest.raises(RecipeError, match="this adapter has no head to add the prior to"):
+    with pytest.raises(RecipeError, match="this adapter has no output layer to add the prior to"):
         bias_columns(AdapterLayout.from_tensors([("a.lora_A.weight", (1, 2), "lora")]), 3)
 
 

@@ -286,7 +286,7 @@ def test_methods_that_halve_the_ranks_need_an_even_rank(formulas, name):
 def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(smoke, name, lora):
     with pytest.raises(
         RecipeError,
-        match=rf"strategy.name: {name} cannot .* this adapter: .*\({lora.split('=')[0]}",
+        match=rf"lora: {name} cannot .* this adapter: .*\({lora.split('=')[0]}",
     ):
         Federation(smoke(f"strategy={name}", lora))
 

@@ -302,7 +302,7 @@ def test_clients_that_differ_only_by_noise_are_one_group(clients, common):
     noise = torch.randn(clients, 400, generator=torch.Generator().manual_seed(clients))
     found = group_by_direction(noise + common, clients, 0)
     assert found.groups.tolist() == [0] * clients
-    assert "within groups by only" in found.reason
+    assert "within groups is only" in found.reason
 
 
 def test_clients_that_repeat_themselves_but_do_not_resemble_each_other_stay_alone():

@@ -1,4 +1,4 @@
-"""Base class of strategies whose clients have different LoRA ranks."""
+"""Base class of strategies whose clients may have different LoRA ranks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fedmerge_peft.training.plan import Plan, Train
 class HeterogeneousRanks(OneHotStrategy):
     """Strategy in which a client of rank r_i uses the first r_i of the r ranks of LoRA.
 
-    The client's other ranks are zero and do not train. LoRA's scaling (alpha / r) applies to all
-    clients and does not depend on r_i. The soup has one row for each distinct r_i.
+    The client's other ranks are zero and do not train. LoRA's scaling is the same for all clients:
+    it depends on r, not on r_i. The soup has one row for each distinct r_i.
     """
 
     averages = False
@@ -41,7 +41,7 @@ class HeterogeneousRanks(OneHotStrategy):
             self.factors = layer_factors(context.layout)
         except ValueError as error:
             raise RecipeError(
-                f"strategy.name: {recipe.name} cannot use this adapter: {error}; "
+                f"lora: {recipe.name} cannot use this adapter: {error}; "
                 "use plain LoRA on linear layers, with lora.merge: factor"
             ) from error
         max_rank = max((layer.rank for layer in self.factors), default=0)
@@ -73,12 +73,14 @@ class HeterogeneousRanks(OneHotStrategy):
 
     @abstractmethod
     def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
-        """Return the layer's update that the client is sent next.
+        """Return the update B A of a layer that the client is sent next, without LoRA's scaling.
 
-        The update is relative to the backbone on which the client last trained.
+        The update is relative to the backbone with which the client last trained. It includes what
+        the server has added to the backbone since then.
 
         Returns:
-            The pair A ``(r, in)`` and B ``(out, r)``, and ‖B A‖_F².
+            The pair A ``(k, in)`` and B ``(out, k)``, and ‖B A‖_F². k is r, or larger if the
+            factors of several clients are stacked.
         """
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
@@ -102,7 +104,7 @@ class HeterogeneousRanks(OneHotStrategy):
         return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:
-        """Return a soup with the part of the row ``(P,)`` that belongs to each distinct rank."""
+        """Return a soup with the row ``(P,)``, reduced to rank r_i, for each distinct r_i."""
         return AdapterSoup(
             torch.where(self.masks, row, 0.0), self.context.layout, self.context.shared
         )

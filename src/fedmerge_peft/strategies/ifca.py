@@ -24,10 +24,10 @@ class IFCA(Clustering):
     Each client is sent all adapters and returns one. An adapter that no client chose does not
     change. A client is served the adapter that it chose last.
 
-    IFCA depends on its initialization, and LoRA increases this dependence. While B = 0, adapters
-    differ only in their random heads, so the first choice is hardly informative. Without a head,
-    all losses are equal and the first choice is random. An adapter with an early advantage may
-    attract all clients. The warnings list unused adapters; another seed may help.
+    IFCA depends on its initialization, and LoRA increases this dependence. While B = 0, only the
+    random heads of the adapters affect their losses, so the first choice is hardly informative.
+    Without a head, all losses are equal and the first choice is random. An adapter with an early
+    advantage may attract all clients. The warnings list unused adapters; another seed may help.
     """
 
     def __init__(self, recipe: recipes.IFCARecipe, context: StrategyContext) -> None:

@@ -1,4 +1,4 @@
-"""Label distributions of clients, estimated from their counts of training examples."""
+"""Label distributions of clients, estimated from their counts of training examples by label."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ def fit_concentration(counts: Tensor, others: Tensor) -> tuple[float, float]:
     A Dirichlet-multinomial distribution around the label distribution p̄_i of the other clients
     predicts client i's labels, with one concentration a for all clients:
 
-        p(c) = (n_ic + a p̄_ic) / (n_i + a)
+        p_i(c) = (n_ic + a p̄_ic) / (n_i + a),    n_i = Σ_c n_ic
 
-    The estimate of a maximizes the leave-one-out likelihood.
+    The estimate of a maximizes the leave-one-out likelihood: each example is predicted from the
+    client's other examples.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)`` float64; at least one
             for each client.
         others: For each client, the counts of the other clients by label, ``(m, classes)`` float64.
-            p̄ is estimated from them.
+            p̄_i is estimated from them.
 
     Returns:
-        a, and its gain in log-likelihood (nats) over one distribution for all clients. a is
+        a, and its gain in log-likelihood (nats) over equal distributions of all clients. a is
         infinite if the gain is at most the logarithm of the number of examples, as in the Bayesian
         information criterion with two parameters.
     """
@@ -81,7 +82,7 @@ class LabelPriors:
     def shifts(self, counts: Tensor, *, balanced: bool) -> Tensor:
         """Compute the terms that add the clients' label priors to the logits of a classifier.
 
-        The prior of a client with counts n_c is
+        The prior of a client with counts n_c, n = Σ_c n_c, is
 
             p̂_c = (n_c + a p̄_c) / (n + a)
 
@@ -90,7 +91,7 @@ class LabelPriors:
         frequencies, so the shift is log p̂.
 
         Args:
-            counts: n, ``(k, classes)``. A client without examples has the prior p̄.
+            counts: n_c, ``(k, classes)``. A client without examples has the prior p̄.
             balanced: True if the classifier was trained with ``training.logits: adjusted``.
 
         Returns:

@@ -17,22 +17,22 @@ from fedmerge_peft.training.plan import Mixture, Served
 
 
 class LabelPrior(WrappedStrategy):
-    """Wrapper that adds a label prior to the adapter that any strategy serves to a client:
+    """Wrapper of any strategy that adds label priors to the logits z_i of served adapters:
 
         z_i(x) + log p̂_i − log p̄    (z_i(x) + log p̂_i if ``balanced``)
 
-    z_i are the logits of the adapter that the wrapped strategy serves. ``LabelPriors.shifts``
-    describes the estimates p̂_i and p̄. The sum is exact, because the logarithms are added to the
-    bias of the head's last layer. In the soup, the logarithms are own parts of the clients'
-    adapters, so all exported adapters contain them. Clients train adapters without the priors.
+    ``LabelPriors.shifts`` describes the estimates p̂_i and p̄. The sum is exact, because the
+    logarithms are added to the bias of the head's last layer. In the soup, the logarithms are own
+    parts of the clients' adapters, so the exported adapter of a client contains them. Clients train
+    adapters without the priors.
     """
 
     def __init__(self, inner: Strategy, context: StrategyContext, *, balanced: bool) -> None:
         """Wrap a strategy.
 
         Args:
-            inner: The strategy.
-            context: Context of the strategy, with label counts.
+            inner: The strategy to wrap.
+            context: Context of this strategy, with label counts.
             balanced: As in ``LabelPriors.shifts``.
 
         Raises:
@@ -53,7 +53,7 @@ class LabelPrior(WrappedStrategy):
 
     @property
     def soup(self) -> AdapterSoup:
-        """The strategy's soup, with the priors as own parts of the clients."""
+        """Soup of the wrapped strategy, with the priors as own parts of the clients' adapters."""
         inner = self.inner.soup
         return replace(inner, own=self.own if inner.own is None else inner.own.plus(self.own))
 
@@ -81,12 +81,12 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
     """Return the columns of the bias of the head's last layer, ``(classes,)`` int64.
 
     Raises:
-        RecipeError: The adapter has no head; the head's last layer has no bias, or its number of
-            rows differs from ``classes``.
+        RecipeError: The adapter's head has no matrix, or there is no head. The head's last layer
+            has no bias, or its number of rows differs from ``classes``.
     """
     matrix, bias = layout.classifier, layout.classifier_bias
     if matrix is None:
-        reason = "this adapter has no head to add the prior to"
+        reason = "this adapter has no output layer to add the prior to"
     elif matrix.shape[0] != classes:
         reason = (
             f"the head ends in {matrix.key} with {matrix.shape[0]} rows, but there are {classes} "

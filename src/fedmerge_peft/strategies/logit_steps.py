@@ -13,13 +13,14 @@ from fedmerge_peft.util.stateful import Stateful
 
 _ADAM_LR = 0.3
 _ADAM_DECAY = 0.9
-"""Decay of the squared gradients with ``rule: adam``. It is low, because a federation has few
+"""Decay of the running average of G² with ``rule: adam``. It is low, because a federation has few
 rounds."""
 
 
 class LogitSteps(Stateful):
-    """Steps of the logits along G, with running moments of G, ``(rows, d)`` each.
+    """Steps of the merging logits W that follow from their gradient ρ G (``server_step.py``).
 
+    The state contains running averages of G and, for ``rule: adam``, of G², each ``(rows, d)``.
     There is one row for each client, or one row for each client and block.
     """
 
@@ -35,10 +36,12 @@ class LogitSteps(Stateful):
         self.recipe = recipe
         head = context.layout.columns("head")
         if recipe.weights_columns == "head" and len(head) == 0:
-            raise RecipeError(
-                "strategy.weights_columns: this adapter has no head; "
-                "use all, or name the head in lora.modules_to_save"
+            reason, remedy = (
+                ("the head is private and not merged", "head: shared")
+                if recipe.private_head
+                else ("this adapter has no head", "name the head in lora.modules_to_save")
             )
+            raise RecipeError(f"strategy.weights_columns: {reason}; use all, or {remedy}")
         by_head = recipe.weights_columns == "head" or (
             recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
         )
@@ -53,12 +56,13 @@ class LogitSteps(Stateful):
     def compute(self, rows: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
         """Compute the steps to subtract from these rows of logits, ``(k, d)`` float64.
 
-        The steps use an exponential moving average of G over the rounds in which a client replied.
+        The steps use an exponential moving average of G over the rounds in which the row's client
+        replied.
 
         Args:
             rows: Indices of the rows, ``(k,)``.
             gradient: G, ``(k, d)`` float64.
-            shares: ρ, ``(k,)`` float64.
+            shares: ρ of the rows' clients, ``(k,)`` float64.
         """
         memory = self.recipe.weights_memory
         self.rounds[rows] += 1

@@ -61,7 +61,7 @@ class MeanUpdates(Stateful):
         """Compute the agreement of each client's updates over its rounds, ``(k,)`` float64.
 
         The agreement is the mean inner product of two updates of a client from different rounds,
-        divided by the mean square of the client's updates:
+        divided by the mean squared norm of the client's updates:
         (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for one round.
         """
         counts, squares = self._counts[self.clients].double(), self._squares[self.clients]

@@ -13,20 +13,21 @@ from fedmerge_peft.util.stateful import Stateful
 
 
 class OwnHead(Stateful):
-    """Own heads of the clients, as a second block of merging weights.
+    """Own heads of the clients, which are mixed with their merged heads.
 
     The head of client i is merged from the heads of the soup and from its own head H_i:
 
         θ_i,head = (1 − s_i) Σ_j π_ij Θ_j,head + s_i H_i,    H_i ← H_i − δ_i,head
 
     In the columns of the head, H_i thus has the weight s_i, and adapter j has the weight
-    (1 − s_i) π_ij. An own head starts with the client's first reply; until then s_i counts as 0.
+    (1 − s_i) π_ij. An own head starts with the first update of the client that this object
+    receives; until then s_i counts as 0.
     """
 
     state_fields = ("rows", "shares", "started")
 
     def __init__(self, size: int, shares: Tensor) -> None:
-        """Create heads that no client has started.
+        """Create own heads, none of which has started.
 
         Args:
             size: h, the number of parameters of a head.
@@ -43,7 +44,7 @@ class OwnHead(Stateful):
 
         Args:
             clients: Client indices, ``(k,)``.
-            served: The heads that these clients trained, ``(k, h)``.
+            served: The heads that these clients were sent, ``(k, h)``.
             deltas: δ in the columns of the head, ``(k, h)``.
         """
         new = ~self.started[clients]
@@ -79,8 +80,8 @@ def make_own_heads(
         groups: Their groups, ``(k,)``.
 
     Returns:
-        The own heads, or None if the head is shared, and a list with the decision and its reason.
-        The list is empty if ``auto`` lacks label counts or a head.
+        The own heads, or None if all s_i are 0, and a list with the decision and its reason. The
+        list is empty if ``auto`` lacks label counts or a head.
     """
     counts = context.label_counts
     if share != "auto":
@@ -110,12 +111,15 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
     estimated, gain = own_shares(counts[clients], groups[known])
     shares = estimated.mean().repeat(len(counts))
     shares[clients] = estimated
-    reason = (
-        "the clients' own label distributions explain the labels better than those of their "
-        f"groups, by {gain:.0f} nats in total"
-        if shares.any()
-        else "within a group, clients have about the same labels"
-    )
+    if shares.any():
+        reason = (
+            "the clients' own label distributions explain the labels better than those of their "
+            f"groups, by {gain:.0f} nats in total"
+        )
+    elif len(groups[known].unique()) == len(clients):
+        reason = "each group has only one client with known labels"
+    else:
+        reason = "within a group, clients have about the same labels"
     return shares, reason
 
 
@@ -135,8 +139,8 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
 
     Returns:
         The shares ``(m,)`` float32, from 0 to 1, and their gain in log-likelihood (nats) over equal
-        distributions. The shares are 0 if the gain is at most the logarithm of the number of
-        examples, as in the Bayesian information criterion with two parameters.
+        distributions within each group. The shares are 0 if the gain is at most the logarithm of
+        the number of examples, as in the Bayesian information criterion with two parameters.
     """
     counts = counts.double()
     sums = torch.zeros(int(groups.max()) + 1, counts.shape[1], dtype=torch.float64)

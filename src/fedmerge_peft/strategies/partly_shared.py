@@ -24,7 +24,9 @@ from fedmerge_peft.util.row_buffer import RowBuffer
 
 
 class PartlyShared(WrappedStrategy):
-    """Wrapper that applies any strategy to some tensors φ of the adapter.
+    """Wrapper that applies a strategy to some tensors φ of the adapter.
+
+    The strategy's plans must be ``Train`` or ``Choose``, with which a client trains one adapter.
 
     The other tensors h_i are private to each client. In each round a client trains both at once,
     from φ as sent and its last h_i:
@@ -49,9 +51,10 @@ class PartlyShared(WrappedStrategy):
         """Create the strategy of the shared tensors.
 
         Args:
-            make: Function that creates the strategy from a context with the shared tensors only.
+            make: Function that creates the strategy from a context whose layout and fresh rows
+                contain the shared tensors only.
             context: Context with all tensors.
-            shared: Function that selects the shared tensors.
+            shared: Function that returns True for the entries of shared tensors.
         """
         layout, self.shared = context.layout.select(shared)
         self.layout, self.tensors = context.layout, context.shared
@@ -92,8 +95,8 @@ class PartlyShared(WrappedStrategy):
         if isinstance(plan, Choose):
             return Choose(self._join(plan.rows, client))
         raise RecipeError(
-            f"strategy.head: private needs clients that train one adapter in a round, but "
-            f"this strategy has {type(plan).__name__} plans; use head: shared"
+            "strategy.head: private needs clients that train one adapter in a round (plans Train "
+            f"or Choose), but this strategy has {type(plan).__name__} plans; use head: shared"
         )
 
     def served(self, client: int) -> Tensor:
@@ -121,7 +124,12 @@ class PartlyShared(WrappedStrategy):
         return self.inner.gap(shared, trained[:, self.shared])
 
     def _join(self, shared: Tensor, client: int) -> Tensor:
-        """Return shared columns, and a client's private part, as rows ``(P,)`` or ``(k, P)``."""
+        """Combine shared columns and a client's private part into rows ``(P,)`` or ``(k, P)``.
+
+        Args:
+            shared: The shared columns, ``(P_φ,)`` or ``(k, P_φ)``.
+            client: The client.
+        """
         rows = shared.new_empty(*shared.shape[:-1], self.layout.size)
         rows[..., self.shared] = shared
         rows[..., ~self.shared] = self.private_rows[client]
@@ -140,7 +148,7 @@ class PartlyShared(WrappedStrategy):
 
 
 class PrivateHeads(PartlyShared):
-    """Wrapper that applies any strategy to the body of the adapter and keeps the heads private.
+    """Wrapper that applies a strategy to the body of the adapter and keeps the heads private.
 
     The head consists of the modules that the recipe trains in full.
     """
@@ -198,8 +206,8 @@ class FedSALora(PartlyShared):
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
         if not suffix_mask(context.layout, A_SUFFIXES).any():
             raise RecipeError(
-                "strategy.name: fedsa_lora averages A, which is not trained in this adapter; "
-                "set lora.merge to factor"
+                "lora.merge: fedsa_lora averages A, which is not trained in this adapter; "
+                "use merge: factor"
             )
         super().__init__(
             lambda inner: FedAvg(recipe, inner),

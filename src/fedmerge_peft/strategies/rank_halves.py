@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
-from fedmerge_peft.adapters.lora_factors import layer_factors, rank_mask
+from fedmerge_peft.adapters.lora_factors import LayerFactors, layer_factors, rank_mask
 from fedmerge_peft.errors import RecipeError
 
 
@@ -24,14 +24,13 @@ def rank_halves(strategy: str, layout: AdapterLayout) -> tuple[Tensor, Tensor]:
     Raises:
         RecipeError: The adapter is not plain LoRA, or a layer's rank is odd.
     """
-    first, second = rank_parts(strategy, layout, 2)
-    odd = [
-        f"{layer.module} has rank {layer.rank}" for layer in layer_factors(layout) if layer.rank % 2
-    ]
+    layers = _layers(strategy, layout)
+    odd = [f"{layer.module} has rank {layer.rank}" for layer in layers if layer.rank % 2]
     if odd:
         raise RecipeError(
             f"lora.r: {strategy} splits the ranks in half, but {odd[0]}; use an even rank"
         )
+    first, second = rank_parts(strategy, layout, 2)
     return first, second
 
 
@@ -49,22 +48,26 @@ def rank_parts(strategy: str, layout: AdapterLayout, count: int) -> list[Tensor]
     Raises:
         RecipeError: The adapter is not plain LoRA, or a layer's rank is less than n.
     """
-    try:
-        layers = layer_factors(layout)
-        parts = [
-            rank_mask(layout, partial(_part, number=number, count=count)) for number in range(count)
-        ]
-    except ValueError as error:
-        raise RecipeError(
-            f"strategy.name: {strategy} cannot split this adapter: {error}; "
-            "use plain LoRA on linear layers, with lora.merge: factor"
-        ) from error
+    layers = _layers(strategy, layout)
     if small := [layer for layer in layers if layer.rank < count]:
         raise RecipeError(
             f"lora.r: {strategy} splits the ranks into {count} parts, but {small[0].module} "
             f"has rank {small[0].rank}; use a rank of at least {count}"
         )
-    return parts
+    return [
+        rank_mask(layout, partial(_part, number=number, count=count)) for number in range(count)
+    ]
+
+
+def _layers(strategy: str, layout: AdapterLayout) -> list[LayerFactors]:
+    """Return the factors of all layers; raise ``RecipeError`` if the adapter is not plain LoRA."""
+    try:
+        return layer_factors(layout)
+    except ValueError as error:
+        raise RecipeError(
+            f"lora: {strategy} cannot split this adapter: {error}; "
+            "use plain LoRA on linear layers, with lora.merge: factor"
+        ) from error
 
 
 def _part(rank: int, number: int, count: int) -> slice:

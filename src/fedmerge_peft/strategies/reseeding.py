@@ -13,11 +13,12 @@ from fedmerge_peft.util.stateful import Stateful
 class Reseeding(Stateful):
     """Reassignment of an unused adapter to some clients of the most used adapter.
 
-    The reassignment happens once an adapter has been unused for ``patience`` rounds. The clients
-    that replied, and whose largest weight is that of the most used adapter, are split in two by the
-    directions of their updates, as clustered federated learning splits a cluster (Sattler et al.
-    2020, arXiv 1910.01991). The unused adapter becomes a copy of the most used adapter, and the
-    smaller part of these clients moves to it. Fewer than two such clients are not split.
+    The reassignment happens when an adapter has been unused for ``patience`` consecutive rounds.
+    The clients that replied, and whose largest weight is that of the most used adapter, are split
+    in two by the directions of their updates, as clustered federated learning splits a cluster
+    (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a copy of the most used
+    adapter, and the smaller part of these clients moves to it. Fewer than two such clients are not
+    split.
     """
 
     state_fields = ("idle",)

@@ -57,8 +57,8 @@ class RoLora(OneHotStrategy):
         random = suffix_mask(context.layout, RANDOM_INIT_SUFFIXES)
         if not random.any():
             raise RecipeError(
-                "strategy.name: rolora trains A and B in turn, but A is not trained in this "
-                "adapter; set lora.merge to factor"
+                "lora.merge: rolora trains A and B in turn, but A is not trained in this adapter; "
+                "use merge: factor"
             )
         self.masks = (factors & ~random, random)
         """Masks of the factors that train in odd and in even rounds, each ``(P,)`` bool."""
@@ -76,7 +76,7 @@ class RoLora(OneHotStrategy):
         """Last round in which each client took part, from 1, ``(m,)`` int64; 0 before its first."""
 
     def trained(self, rounds: int) -> Tensor:
-        """Return a mask ``(P,)`` of the columns that train after ``rounds`` completed rounds."""
+        """Return a mask ``(P,)`` of the columns that train in the round after ``rounds`` rounds."""
         return self.masks[rounds % 2] | self.plain
 
     def plan(self, client: int) -> Plan:

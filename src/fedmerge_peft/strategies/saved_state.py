@@ -33,7 +33,7 @@ class SavedState:
     def of(cls, strategy: Strategy) -> Self:
         """Copy the state of a strategy; large float32 tensors go to a ``RowBuffer``.
 
-        A soup in bfloat16 or on disk is not copied, because its rows are never changed in place.
+        Rows in bfloat16 or on disk are not copied, because they are never changed in place.
         """
         buffer = RowBuffer()
 
@@ -85,17 +85,18 @@ class SavedState:
         norms = _norms(soup.rows)
         if not all_finite(norms):
             return "the soup would not be finite"
-        parts = {"the weights": strategy.weights, **soup.base}
+        parts = {"the weights": strategy.weights}
+        parts |= {f"the update of the backbone's {name}": part for name, part in soup.base.items()}
         for name, value in strategy.state_dict().items():
             before = self.state.get(name)
             if isinstance(value, Tensor) and (not isinstance(before, Tensor) or all_finite(before)):
-                parts[name] = value
+                parts[f"the strategy's state {name}"] = value
         for name, value in parts.items():
             if not all_finite(value):
                 return f"{name} would not be finite"
         largest = float(norms.max())
         if largest > _MAX_SOUP_NORM:
-            return f"an adapter would have the norm {largest:.3g}"
+            return f"an adapter would have the norm {largest:.3g}, above {_MAX_SOUP_NORM:.0e}"
         return None
 
 

@@ -18,7 +18,7 @@ _ADAPTIVITY = 1e-3
 """FedOpt's τ, which Adam adds to the square root of the second moment."""
 
 Gradient = Callable[[slice], Tensor]
-"""Function from columns to the gradient of Θ in these columns, ``(d, w)``."""
+"""Function that computes the gradient of Θ in the given w columns, ``(d, w)``."""
 
 
 class ServerOptimizer(Stateful):
@@ -48,7 +48,11 @@ class ServerOptimizer(Stateful):
         return self._rows.detach().clone()
 
     def step_columns(self, rows: Tensor, gradient: Gradient, round: int) -> Tensor:
-        """Return ``step`` of the gradient in all columns. The round has no effect."""
+        """Return the new rows ``(d, P)``, as ``step``. The argument ``rows`` is not changed.
+
+        The method has the interface of ``StoredSGD.step_columns``, but computes all columns at once
+        and does not use the round.
+        """
         return self.step(rows, gradient(slice(None)))
 
     def repeat(self, adapters: int) -> None:

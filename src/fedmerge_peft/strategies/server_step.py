@@ -1,7 +1,7 @@
 """FedMerge's server step: update of the soup and the merging weights from the clients' replies.
 
 Symbols (arXiv 2504.06768): Θ is the soup, W the logits and π = softmax(W). θ_i = Σ_j π_ij Θ_j is
-the adapter sent to client i, δ_i = θ_i(sent) − θ_i(trained) its reply, n_i its number of training
+the adapter sent to client i, δ_i = θ_i(sent) − θ_i(trained) its update, n_i its number of training
 examples, and ρ_i = n_i / Σ n. The objective is Σ_i ρ_i ℓ_i(θ_i). With δ_i in place of the gradient
 of ℓ_i, the chain rule yields
 
@@ -51,11 +51,12 @@ def fedmerge_step(
         rule: Update rule of W and Θ.
 
             - ``normalized``: W_i ← W_i − lr · G_i / max_j |G_ij|, then the soup step with the new
-              π. The step does not depend on the scale of a client's reply, so all clients
+              π. The step of W does not depend on the norm of a client's update, so all clients
               specialize at the same pace.
             - ``paper``: the rule of the authors' program. G ← G / Σ|G| over all clients and
-              adapters; W ← W − k · 0.01 ρ_i G_ij, where k is the first count at which some |ΔW|
-              exceeds lr (10 001 if none does); then the soup step with the new π.
+              adapters; W_ij ← W_ij − k · 0.01 ρ_i G_ij, where k is the smallest number of such
+              steps with which an entry of W changes by more than lr, but at most 10 001; then the
+              soup step with the new π.
             - ``gradient``: the chain rule at one point, W_ij ← W_ij − lr · ρ_i G_ij and
               Θ_j ← Θ_j − η Σ_i ρ_i π_ij δ_i.
 
@@ -64,8 +65,8 @@ def fedmerge_step(
         weights_lr: lr above. Default: 0.3 for ``normalized``, 1 for ``gradient``, 0.01 for
             ``paper``.
         soup_lr: η.
-        columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P. The authors use the
-            columns of the last linear layer.
+        columns: Columns that enter ⟨·,·⟩, as indices, a mask or a slice. Default: all P. The
+            authors use the columns of the last linear layer.
 
     Returns:
         The new soup ``(d, P)`` and logits ``(m, d)``, in the dtypes of the arguments.
@@ -91,7 +92,9 @@ def fedmerge_step(
 
 
 def soup_shares(weights: Tensor, shares: Tensor) -> Tensor:
-    """Compute the weight of each client's update for each adapter; columns sum to 1.
+    """Compute the weight of each client's update for each adapter.
+
+    Columns sum to 1, or are zero if no client has a weight for the adapter.
 
     q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', ``(m, d)`` float64.
 
@@ -137,7 +140,7 @@ def weights_gradient(
         soup: Θ, ``(d, P)``.
         weights: π, ``(m, d)``.
         deltas: δ, ``(m, P)``.
-        columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P.
+        columns: Columns that enter ⟨·,·⟩, as indices, a mask or a slice. Default: all P.
         norms: ‖δ_i‖₂ over all P columns, ``(m,)``, if known. This saves a pass over the deltas.
     """
     if columns is not None:
@@ -154,8 +157,8 @@ def weights_gradient(
         scores += (deltas[:, part] @ centered.T.to(deltas)).double()
         lengths.append(torch.stack([centered.norm(dim=1), rows.norm(dim=1)]))
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
-    # If adapters are equal, only the rounding errors of the products and of the rows (which were
-    # rounded independently) remain. A normalizing rule would amplify these errors.
+    # If adapters are equal, only the rounding errors of the products and of the rows themselves
+    # remain. A normalizing rule would amplify these errors.
     spread, length = reduce(torch.hypot, lengths).amax(dim=1)
     eps, coarseness = torch.finfo(rows.dtype).eps, torch.finfo(soup.dtype).eps
     longest = spread + coarseness / eps * length * soup.shape[1] ** -0.5
@@ -174,7 +177,7 @@ def _scale_rows(gradient: Tensor) -> Tensor:
 def _paper_step(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
     """Compute k · 0.01 ρ_i G_ij / Σ|G|, ``(m, d)``.
 
-    k is the smallest count with which an absolute entry exceeds lr, and at most 10 001.
+    k is the smallest number with which an absolute entry exceeds lr, but at most 10 001.
     """
     total = gradient.abs().sum()
     if total == 0:
@@ -190,10 +193,12 @@ def _shares(
 ) -> Tensor:
     """Check the arguments of ``fedmerge_step`` and return ρ, ``(m,)`` float64."""
     n = torch.as_tensor(sizes, dtype=torch.float64, device=deltas.device)
-    if soup.ndim != 2 or logits.ndim != 2 or deltas.ndim != 2 or n.ndim != 1:
-        raise ValueError("expected soup (d, P), logits (m, d), deltas (m, P), sizes (m,)")
-    (d, p), m = soup.shape, len(logits)
-    if logits.shape != (m, d) or deltas.shape != (m, p) or n.shape != (m,) or m == 0:
+    if (
+        (soup.ndim, logits.ndim, deltas.ndim, n.ndim) != (2, 2, 2, 1)
+        or logits.shape != (len(n), len(soup))
+        or deltas.shape != (len(n), soup.shape[1])
+        or len(n) == 0
+    ):
         raise ValueError(
             "expected soup (d, P), logits (m, d), deltas (m, P), sizes (m,), m > 0; "
             f"got {tuple(soup.shape)}, {tuple(logits.shape)}, {tuple(deltas.shape)}, "

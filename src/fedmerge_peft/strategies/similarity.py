@@ -15,12 +15,12 @@ from fedmerge_peft.util import row_buffer
 from fedmerge_peft.util.row_storage import column_chunks, in_chunks, read
 
 _MIN_EXCESS = 0.12
-"""Smallest excess of the agreement within groups over the agreement of unrelated clients."""
+"""Smallest excess of the agreement within groups over that of unrelated clients, to form groups."""
 _MIN_FURTHER = 0.25
 """Smallest excess for dividing a group. It is larger than ``_MIN_EXCESS``, because the excess that
 arises by chance is larger among few clients."""
 _CONFLICT = 0.3
-"""Smallest ratio of the excess to the agreement of the whole updates of all clients."""
+"""Smallest ratio of the excess to the agreement of all clients' whole updates, to form groups."""
 _FEWEST = 6
 """Smallest group that may be divided further. With fewer clients, agreement is too uncertain."""
 _ALONE = 0.75
@@ -82,7 +82,8 @@ def group_by_direction(
         deltas: Updates, ``(clients, P)``, sent minus trained, or their means over several rounds.
         max_groups: Largest number of groups.
         seed: Seed of the starts of k-means.
-        count: Number of groups; None to determine it.
+        count: Number of groups, limited to ``max_groups``; None to determine it. Fewer groups are
+            formed if there are fewer different directions.
         center: Common part of the directions, ``(1, P)``; None for their mean.
         repeatability: Agreement of each client's updates of different rounds, ``(clients,)``
             (``MeanUpdates.repeatability``); None if it is unknown.
@@ -96,7 +97,12 @@ def group_by_direction(
     )
     if count is not None:
         groups = k_means(coordinates(directions), min(count, max_groups), seed)
-        return Grouping(groups, "as set in the recipe", directions)
+        reason = (
+            "as set in the recipe"
+            if len(groups.unique()) == count
+            else f"fewer than the {count} set in the recipe, because not enough updates differ"
+        )
+        return Grouping(groups, reason, directions)
     groups, excess = _divide(whole, directions, max_groups, seed, _MIN_EXCESS)
     together = agreement(whole, torch.zeros(clients, dtype=torch.int64))
     compared = f"updates agree to {together:.2f} (mean cosine) with those of all other clients"
@@ -108,7 +114,13 @@ def group_by_direction(
     if 1 < clients <= max_groups and together < _ALONE * own:
         reason = f"{compared}, but to {own:.2f} with the same client's updates of other rounds"
         return Grouping(torch.arange(clients), reason, directions)
-    reason = f"{compared}, and their agreement within groups is only {excess:.2f} above chance"
+    if clients == 1:
+        reason = "only one client has replied"
+    elif min(max_groups, clients - 1) < 2:
+        limit = "strategy.adapters is 1" if max_groups == 1 else "only two clients have replied"
+        reason = f"{compared}, and no groups were tried, because {limit}"
+    else:
+        reason = f"{compared}, and their agreement within groups is only {excess:.2f} above chance"
     return Grouping(groups, reason, directions)
 
 
@@ -141,7 +153,7 @@ def _divide(
 
 
 def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: int) -> Tensor:
-    """Divide groups as long as their clients form groups; return the new groups, ``(m,)``.
+    """Divide groups as long as their clients form smaller groups; return the new groups, ``(m,)``.
 
     Within a group, the cosines ``(m, m)`` of the centered directions take the place of the cosines
     of the whole updates.
@@ -172,13 +184,17 @@ def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: i
 
 
 def _recentered(cosines: Tensor) -> Tensor:
-    """Return the cosines of unit vectors after their mean is subtracted, ``(m, m)``."""
+    """Return the cosines of unit vectors after their mean is subtracted, ``(m, m)``.
+
+    Args:
+        cosines: Cosines of the unit vectors themselves, ``(m, m)`` float64.
+    """
     products = cosines - cosines.mean(dim=0) - cosines.mean(dim=1, keepdim=True) + cosines.mean()
     return _normalized(products, 64 * len(cosines) * torch.finfo(torch.float64).eps)
 
 
 def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
-    """Split updates ``(m, P)`` into two groups by direction; return the groups, ``(m,)`` int64."""
+    """Split updates ``(m, P)`` in two by direction; return the group of each, ``(m,)`` int64."""
     return k_means(coordinates(cosines(deltas)), 2, seed)
 
 

@@ -6,10 +6,10 @@ similarity instead: updates of honest clients differ, because their data differ,
 pursue one objective. FoolsGold reduces the weight of similar clients to zero, even in a small group
 of honest clients with similar data. Here, similar clients share the weight of one.
 
-For each adapter, let c_ik = cos(δ_i, δ_k) be the cosines of its users, and w_i their weights. The
-usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, and at least 0. Pairs of
-colluders are less than a quarter of the pairs as long as colluders are less than half of the users.
-The similarity κ beyond the usual one, and the votes s that remain, are
+For each adapter, let c_ik = cos(δ_i, δ_k) be the cosines of its users (``aggregation.py``), and w_i
+their weights. The usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, and at
+least 0. Pairs of colluders are less than a quarter of the pairs as long as colluders are less than
+half of the users. The similarity κ beyond the usual one, and the votes s that remain, are
 
     κ_ik = max(0, c_ik − t) / (1 − t),    κ_ii = 1
     s_i  = w_i / Σ_k κ_ik

@@ -1,4 +1,4 @@
-"""FedMerge's soup in bfloat16 or on disk: its storage and its server step."""
+"""FedMerge's soup in the recipe's storage, and the server step in bfloat16 or on disk."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def make_server(
 class StoredSGD(Stateful):
     """SGD on a soup in bfloat16 or on disk, in chunks of columns. It has no state.
 
-    Θ_j ← Θ_j − η Δ_j is computed in float32. In a soup in bfloat16, the result is rounded at random
-    (``StochasticRounding``).
+    Θ_j ← Θ_j − η Δ_j, where Δ_j is the combined update, is computed in float32. In a soup in
+    bfloat16, the result is rounded at random (``StochasticRounding``).
     """
 
     def __init__(self, lr: float, storage: RowStorage, seed: int) -> None:

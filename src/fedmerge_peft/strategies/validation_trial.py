@@ -13,11 +13,12 @@ from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.util.stateful import Stateful
 
 FIRST, LAST = 3, 8
-"""Rounds after the grouping: the first in which ``OwnTrial`` may end, and the last for trials."""
+"""Rounds after the grouping, counted from 1: ``OwnTrial`` may end from round ``FIRST`` on, and no
+trial continues after round ``LAST``."""
 _LEAST_HARM = 0.01
 """Smallest relative rise of the validation loss by merging that is not attributed to chance."""
 _LASTING = 0.8
-"""Smallest ratio of the harm to the previous round's harm at which the harm persists."""
+"""Smallest ratio of the harm to that of the previous comparison at which the harm persists."""
 _LEAST_GAIN = 0.02
 """Smallest relative fall of the validation loss by grouping at which the groups are kept."""
 _CERTAIN = 3
@@ -28,7 +29,7 @@ _ROUNDS_WITHOUT_GAIN = 2
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Mean validation losses (nats) over the clients that have reported both losses."""
+    """Mean validation losses (nats) of own and merged adapters, over clients with both losses."""
 
     own: float
     """Mean loss of the adapters that the clients had trained, (1/k) Σ_i L_i(θ_i(trained))."""
@@ -179,10 +180,12 @@ class GroupTrials(Stateful):
             self.common = None
 
     def decide(self, number: int, replies: Sequence[Reply]) -> list[tuple[Outcome, str]]:
-        """Return the outcomes, with reasons, of the trials that end now.
+        """Return the outcomes that trials reach with this round's replies, and the reasons.
+
+        A trial with an outcome ends. In round ``LAST``, trials without an outcome also end.
 
         Args:
-            number: Number of rounds since the grouping.
+            number: Round after the grouping, from 1.
             replies: Replies of this round.
         """
         outcomes: list[tuple[Outcome, str]] = []

@@ -13,7 +13,11 @@ from fedmerge_peft.training.plan import Plan
 
 
 class WrappedStrategy(Strategy):
-    """Strategy with the behavior of ``inner``, except for what a subclass overrides."""
+    """Strategy that delegates to ``inner``.
+
+    A subclass must define ``soup``. ``adapter`` and ``served`` are not delegated: by default, they
+    merge the rows of this soup with the weights of ``inner``.
+    """
 
     state_fields: ClassVar[tuple[str, ...]] = ("inner",)
 

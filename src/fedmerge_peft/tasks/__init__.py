@@ -1,7 +1,7 @@
 """Tasks: from examples to batches, losses and metrics.
 
-The module of a task has the task's name; ``base`` has the interface. The other modules contain code
-that several tasks share:
+The module of a task has the task's name; ``base`` has the interface. The other modules contain
+parts of tasks, most of which several tasks share:
 
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
   ``choices``, ``choice_labels``, ``imbalance``
@@ -13,7 +13,7 @@ that several tasks share:
 - chats: ``chat_messages``, ``chat_template``, ``chat_tokens``, ``chat_turns``
 - generated text: ``text_generation``, ``generation``
 - images and sounds: ``media``, ``media_files``, ``images``, ``pictures``, ``pixels``, ``sound``
-- metrics: ``metrics``, ``calibration``, and one ``..._metrics`` module for each kind of output
+- metrics: ``metrics``, ``calibration``, and the modules ``..._metrics`` for some kinds of output
 - rows after tokenization and truncation: ``shown``, ``cuts``
 - division of batches into passes of the model: ``passes``
 """
@@ -61,13 +61,14 @@ def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
     Args:
         recipe: Its sections ``task`` and ``backbone`` are used.
         table: All rows of the federation, to infer the labels and check the columns.
-        model_folder: Local folder or hub id of the model with the tokenizer or image processor.
+        model_folder: Local folder or hub id of the model with the tokenizer, or with the processor
+            of images or sounds.
 
     Raises:
         DataError: The data do not match the recipe.
         RecipeError: The recipe names a label that the data do not have, or a metric or loss that
             does not suit them.
-        BackboneError: The tokenizer or image processor cannot be loaded.
+        BackboneError: The tokenizer, the processor or the model's configuration cannot be loaded.
     """
     task = task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)
     check_class_weights(recipe.task, task.labels)

@@ -115,7 +115,7 @@ def test_messages_without_a_chat_template_are_refused_with_the_fix(task_of):
         ),
         (
             [[{"role": "assistant", "content": "a", "weight": 0}]],
-            "a message in 'messages' has the weight 0, but weights of messages are not supported",
+            "a message in 'messages' has the weight 0, but only the weight 1 is supported",
         ),
         (["hello"], r"row 0 \(from 0, of the rows that the run uses\): 'messages' must be a list"),
         (

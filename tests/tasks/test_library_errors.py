@@ -154,7 +154,9 @@ def test_several_templates_without_a_default_are_refused(task_of):
     task = task_of("llama", CHATS, **CHAT_TASK)
     template = task.processor.chat_template
     task.processor.chat_template = {"tool_use": template, "rag": template}
-    with pytest.raises(DataError, match=r"several \(rag, tool_use\) and none is called default"):
+    with pytest.raises(
+        DataError, match=r"several chat templates \(rag, tool_use\) and none is called"
+    ):
         task.encode(CHATS)
 
 

@@ -1,4 +1,4 @@
-"""Windows of a context, labeled with an answer, and the best answer span of a window."""
+"""Extractive question answering: windows of contexts, their labels, and the best answer span."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Answer:
 
     text: str
     score: float
-    """Sum of the logits of the first and last token; infinite for references."""
+    """Start logit of the first token plus end logit of the last token; infinite for references."""
     probability: float
-    """Product of the probabilities of the first and last token; 1 for references."""
+    """Softmax probability of the first token as the start, times that of the last token as the end,
+    both over the window; 1 for references."""
     start: int = 0
-    """Index of the first character in the context."""
+    """Index of the answer's first character in the context; 0 if there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Window:
 
     ids: list[int]
     types: list[int]
-    """Token types; empty if the model does not read them."""
+    """Token types; empty if the model does not read them or the tokenizer does not return them."""
     places: list[tuple[int, int]]
     """Begin and end of each token's characters in the context, end excluded; (-1, -1) for tokens
     outside of the context."""
@@ -72,11 +73,13 @@ class AnswerWindows:
         self.with_types = with_types and "token_type_ids" in tokenizer.model_input_names
         special: int = tokenizer.num_special_tokens_to_add(pair=True)
         self.longest_question = (length - special) // 2
-        """Maximum length of a question in tokens: half of a window without special tokens."""
+        """Maximum length of a question in tokens: half of a window minus its special tokens."""
         if stride >= self.longest_question:
+            room = self.longest_question
+            lower = f"set task.stride to less than {room}, or " if room > 0 else ""
             raise DataError(
-                f"task.stride: windows of {length} tokens have too little room to share {stride} "
-                "tokens of the context; lower task.stride, or raise task.max_length"
+                f"task.stride: windows of {length} tokens have too little room for a question and "
+                f"{stride} shared tokens of the context; {lower}raise task.max_length"
             )
 
     def of_row(
@@ -92,7 +95,8 @@ class AnswerWindows:
         with library_errors(
             lambda reason: DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"the tokenizer fails on {context[:80]!r}: {reason}"
+                f"the tokenizer fails on the question {question[:80]!r} or the context "
+                f"{context[:80]!r}: {reason}"
             )
         ):
             question = question.lstrip()
@@ -132,7 +136,7 @@ class AnswerWindows:
         return places
 
     def _none(self, ids: Sequence[int]) -> int:
-        """Return the index of the token that stands for no answer: CLS, else BOS, else 0."""
+        """Return the index of the token for no answer: CLS, else BOS, else the first token."""
         for token in (self._tokenizer.cls_token_id, self._tokenizer.bos_token_id):
             if token is not None and token in ids:
                 return ids.index(token)
@@ -150,14 +154,15 @@ class AnswerWindows:
         return Answer("", float(logits[:, place].sum()), float(chances.prod()))
 
     def best_span(self, logits: Tensor, places: Tensor, context: str, longest: int) -> Answer:
-        """Return argmax over spans (i, j) of s_i + e_j, with 0 ≤ j − i < longest.
+        """Return the answer argmax s_i + e_j over spans (i, j) with 0 ≤ j − i < longest.
 
-        The result is an empty answer with the score −∞ if no token belongs to the context.
+        A span begins and ends with tokens that contain characters of the context. Without such a
+        token, the result is an empty answer with the score −∞.
 
         Args:
             logits: Start logits s and end logits e, ``(2, length)``.
             places: ``Window.places``, ``(length, 2)``.
-            context: The context.
+            context: The whole context, into which ``places`` are indices.
             longest: Maximum number of tokens of an answer.
         """
         allowed = (places[:, 0] >= 0) & (places[:, 1] > places[:, 0])
@@ -197,7 +202,8 @@ def read_answers(
     """Read the answers of each row; return empty lists if the recipe names no column of answers.
 
     An entry is ``{text: [...], answer_start: [...]}``, a list of ``{text, answer_start}``, or the
-    JSON of either. Recipes for predictions (``to_predict``) name no column.
+    JSON of either. Answers with an empty text are dropped. Recipes for predictions (``to_predict``)
+    name no column.
 
     Raises:
         DataError: The column does not exist; an entry has another form; a text is not in its
@@ -221,12 +227,13 @@ def read_answers(
                 pairs = zip(answer.text, there, strict=False)
                 differ = (at for at, (own, other) in enumerate(pairs) if own != other)
                 same = next(differ, len(there))
-                begin = max(same - 40, 0)  # the first difference is shown
+                begin = max(same - 40, 0)  # the message shows the first difference
+                part = f" (shown from character {begin} of the answer on)" if begin else ""
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     "the context does not have the answer "
                     f"{answer.text[begin:][:80]!r} at answer_start {answer.start}"
-                    f"{f', but {there[begin:][:80]!r}' if answer.start >= 0 else ''}; "
+                    f"{f', but {there[begin:][:80]!r}' if answer.start >= 0 else ''}{part}; "
                     "correct the row"
                 )
         if not own and not recipe.no_answer:

@@ -34,7 +34,7 @@ _RANDOM = {"apply_spec_augment": False, "layerdrop": 0.0}
 
 
 class AudioClassificationTask(Classification, MediaTask):
-    """Classification of sounds, such as words, speakers or noises.
+    """Classification of sounds, for example by word, speaker or kind of noise.
 
     The model's own feature extractor processes each sound once. Models train without SpecAugment
     and LayerDrop. For the arguments, see ``MediaTask``.
@@ -85,12 +85,12 @@ class AudioClassificationTask(Classification, MediaTask):
     def encode(self, table: Dataset) -> Examples:
         """Decode all sounds, and run the feature extractor on each one separately.
 
-        Sounds of more than ``max_seconds`` are cut (``Examples.cuts``).
+        Sounds of more than ``max_seconds`` are cut at their end (``Examples.cuts``).
 
         Raises:
-            DataError: A sound is missing, cannot be decoded or processed, is too short, or has
-                another sampling rate than the model; the message names the row. Or the labels do
-                not match the recipe.
+            DataError: The labels do not match the recipe; a sound is missing or too short, cannot
+                be decoded or processed, or has another sampling rate than the model. The message
+                about a sound names its row.
         """
         labels = self.targets(self.recipe, table, self.labels)
         rate = self.processor.sampling_rate
@@ -107,9 +107,10 @@ class AudioClassificationTask(Classification, MediaTask):
         )
 
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Set ``positions`` to the lengths after the convolutions, if the model reads raw samples.
+        """Set ``positions`` to the lengths after the model's convolutions.
 
-        For the arguments, see ``Task.finish``.
+        Without raw samples as inputs, or if the model has no method for these lengths, return the
+        examples unchanged. For the arguments, see ``Task.finish``.
         """
         count = getattr(model, "_get_feat_extract_output_lengths", None)
         if count is None or examples.columns[self._input_name][0].ndim > 1:
@@ -120,9 +121,9 @@ class AudioClassificationTask(Classification, MediaTask):
         """Stack examples, padded with zeros.
 
         Returns:
-            ``input_values`` float32 ``(batch, samples)``, or the feature extractor's spectrograms
-            ``(batch, frames, ...)``; ``attention_mask`` ``(batch, samples)`` or ``(batch, frames)``
-            if lengths differ; and ``labels`` ``(batch,)``.
+            The feature extractor's output, float32: samples ``(batch, samples)``, or spectrograms
+            such as ``(batch, frames, bins)``; if lengths differ, ``attention_mask`` over the second
+            axis; and ``labels`` ``(batch,)``.
         """
         inputs = [examples.columns[self._input_name][index] for index in indices]
         labels = torch.stack([examples.columns["labels"][index] for index in indices])
@@ -151,7 +152,7 @@ def _noise(seed: int, count: int) -> Samples:
 
 
 def _as_row(value: Any) -> dict[str, Any]:
-    """Return an input as a row: a path, or an array and its rate (None: the model's rate)."""
+    """Return an input as ``{path, array, sampling_rate}``; a rate of None is the model's rate."""
     if isinstance(value, str | Path):
         return {"path": str(value), "array": None, "sampling_rate": None}
     if isinstance(value, np.ndarray):

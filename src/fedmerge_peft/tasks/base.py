@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 """``compute_metrics(predictions, references)``, which returns numbers by name."""
 Batch = dict[str, Tensor]
-"""Keyword arguments of the model, and ``labels``."""
+"""Keyword arguments of the model. Batches of examples, but not of prompts, also have ``labels``."""
 SEQUENCES = "sequences"
 """Column with the lengths of an example's sequences, such as its choices or windows."""
 Padding = Literal["right", "left", "none", "alone"]
@@ -36,7 +36,7 @@ alone: a pass has one example."""
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples, created once before the first round: one tensor per example and column."""
+    """Encoded examples or prompts: one tensor per example and column."""
 
     columns: Mapping[str, Sequence[Tensor]]
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Examples:
 
     @property
     def sequences(self) -> Sequence[Tensor] | None:
-        """Lengths of each example's concatenated sequences; None if each example has only one."""
+        """Lengths of each example's concatenated sequences; None for tasks with one per example."""
         return self.columns.get(SEQUENCES)
 
     @cached_property
@@ -67,7 +67,7 @@ class Task(ABC):
     auto_model: ClassVar[str]
     """Transformers class that loads the backbone, such as AutoModelForCausalLM."""
     peft_task_type: ClassVar[str | None]
-    """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
+    """PEFT's task type, such as SEQ_CLS; None if PEFT has no type for the task's models."""
     heads: ClassVar[tuple[str, ...]] = ()
     """Names of the task's heads in transformers. They belong to the adapter, and the pretrained
     model may lack them. Empty for tasks that use the pretrained output layer."""
@@ -108,7 +108,7 @@ class Task(ABC):
     padding: Padding = "right"
     """Padding of batches. ``training/input_trial.py`` chooses it for the loaded model."""
     paddings: ClassVar[Sequence[Padding]] = ("right", "left", "none", "alone")
-    """Choices for ``padding``, the best first. A model that fails with each of them is refused."""
+    """Choices for ``padding``, the best first. A model whose outputs allow none is refused."""
     prompt_padding: Padding = "left"
     """Padding of prompts for generation, chosen like ``padding``."""
     prompt_paddings: ClassVar[Sequence[Padding]] = ("left", "none", "alone")
@@ -120,9 +120,9 @@ class Task(ABC):
         """Prepare the task.
 
         Args:
-            recipe: The task's section.
-            backbone: Section of the model with the tokenizer or image processor.
-            table: All rows of the federation, for labels and columns.
+            recipe: The recipe's section ``task``.
+            backbone: The recipe's section ``backbone``.
+            table: Rows that determine labels and format; on one machine, all of the federation.
             model_folder: Local folder or hub id of the model.
         """
 
@@ -171,10 +171,10 @@ class Task(ABC):
             logits: Output of ``forward``, such as ``(batch, classes)`` or ``(batch, length,
                 vocabulary)``. With ``token_targets``, it may also be the logits at the n targets
                 alone, ``(n, vocabulary)``, or their cross-entropies, ``(n,)``.
-            labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
+            labels: Such as ``(batch,)`` or ``(batch, length)``; -100 marks places without a label.
 
         Returns:
-            Two float32 tensors ``(batch,)``: sum of the losses in nats, and number of terms.
+            Two float32 tensors ``(batch,)``: summed losses (nats or squared errors), and counts.
         """
 
     def training_losses(
@@ -193,12 +193,12 @@ class Task(ABC):
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
         """Return the divisor of a batch's losses: the number of loss terms.
 
-        A task with class weights may return the sum of weights. Arguments: see ``training_losses``.
+        With class weights, it is the sum of the terms' weights. Arguments: see ``training_losses``.
         """
         return self.count_terms(labels)
 
     def class_weights(self, examples: Examples, indices: NDArray[Any]) -> Tensor | None:
-        """Return a client's label weights, ``(labels,)``; None if all are 1.
+        """Return weights of labels for a client's training loss, ``(labels,)``; None if all are 1.
 
         Args:
             examples: Output of ``encode``.
@@ -214,16 +214,16 @@ class Task(ABC):
         return None
 
     def match_inputs(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to match
-        """Adapt the encoding to the loaded model, and check that tokenizer and model match.
+        """Adapt encoding and model configuration to each other; check the tokenizer of the model.
 
         Raises:
-            BackboneError: Model and tokenizer do not match.
+            BackboneError: The model does not match the tokenizer, or does not suit the task.
         """
 
     def probe(self) -> Examples | None:
-        """Return a short and two long examples to try the model; return None to skip the trial.
+        """Return a short example and two long ones of equal length, to try the model.
 
-        If the task has no padding, all three have the same length.
+        If the task has no padding, all three have the same length. None skips the trial.
         """
         return None
 
@@ -237,7 +237,7 @@ class Task(ABC):
         raise TypeError(f"{type(self).__name__} does not generate text")
 
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add values that depend on the loaded model to the examples, once before the first round.
+        """Add values that depend on the loaded model to a run's examples, once after ``encode``.
 
         Args:
             model: PEFT model with any adapter.
@@ -260,7 +260,7 @@ class Task(ABC):
     def outputs(
         self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Mapping[str, Compared]:
-        """Return the result of ``predict``. A task that also needs the examples overrides this."""
+        """Return outputs and references as in ``predict``, with the help of examples if needed."""
         return self.predict(logits, labels)
 
     def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Task(ABC):
         """Return the result of ``run.predict`` for each example. Not for tasks with ``completes``.
 
         Args:
-            logits: Output of the model, float32, for the batch of these examples.
+            logits: Output of ``forward`` for these examples, as float32.
             examples: Output of ``encode``.
             indices: Examples of the batch.
         """
@@ -294,7 +294,7 @@ class Task(ABC):
 
         Args:
             recipe: The task's section.
-            table: All rows of the federation.
+            table: Rows.
 
         Raises:
             DataError: A column does not exist, or has unsuitable or missing values.
@@ -337,7 +337,7 @@ class Task(ABC):
 
     @classmethod
     def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the feature type and a valid value of each column that is not text."""
+        """Return the feature type and a placeholder value of each column of labels or targets."""
         from datasets import ClassLabel
 
         column = recipe.label_column
@@ -350,7 +350,7 @@ class Task(ABC):
 
     @classmethod
     def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
-        """Convert inputs of predictions to rows with the task's columns and placeholder labels.
+        """Convert inputs of predictions to rows for ``encode``, with placeholder labels if needed.
 
         Raises ``DataError`` for an input that the task does not accept.
         """

@@ -15,10 +15,10 @@ _BINS = 15
 
 
 def class_scores(metrics: Sequence[str], logits: Tensor, labels: Tensor) -> dict[str, Compared]:
-    """Return ``{"class_scores": (probabilities, labels)}``; empty if no metric reads them.
+    """Return ``{"class_scores": (probabilities, labels)}``; ``{}`` if no metric compares these.
 
     Args:
-        metrics: Metrics of the task.
+        metrics: Names of the task's metrics.
         logits: ``(n, classes)``.
         labels: ``(n,)``.
     """

@@ -58,15 +58,18 @@ class CausalLMTask(TextGeneration, TokenTask):
     Args:
         recipe: Format, columns, lengths and metrics.
         backbone: Location of the tokenizer.
-        table: All rows of the federation. Their columns determine the format.
+        table: All rows of the federation. Their columns determine the format, unless the recipe
+            names it.
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: The columns match no format; a length exceeds the model's limit; or the
-            recipe's ``template`` or ``chat_template`` is invalid.
+        DataError: The columns do not match the recipe's format or, without one, any format; a
+            length exceeds the model's limit; the braces of ``template`` do not match; or
+            ``chat_template`` is a name that none of the tokenizer's templates has.
         RecipeError: The metrics need generated text, but the data have no prompts; or ``loss`` does
             not match the format of the data.
-        BackboneError: The tokenizer or the model's configuration cannot be loaded.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded; or the tokenizer
+            has an invalid length limit, or neither a pad nor an end-of-sequence token.
     """
 
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
@@ -146,15 +149,19 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
-        An end-of-sequence token is appended to texts and completions. The chat template determines
-        the end of a chat. If a prompt's tokens are not a prefix of the tokens of prompt +
-        completion, both are tokenized separately; a warning states the number of such rows.
-        ``Examples.cuts`` lists rows that are truncated or have no text to learn.
+        The tokenizer's end-of-sequence token, if any, is appended to texts and completions. The
+        chat template determines the end of a chat. If a prompt's tokens are not a prefix of the
+        tokens of prompt + completion, both are tokenized separately; a warning states the number of
+        such rows. ``Examples.cuts`` lists rows that are truncated, or whose prompts are truncated
+        for generation, and rows that have no text to learn.
 
         Raises:
             DataError: A column does not exist, has the wrong type, or has nulls; a text contains a
-                special token that the recipe does not allow; a chat is invalid; a row has no token
-                to predict.
+                special token that is refused (``TextTokens.reject_special``); a prompt is empty
+                (``TextTokens.prompts``); a chat is invalid, or cannot be rendered
+                (``ChatTokens.rows``); a chat does not end with the assistant's message, but a
+                metric needs generated text; a token has no embedding; a row has no token to
+                predict.
         """
         generation = Examples({})
         if self.format == "messages":
@@ -179,14 +186,17 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             labels.append([ids[place] if labeled[place] else IGNORED for place in kept])
             if self.loss != "all" and sum(labeled[place] for place in kept) < sum(labeled):
                 unlearned.append(row)
-            # The first token is not predicted. Without its label, each label is one loss term.
+            # No token precedes and predicts the first one. Its label is removed, so that the
+            # number of labels is the number of loss terms.
             labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
+                remedy = (
+                    "raise task.max_length" if len(ids) > length else "correct or remove the row"
+                )
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     f"{len(kept)} token(s) leave nothing to "
-                    f"predict: {self.processor.decode(ids)[:80]!r}"
-                    + ("; raise task.max_length" if len(ids) > length else "")
+                    f"predict: {self.processor.decode(ids)[:80]!r}; {remedy}"
                 )
             if no_text.issuperset(labels[row]):
                 blank.append(row)
@@ -219,7 +229,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return self._tokens.kept(*row, self.max_length, whole=self.loss == "completion")
 
     def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
-        """Return examples, prompts and references; the last two are empty for plain texts."""
+        """Return examples, the tokens of prompts, and completions; no prompts for plain texts."""
         if self.format == "text":
             texts = read_texts(table, self.recipe.text, "task.text")
             self._tokens.reject_special(texts)
@@ -300,8 +310,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             prompts: Texts as in training, or lists of messages, which the chat template formats.
 
         Raises:
-            DataError: A prompt is neither text nor messages; a text is empty, and the tokenizer has
-                no begin-of-sequence token; there is no chat template, or it rejects a chat.
+            DataError: A prompt is neither text nor messages; a text has no tokens, and the
+                tokenizer has no begin-of-sequence token; messages are invalid or end with the
+                assistant's (``parse_prompt``); there is no chat template, or it rejects a chat.
         """
         texts = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
         chats = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list | tuple)]
@@ -326,5 +337,5 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
 
 def _before_last(logits: Tensor) -> Tensor:
-    """Return the logits without the last position, if all positions have logits."""
+    """Drop the last of ``(batch, length, vocabulary)``; return logits at targets unchanged."""
     return logits[:, :-1] if logits.ndim == 3 else logits

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 """``role``, ``content``, and further keys that the chat template reads."""
 
 CONVERSATIONS = "conversations"
-"""Column of ShareGPT's format, which is read if there is no column of messages."""
+"""Column of ShareGPT's format. It is read if the table lacks the column ``recipe.messages``."""
 _SYSTEM = "system"
 """Optional column beside ``conversations`` with the system prompt of each row."""
 _ROLES = {
@@ -41,14 +41,15 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages of one row."""
+    """Messages of one row, or of one prompt to complete."""
 
     messages: list[Message]
     prompt: int
     """Number of messages before the completion. The completion is the last message, unless the
-    table has a column of completions."""
+    chat is read from a column of prompts and a column of completions. In a prompt to complete, this
+    is the number of all messages."""
     tools: list[Any] | None = None
-    """Descriptions of the tools that the assistant may call."""
+    """Descriptions of the tools that the assistant may call; None if there are none."""
 
     @property
     def roles(self) -> list[str]:
@@ -59,9 +60,13 @@ class Chat:
 def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
     """Return the columns that contain the chats: one column, or prompt and completion.
 
-    The result is empty if the table has no chats. Prompt and completion are chats if the entries of
-    both are lists, or if ``recipe.format`` is messages. Raises ``DataError`` if only one of the two
-    columns has lists.
+    A column of messages or conversations comes first, unless ``recipe.format`` is
+    prompt-completion. Prompt and completion are chats if the entries of both are lists, or if
+    ``recipe.format`` is messages. The result is empty if the table has no chats.
+
+    Raises:
+        DataError: Only one of prompt and completion has lists, ``recipe.format`` is not messages,
+            and there is no column of chats that comes first.
     """
     for column in (recipe.messages, CONVERSATIONS):
         if column in table.column_names and recipe.format != "prompt-completion":
@@ -72,7 +77,7 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
         for column in pair
     ]
     both = set(pair) <= set(table.column_names)
-    # format=messages also accepts columns of JSON text, and columns without examples
+    # format=messages also accepts JSON text, and the columns of empty tables, which lack a type
     if all(lists) or (both and recipe.format == "messages"):
         return pair
     if any(lists) and both:
@@ -137,14 +142,17 @@ def parse_prompt(recipe: CausalLMRecipe, value: Any, where: str) -> Chat:
 
 
 def add_system(prompt: str | None, messages: list[Message]) -> list[Message]:
-    """Put a system prompt before messages that do not begin with one."""
+    """Put a system prompt, if any, before messages.
+
+    Messages that begin with one of the system or the developer are returned unchanged.
+    """
     if prompt is None or messages[0]["role"] in ("system", "developer"):
         return messages
     return [{"role": "system", "content": prompt}, *messages]
 
 
 def _system_prompt(value: Any, where: str) -> str | None:
-    """Check an entry of the column with system prompts and return it; return None if it is empty.
+    """Check and return an entry of the column with system prompts; None if it is empty or null.
 
     Raises ``DataError`` if it is not a text.
     """
@@ -156,9 +164,10 @@ def _system_prompt(value: Any, where: str) -> str | None:
 def parse_messages(value: Any, column: str, where: str) -> list[Message]:
     """Convert one chat to the messages that chat templates expect.
 
-    ``from`` and ``value`` become ``role`` and ``content``. Text parts of a content are joined. JSON
-    objects in arguments of tool calls are parsed. Keys with the value None are removed, because
-    Arrow gives all messages the same keys, with None for those that a message lacks.
+    ``from`` and ``value`` become ``role`` and ``content``. Text parts of a content are joined. A
+    ``function_call`` becomes one of ``tool_calls``. JSON objects in arguments of tool calls are
+    parsed. Keys with the value None are removed, because Arrow gives all messages the same keys,
+    with None for those that a message lacks.
 
     Args:
         value: List of messages, or its JSON text.
@@ -166,8 +175,8 @@ def parse_messages(value: Any, column: str, where: str) -> list[Message]:
         where: Beginning of error messages, such as the row.
 
     Raises:
-        DataError: There is no list of messages; a message lacks a role or a text, or has an invalid
-            part, tool call or weight.
+        DataError: There is no list of messages, or it is empty; a message lacks a role or, without
+            tool calls, a text; it has an invalid part or tool call, or a weight other than 1.
     """
     if isinstance(value, str):
         value = _parsed(value)
@@ -203,9 +212,9 @@ def _message(message: Any, column: str, where: str) -> Message:
         )
     if cleaned.get("weight", 1) != 1:
         raise DataError(
-            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but weights of "
-            "messages are not supported: all turns of the assistant are learned; remove the key, "
-            "or cut the chat before this message"
+            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but only the "
+            "weight 1 is supported, which no weight also means; remove the key, or cut the chat "
+            "before this message"
         )
     return {**cleaned, "content": content}
 
@@ -228,7 +237,10 @@ def _joined(parts: Sequence[Any], column: str, where: str) -> str:
 
 
 def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
-    """Check tool calls, and parse arguments that are the JSON of an object."""
+    """Check tool calls, and parse arguments that are the JSON of an object.
+
+    Raises ``DataError`` for a call without the name of a function.
+    """
     calls = _parsed(calls) if isinstance(calls, str) else calls
     checked = []
     for call in calls if isinstance(calls, list) else [calls]:

@@ -21,17 +21,17 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise ``DataError`` if a tokenizer has no chat template, or several without a default."""
+    """Raise ``DataError`` if a tokenizer has no chat template, or several but none as default."""
     templates = tokenizer.chat_template
     if not templates:
         raise DataError(
-            "task.format: messages needs a tokenizer with a chat template, but this one has none; "
-            "set task.chat_template, name the tokenizer of an instruct or chat model in "
-            "backbone.tokenizer, or use prompt and completion columns of plain text"
+            "a chat needs a tokenizer with a chat template, but this one has none; set "
+            "task.chat_template, name the tokenizer of an instruct or chat model in "
+            "backbone.tokenizer, or use prompts and completions of plain text"
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise DataError(
-            "task.format: messages needs a chat template, but the tokenizer has several "
+            "task.chat_template: the tokenizer has several chat templates "
             f"({join_values(sorted(templates))}) and none is called default; set "
             "task.chat_template to the name of one of them"
         )
@@ -61,10 +61,11 @@ def resolve_template(tokenizer: Any, template: str) -> str:
 
 
 def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
-    """Set a tokenizer's chat template to the recipe's, and add the system prompt to the template.
+    """Set a tokenizer's chat template to the recipe's, and add the recipe's system prompt to it.
 
-    The tokenizer then renders chats as the task does, without the recipe. Chats that begin with a
-    system prompt keep it.
+    The tokenizer then renders chats as the task does, without the recipe. If the recipe sets no
+    template, the tokenizer keeps its own. Chats that begin with a message of the system or the
+    developer do not get the recipe's prompt.
 
     Raises:
         DataError: ``recipe.chat_template`` is a name, and the tokenizer has no template of this
@@ -95,10 +96,11 @@ def check_contents(
     Args:
         chats: Chats.
         texts: Rendered chats.
-        error: Function from the index of a chat and a fault to the error.
+        error: Function that returns the error for the index of a chat and a description of its
+            fault.
 
     Raises:
-        DataError: The template leaves out a tool.
+        DataError: The template leaves out the name of a tool that a chat describes or calls.
     """
     lost = []
     for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
@@ -125,15 +127,15 @@ def check_contents(
 
 
 def warn_of_missing_stops(tokenizer: Any, rows: Sequence[tuple[list[int], list[bool]]]) -> None:
-    """Warn of examples whose last token with a loss, ignoring whitespace, is not a special token.
+    """Warn of examples whose last token with a loss, ignoring whitespace, is an ordinary token.
 
-    A model stops at a special token. Without one, it does not learn the end of its turns. For
-    example, GLM's template writes no token at the end of a turn, because the next turn begins with
-    one.
+    A model stops at a special or added token. Without one, it does not learn the end of its turns.
+    For example, GLM's template writes no such token at the end of a turn, because the next turn
+    begins with one.
 
     Args:
         tokenizer: Tokenizer.
-        rows: Token ids and True for each token with a loss, one pair per example.
+        rows: Token ids, and True for each token with a loss, one pair per example.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     endless = []

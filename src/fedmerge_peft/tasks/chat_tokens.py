@@ -36,16 +36,17 @@ logger = logging.getLogger(__name__)
 _OTHERS = {"user", "system", "developer", "tool"}
 """Roles whose messages a model does not write."""
 Loss = Literal["assistant", "completion", "all"]
-"""Part of a chat with a loss."""
+"""Part of an example that has a loss."""
 Row = tuple[list[int], list[bool]]
 """Token ids of an example, and True for each token with a loss."""
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOT_FOUND = (
-    "the chat template renders the assistant's turns differently without the messages after them, "
-    "so the turns are not found in the chat; use another task.chat_template or, in the task "
-    "causal-lm, either set task.loss=all, or set task.loss=assistant and put {% generation %} and "
-    "{% endgeneration %} around the assistant's turns in the template"
+    "the assistant's turns are not found in the chat; usually, the chat template renders them "
+    "differently without the messages after them, or writes nothing for an empty message; use "
+    "another task.chat_template or, in the task causal-lm, either set task.loss=all, or set "
+    "task.loss=assistant and put {% generation %} and {% endgeneration %} around the assistant's "
+    "turns in the template"
 )
 
 
@@ -71,16 +72,17 @@ class ChatTokens:
 
         Args:
             chats: Chats.
-            loss: Part with a loss. assistant: all turns of the assistant, which the template marks
-                or, without marks, the module ``chat_turns`` finds; completion: the messages from
-                the index ``chat.prompt`` on; all: all tokens.
+            loss: Part with a loss. assistant: all turns of the assistant, as the template marks
+                them or, without marks, as the module ``chat_turns`` finds them; completion: the
+                messages from the index ``chat.prompt`` on; all: all tokens. Marks are not used in
+                chats whose messages contain special tokens.
 
         Returns:
             Token ids, and True for each token with a loss, one pair per chat.
 
         Raises:
-            DataError: The tokenizer has no chat template; the template rejects a chat, or leaves
-                out a tool of the chat; a chat has no turn to learn, or the turn is not found.
+            DataError: There is no default chat template; it rejects a chat, or leaves out a tool of
+                the chat; a chat has no turn to learn, or the turn is not found.
         """
         check_template(self._tokenizer)
         texts = [self._render(row, chat, chat.messages) for row, chat in enumerate(chats)]
@@ -118,7 +120,10 @@ class ChatTokens:
     def _warn_about_prompts(
         self, rows: Sequence[Row], chats: Sequence[Chat], written: Sequence[bool], loss: Loss
     ) -> None:
-        """Warn of chats whose last turn does not follow the generation prompt."""
+        """Warn of chats whose last turn with a loss does not follow the generation prompt.
+
+        Chats whose messages contain special tokens (``written``) are not checked.
+        """
         if loss == "all":
             return
         last = {
@@ -171,7 +176,9 @@ class ChatTokens:
             ]
 
     def final_turns(self, chats: Sequence[Chat]) -> tuple[list[list[int]], list[str]]:
-        """Return the tokens before the last message of each chat, and the content of this message.
+        """Return each chat's tokens for generation, and the content of its last message.
+
+        The tokens are those of the messages before the last one, with the generation prompt.
 
         Raises:
             DataError: The last message is not the assistant's; there is no chat template, or it
@@ -181,8 +188,9 @@ class ChatTokens:
             if chat.roles[-1] != "assistant":
                 raise self.error(
                     row,
-                    f"the last message has the role {chat.roles[-1]}; generation needs the role "
-                    "assistant",
+                    f"the last message has the role {chat.roles[-1]}, but metrics of generated "
+                    "text need one of the assistant; end the chat with one, remove the row, or "
+                    "remove these metrics from task.metrics",
                 )
         last = [Chat(chat.messages, len(chat.messages) - 1, chat.tools) for chat in chats]
         return self.prompts(last), [chat.messages[-1]["content"] for chat in chats]
@@ -217,7 +225,7 @@ class ChatTokens:
         return common_prefix(ids, self._ids([text[:end]])[0])
 
     def error(self, row: int, fault: str) -> DataError:
-        """Return a ``DataError`` that names a chat."""
+        """Return a ``DataError`` that names a chat and states its fault."""
         return DataError(f"{self._item.format(row)}: {fault}")
 
     # ---- turns -----------------------------------------------------------------------------------
@@ -250,12 +258,11 @@ class ChatTokens:
         """Return the parts of a rendered chat that have a loss.
 
         The second result is False if the template's marks differ from the turns that are found.
+        Raises ``DataError`` if there is no turn to learn, or it is neither marked nor found.
         """
         if loss == "all":
             return [(0, len(text))], True
-
         render = partial(self._render, row, chat)
-
         marked = self._marked(chat) if loss == "assistant" else []
         try:
             spans = [
@@ -338,7 +345,7 @@ class ChatTokens:
         ]
 
     def _writes_tokens(self, messages: Sequence[Message]) -> bool:
-        """Return True if a special token is written in any of the messages."""
+        """Return True if any of the messages contains the text of a special token."""
         return any(
             self._special.first_in(text) for message in messages for text in strings(message)
         )
@@ -353,7 +360,7 @@ class ChatTokens:
     def _sanitized_row(self, row: int, chat: Chat, loss: Loss) -> Row:
         """Tokenize a chat whose messages contain special tokens, and mark the tokens with a loss.
 
-        The turns are found by comparing token ids instead of texts.
+        The turns are found by comparing token ids. Raises ``DataError`` if one is not found.
         """
         ids = self._sanitized(row, chat, chat.messages)
         labeled = [loss == "all"] * len(ids)
@@ -369,9 +376,10 @@ class ChatTokens:
                 raise self.error(
                     row,
                     "a message contains a special token, so the assistant's turns must be found "
-                    "by comparing tokens, but the chat template renders these turns differently "
-                    "without the messages after them; remove the special token or the row, or set "
-                    "task.loss=all (only in the task causal-lm)",
+                    "by comparing tokens, but a turn is not found: it is the first message, or the "
+                    "chat template renders it differently without the messages after it; remove "
+                    "the special token or the row, or set task.loss=all (only in the task "
+                    "causal-lm)",
                 )
             labeled[begin : len(end)] = [True] * (len(end) - begin)
         return ids, labeled
@@ -381,7 +389,7 @@ def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
     """Mark the tokens that overlap a part of a text as labeled, in place.
 
     Args:
-        row: Token ids and labels of the text.
+        row: Token ids of the text, and True for each labeled token.
         before: Token ids of the text before the part.
         until: Token ids of the text up to the end of the part.
     """

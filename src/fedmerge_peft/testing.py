@@ -57,7 +57,10 @@ def isolated_registries() -> Iterator[None]:
 
 
 def strategy_recipe(name: str, **settings: Any) -> StrategyRecipe:
-    """Return a strategy's section. Raises ``pydantic.ValidationError`` for invalid settings."""
+    """Return the recipe section of a strategy with these settings.
+
+    Raises ``pydantic.ValidationError`` for invalid settings.
+    """
     import_installed()
     section: StrategyRecipe = TypeAdapter(AnyStrategy).validate_python({"name": name, **settings})
     return section
@@ -116,7 +119,7 @@ class FormulaClients:
         )
         """Minima c of the losses, ``(m, P)``, from a standard normal distribution."""
         self.shares = torch.tensor(self.sizes) / sum(self.sizes)
-        """ρ_i = n_i / n, ``(m,)``."""
+        """Shares ρ_i = n_i / Σ_j n_j of the training examples, ``(m,)``."""
 
     def fresh_row(self, number: int) -> Tensor:
         """Return the ``number``-th random adapter ``(P,)``, with B = 0 as in PEFT."""

@@ -79,7 +79,7 @@ def test_an_error_reaches_another_process_unchanged(error):
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("cuda:1", "cuda:1 is one device, but 2 ranks were started"), ("mps", "mps is one device")],
+    [("cuda:1", "cuda:1 does not suit 2 ranks"), ("mps", "mps does not suit 2 ranks")],
 )
 def test_each_rank_uses_a_device_of_its_own(monkeypatch, wanted, message):
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -242,7 +242,7 @@ def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenized_apart_and_
         examples = task.encode(table)
     assert (
         "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + "
-        "completion (first: row 0)" in caplog.text
+        "completion (first: row 0, from 0)" in caplog.text
     )
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
 

@@ -20,7 +20,7 @@ from fedmerge_peft.tasks.tokenization import as_bytes, from_bytes
 IGNORED = -100
 """Label of a position without a loss."""
 DEFAULT_LENGTH = 1024
-"""Maximum length in tokens if the recipe sets none and the model's limit is larger."""
+"""Maximum length in tokens if the recipe sets none, and the model has no limit or a larger one."""
 
 
 class TextGeneration(Task):

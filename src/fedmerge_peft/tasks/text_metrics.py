@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = tuple[Sequence[int], Sequence[Any]]
-"""Numbers and unit vectors of a row's texts: anchor, positive and, if there is one, negative."""
+"""Ids and unit vectors of a row's texts: anchor, positive and, if there is one, negative. Equal
+texts have the same id."""
 
 
 def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
@@ -30,7 +31,11 @@ def chrf(generated: Sequence[str], references: Sequence[str]) -> float:
 
 
 def squad_exact_match(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Compute the fraction of predictions that equal one of their answers after normalization."""
+    """Compute the fraction of predictions that equal one of their answers after normalization.
+
+    Normalization leaves only words in lower case, without punctuation and articles. Answers without
+    such words are ignored if there are other answers (SQuAD 2, Rajpurkar 2018).
+    """
     return _best_of(predicted, answers, lambda text, answer: float(text == answer))
 
 
@@ -56,7 +61,7 @@ def _best_of(
 
 
 def _normalized(text: str) -> list[str]:
-    """Return the words of an answer, in lower case, without punctuation and articles."""
+    """Return a text's words in lower case, without ASCII punctuation and English articles."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
@@ -92,8 +97,8 @@ def _ranks(anchors: Sequence[Any], rows: Sequence[Row]) -> NDArray[np.int64]:
     other texts that are equally near.
 
     Args:
-        anchors: Unit vectors.
-        rows: Numbers and unit vectors of each row's texts.
+        anchors: Unit vector of each row's anchor.
+        rows: Ids and unit vectors of each row's texts.
     """
     pool: dict[int, Any] = {}
     positives: dict[int, set[int]] = {}

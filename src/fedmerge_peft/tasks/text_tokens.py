@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class TextTokens:
-    """Tokenizer of texts with the special tokens that language models expect.
+    """Conversion of texts to the token ids that causal language models expect.
 
     Args:
         tokenizer: Tokenizer of transformers.
-        reading: Reading of special tokens that are written in texts: ``text`` for characters,
-            ``tokens`` for tokens, or None to refuse them (``reject_special``).
+        reading: How to read special tokens that are written in texts, such as ``</s>``. ``text``:
+            as characters; ``tokens``: as special tokens; None: ``reject_special`` refuses them.
     """
 
     def __init__(self, tokenizer: Any, reading: Literal["text", "tokens"] | None) -> None:
@@ -32,7 +32,8 @@ class TextTokens:
         """Raise ``DataError`` for the first text with refused special tokens.
 
         If ``reading`` is None, all special tokens are refused. If it is ``text``, special tokens
-        are refused only if the tokenizer cannot read them as characters.
+        are refused only if the tokenizer cannot read them as characters. If it is ``tokens``, none
+        are refused.
         """
         if self._reading == "tokens":
             return
@@ -63,7 +64,7 @@ class TextTokens:
 
         Args:
             texts: Texts.
-            special: Add the tokenizer's initial special tokens.
+            special: Add the tokenizer's special tokens, except an end-of-sequence token at the end.
             end: Append the end-of-sequence token, if the tokenizer has one.
         """
         eos = self._tokenizer.eos_token_id
@@ -107,7 +108,8 @@ class TextTokens:
 
         A completion ends with an end-of-sequence token, if the tokenizer has one. If a prompt's
         tokens are not a prefix of the tokens of prompt + completion, both are tokenized separately,
-        with a warning. Errors are those of ``prompts``.
+        with a warning. The completion of an empty prompt is also tokenized separately, but without
+        a warning. Errors are those of ``prompts``.
         """
         starts = self.prompts(prompts)
         joined = self.rows(
@@ -132,8 +134,8 @@ class TextTokens:
         if mismatched:
             logger.warning(
                 "in %d of %d rows the prompt's tokens are not a prefix of the tokens of prompt + "
-                "completion (first: row %d); both were tokenized separately. Often the prompt ends "
-                "with a space that belongs to the completion",
+                "completion (first: row %d, from 0); both were tokenized separately. Often the "
+                "prompt ends with a space that belongs to the completion",
                 len(mismatched),
                 len(starts),
                 mismatched[0],
@@ -156,16 +158,19 @@ class TextTokens:
     ) -> list[int]:
         """Return the indices of the tokens of an example that truncation keeps, in order.
 
-        Examples are truncated on the right if that keeps a token with a loss (except with
-        ``whole``), or if no token has a loss. Otherwise, the first part with a loss is kept, and
-        the context before it is truncated on the left, but keeps a begin-of-sequence token. At
-        least one token of the context remains, because the model predicts the next token from it.
+        Examples longer than ``length`` are truncated on the right if that keeps a token with a loss
+        (except with ``whole``), or if no token has a loss. Otherwise, the first run of tokens with
+        a loss is kept, and the context before it is truncated on the left, but keeps a
+        begin-of-sequence token. At least one token of the context remains, because the model
+        predicts the next token from it. If there is no room for the whole run, the run is truncated
+        on the right.
 
         Args:
             ids: Token ids.
             labeled: True for tokens with a loss.
             length: Maximum length.
-            whole: Keep the first part with a loss as a whole, at the cost of the context before it.
+            whole: Keep as much as possible of the first run of tokens with a loss, at the cost of
+                the context before it.
         """
         if len(ids) <= length or (not whole and any(labeled[1:length])) or not any(labeled):
             return list(range(min(len(ids), length)))

@@ -79,9 +79,9 @@ class TextTask(EncoderTask):
         """Tokenize every row. ``Examples.cuts`` lists truncated and empty rows.
 
         Raises:
-            DataError: A column does not exist, has nulls, or is not text; a text has no tokens, or
-                tokens that the model does not have; the tokenizer reads a part of a text as a
-                special token; a label is unknown.
+            DataError: A text column does not exist, has nulls, or is not text; the tokenizer fails
+                on a text, or reads a part of it as a special token; a text has no tokens, or tokens
+                that the model does not have; ``targets`` rejects the labels or numbers.
         """
         labels = self.targets(self.recipe, table, self.labels)
         texts = [read_texts(table, self.recipe.text, "task.text")]

@@ -1,4 +1,4 @@
-"""Classification of the words of a text, such as named entities."""
+"""Classification of the words of a text, such as the recognition of named entities."""
 
 from __future__ import annotations
 
@@ -164,7 +164,10 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         ).view_as(labels)
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return predicted and expected tags of each example, for words that have tokens."""
+        """Return predicted and expected tags of each example, for words that have tokens.
+
+        If a metric needs them, also return the probabilities of the tags (``class_scores``).
+        """
         own = labels != _IGNORED
         classes = logits.argmax(dim=-1)
         predicted = [self._names(ids[inside]) for ids, inside in zip(classes, own, strict=True)]

@@ -25,7 +25,8 @@ class TokenTask(Task):
     def prepare_tokens(self, recipe: Any, backbone: BackboneRecipe, model_folder: str) -> Any:
         """Set the recipe and load the tokenizer; return the configuration of the model.
 
-        Raises ``BackboneError`` if the tokenizer or the configuration cannot be loaded.
+        Raises ``BackboneError`` if the tokenizer or the configuration cannot be loaded, or if the
+        tokenizer has neither a pad token nor an end-of-sequence token.
         """
         self.recipe = recipe
         self.metrics = recipe.metrics
@@ -49,7 +50,7 @@ class TokenTask(Task):
         return {"tokenizer": tokenizer}
 
     def reads_end(self, model: Any) -> bool:
-        """Return True if the model generates texts, or reads its output at the end token."""
+        """Return True if the model generates texts, or its head reads the end-of-sequence token."""
         return self.generates
 
     def match_inputs(self, model: Any) -> None:

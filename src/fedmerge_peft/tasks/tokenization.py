@@ -34,13 +34,15 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_CALL = 1000
 
 _NO_LIMIT = 1_000_000
-"""Smallest length that means no limit. Tokenizers without a limit have a length of 1e30."""
+"""Smallest ``model_max_length`` of a tokenizer that means no limit. Transformers sets it to 1e30
+for tokenizers without a limit."""
 
 
 def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, Any]:
     """Return the tokenizer and the configuration of the model.
 
-    They are loaded, or copied from a model that a Python program passes.
+    They are loaded. If a Python program passes the model, they are copies of the passed tokenizer
+    and of the model's configuration (None for a model without one).
 
     Args:
         backbone: Location of the tokenizer (default: the model's), revision of the model, and
@@ -195,7 +197,7 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
     if not is_text(values.type) and len(values):
         raise DataError(
             f"{key}: column {column!r} has the type {values.type}, such as "
-            f"{values[0].as_py()!r} in row 0, and is not text"
+            f"{values[0].as_py()!r} in row 0, and is not text; choose a column of text"
         )
     reject_nulls(values, column)
     texts: list[str] = values.to_pylist()
@@ -291,7 +293,7 @@ def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: st
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
             f"the text in column {column!r} has no "
-            f"tokens: {texts[row]!r}"
+            f"tokens: {texts[row]!r}; change the text, or remove the row"
         )
 
 
@@ -360,7 +362,8 @@ def pad_parts(
 ) -> dict[str, Tensor]:
     """Split examples into their sequences; pad and stack the sequences.
 
-    Fillers of a single token give all examples the same number of sequences.
+    Examples with fewer sequences than others get further sequences of a single token, so that all
+    examples have the same number of sequences.
 
     Args:
         columns: ``input_ids`` and, if needed, ``token_type_ids`` of each example: its sequences,

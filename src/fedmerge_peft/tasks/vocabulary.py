@@ -30,11 +30,13 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
         tokenizer: Tokenizer.
         model: Model of transformers, with or without an adapter.
         name: Name of the model, for error messages.
-        reads_end: True if the task generates texts, or the model reads its output at the end token.
+        reads_end: True if the task generates texts, or if the head reads the end-of-sequence token.
 
     Raises:
-        BackboneError: All tokens of the tokenizer are special; a token has no embedding; the model
-            treats an ordinary token as the end of a text or as padding.
+        BackboneError: All tokens of the tokenizer are special; a token has no embedding, and is not
+            a special token outside ``_NAMED``; ``reads_end`` is True, and the model treats an
+            ordinary token, but not the tokenizer's end token, as the end of a text; the model
+            treats an ordinary token as padding.
     """
     if not any(_is_ordinary(tokenizer, token_id) for token_id in range(len(tokenizer))):
         raise BackboneError(
@@ -83,7 +85,7 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
                 f"row {row} (from 0, of the rows that the run uses): "
                 f"token {highest} is not among the {size} that the "
                 "model knows; the text or the chat template has a special token without an "
-                "embedding"
+                "embedding; remove it"
             )
 
 
@@ -119,7 +121,8 @@ def position_limit(config: Any) -> int | None:
 
     RoBERTa and its relatives number positions from the padding id plus 1, so fewer tokens than
     ``max_position_embeddings`` fit. The limit is therefore read from the position tables of a model
-    that is created from the configuration, without weights.
+    that is created from the configuration, without weights. If it cannot be created, the limit is
+    ``max_position_embeddings``.
     """
     positions = getattr(_text_config(config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
@@ -173,7 +176,7 @@ def _vocabulary_size(model: Any) -> int | None:
 
 
 def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
-    """Return the tokens whose ids are ``size`` or larger, with their ids, in ascending order.
+    """Return the tokens with ids of ``size`` or more, and their ids, in ascending order of ids.
 
     Special tokens that are not among ``_NAMED``, such as an image token, are left out.
     """

@@ -23,10 +23,13 @@ rank is detected independently of this limit."""
 
 
 def choose_device(requested: str) -> torch.device:
-    """Return the device for a recipe's ``training.device``. Each of several ranks gets its own GPU.
+    """Return the device for a recipe's ``training.device``.
+
+    Each of several ranks gets its own GPU, or all of them use the CPU.
 
     Raises:
-        DeviceError: The value is invalid, or this machine does not have the device.
+        DeviceError: The value is invalid, or this machine does not have the device; or there are
+            several ranks, and the value is not auto, cuda or cpu, or there are too few GPUs.
     """
     if distributed.launched_processes() > 1:
         return _rank_device(requested)
@@ -61,8 +64,8 @@ def choose_device(requested: str) -> torch.device:
 def _rank_device(requested: str) -> torch.device:
     if requested not in ("auto", "cpu", "cuda"):
         raise DeviceError(
-            f"training.device: {requested} is one device, "
-            f"but {distributed.launched_processes()} ranks were started; use auto, cuda or cpu"
+            f"training.device: {requested} does not suit {distributed.launched_processes()} ranks, "
+            "each of which needs its own GPU or the CPU; use auto, cuda or cpu"
         )
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -24,11 +24,11 @@ from fedmerge_peft.util.seeds import seeded
 log = logging.getLogger(__name__)
 
 _FEWEST, _MOST = 3, 16
-"""Smallest and largest number of adapters that ``auto`` puts into one pass. Two adapters would save
-too little time (3 % on a CPU)."""
+"""Smallest and largest number of adapters that ``auto`` puts into a shared pass. Two adapters would
+save too little time (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
-"""Largest number of examples in a pass with ``auto``, by type of device. On a CPU, larger passes
-cost more in padding than they save."""
+"""Largest number of examples in a shared pass with ``auto``, by type of device. On a CPU, larger
+passes cost more in padding than they save."""
 
 
 def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
@@ -39,15 +39,17 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     Raises:
         RecipeError: ``training.batch_size`` is too small; or a strategy mixes the outputs of
             several adapters, but the task does not support mixtures.
-        DataError: All clients have fewer examples than the smallest batch of the task.
+        DataError: All clients with training examples have fewer than ``task.smallest_batch``.
     """
     mixing = [
         strategy for strategy in (recipe.strategy, *recipe.baselines) if not strategy.single_adapter
     ]
     if mixing and not task.mixes:
+        baseline = mixing[0] is not recipe.strategy
         raise RecipeError(
-            f"strategy: {mixing[0].name} mixes the outputs of several adapters, which the task "
-            f"{recipe.task.name} does not support; use another strategy"
+            f"{'baselines' if baseline else 'strategy'}: {mixing[0].name} mixes the outputs of "
+            f"several adapters, which the task {recipe.task.name} does not support; "
+            f"{'remove this baseline' if baseline else 'use another strategy'}"
         )
     least = task.smallest_batch
     if recipe.training.batch_size < least:

@@ -1,8 +1,9 @@
-"""Memory of a run and bytes on the wire, computed from the model's configuration alone.
+"""Memory of a run and bytes on the wire, computed from the recipe and the model's configuration.
 
 A training step and an evaluation batch run on tensors without data (``FakeTensorMode``). The memory
-of a pass is the largest sum of the storages that are alive at the same time. It includes
-activations, logits, gradients and temporary tensors. No weights are read.
+of a pass is the largest total size of the tensors that exist at the same time. It includes
+activations, their gradients, logits and temporary tensors, but not the weights and their gradients.
+No weights are read.
 """
 
 from __future__ import annotations
@@ -59,17 +60,17 @@ class Estimate:
     adapter: int
     """P, the number of parameters of an adapter."""
     clients: int
-    """K, the number of clients in a pass."""
+    """K, the number of clients in a training pass."""
     batch: int
     """Examples of each client in a training pass."""
     evaluation_batch: int
     """Examples in an evaluation pass."""
     length: int
-    """Tokens of an example."""
+    """Tokens of an example or, if it consists of several sequences, of each of them."""
     backbone: int
     """Frozen weights and buffers."""
     adapters: int
-    """Rows, gradients and optimizer state of K adapters."""
+    """Parameters, gradients and optimizer state of K adapters and, if K > 1, the model's own."""
     training: int
     """Further memory of a training step: activations, logits, temporary tensors."""
     evaluation: int
@@ -123,17 +124,18 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of a run.
 
-    The estimate assumes that every example has ``length`` tokens and that every token has a loss.
-    It does not include the frozen prefix's cache (``training.prefix_cache``), the allocator's
-    fragmentation or the libraries themselves.
+    The estimate assumes that every example has ``length`` tokens. For language models, it also
+    assumes that every token but the first has a loss. It does not include the frozen prefix's cache
+    (``training.prefix_cache``), the allocator's fragmentation or the libraries themselves.
 
     Args:
         recipe: Recipe whose task reads texts.
         config: Configuration of the model.
         length: Tokens of an example. Default: ``task.max_length``, or the smaller of 1024 and the
             model's limit.
-        device: cpu or cuda, for the automatic settings.
-        clients: Clients in a training pass; the recipe's number by default.
+        device: Type of device, such as cuda, on which settings with the value ``auto`` depend.
+        clients: Clients in a training pass. Default: the recipe's number, or 1 for 8-bit weights
+            and DoRA.
 
     Raises:
         RecipeError: The task does not read texts, or the model does not run without data.
@@ -287,7 +289,7 @@ def _autocast(training: TrainingRecipe, device: str) -> torch.dtype | None:
 def _pass(
     model: Any, task: Task, batch: int, length: int, dtype: torch.dtype | None, *, train: bool
 ) -> int:
-    """Return the peak of a pass on a batch in bytes, without weights and their gradients."""
+    """Return the peak memory of a pass on a batch in bytes, without weights and their gradients."""
     model.train(train)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -332,7 +334,9 @@ def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
 
 
 def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the losses of a batch; for a language model, of all tokens but the first.
+    """Return the losses of a batch; if each token has logits, of all tokens but the first.
+
+    Logits of one dimension are already losses (``LabeledHead.losses``).
 
     ``token_losses`` cannot be used: it selects tokens by the values of the labels, but the tensors
     have no data.

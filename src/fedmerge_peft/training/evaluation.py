@@ -24,9 +24,10 @@ from fedmerge_peft.training.runtime import Runtime
 def evaluate(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> dict[str, float]:
-    """Return the mean loss (nats) and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
+    """Return the mean loss and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
 
-    The result also contains the metrics that ``task.compute_metrics`` returns.
+    The loss is in nats; for regression, it is the squared error. The result also contains the
+    metrics that ``task.compute_metrics`` returns.
 
     Args:
         runtime: Model, task and examples.
@@ -49,7 +50,8 @@ def evaluate_parts(
     """Return the scores (``evaluate``) of several sets of examples, such as validation and test.
 
     A batch may contain examples of several sets, so that a client with small sets needs fewer
-    passes. The scores equal those of separate calls up to rounding.
+    passes. The scores equal those of separate calls up to rounding, unless texts are sampled
+    (``do_sample``).
 
     Args:
         runtime: Model, task and examples.
@@ -85,7 +87,9 @@ def evaluate_together(
 ) -> list[list[dict[str, float]]]:
     """Return the scores (``evaluate_parts``) of several adapters from one pass of the model.
 
-    All examples share the pass. The scores equal those of separate passes up to rounding.
+    All examples share the pass. If a metric needs generated text, they also share its generation.
+    The scores equal those of separate passes up to rounding, unless texts are sampled
+    (``do_sample``).
 
     Args:
         runtime: Model, task and examples; ``sharing_obstacle`` returns None.
@@ -130,7 +134,7 @@ class _SharedPass:
         self._runtime = runtime
         self._stack = AdapterStack(runtime.backbone, adapters.to(runtime.device))
         self.width = max(map(len, indices))
-        """Examples of each adapter, repeated ones included."""
+        """Number of examples of each adapter, including repeated ones."""
         self.rows = np.concatenate([np.resize(own, self.width) for own in indices])
         """Rows of the table in the batch."""
         self.labels, self._inputs = runtime.to_device(runtime.collate(self.rows))
@@ -192,15 +196,15 @@ def _add(
     labels: Tensor,
     place: slice,
 ) -> None:
-    """Add the losses and outputs of consecutive examples of a batch.
+    """Add the losses and outputs of consecutive examples of a batch to predictions.
 
     Args:
         runtime: Model, task and examples.
-        predictions: Predictions to which the outputs are added.
-        rows: Rows of the table.
+        predictions: Predictions to which losses and outputs are added.
+        rows: The examples' rows of the table.
         logits: Logits of the whole batch.
         labels: Labels of the whole batch.
-        place: Place of the rows in the batch.
+        place: Place of the examples in the batch.
     """
     own = _of_examples(runtime, logits, labels, place.start, place.stop)
     sums, counts = runtime.task.losses(own, labels[place])

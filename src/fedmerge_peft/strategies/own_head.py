@@ -116,7 +116,7 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
             "the clients' own label distributions explain the labels better than those of their "
             f"groups, by {gain:.0f} nats in total"
         )
-    elif len(groups[known].unique()) == len(clients):
+    elif len(set(groups[known].tolist())) == len(clients):
         reason = "each group has only one client with known labels"
     else:
         reason = "within a group, clients have about the same labels"

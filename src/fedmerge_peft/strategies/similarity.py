@@ -99,7 +99,7 @@ def group_by_direction(
         groups = k_means(coordinates(directions), min(count, max_groups), seed)
         reason = (
             "as set in the recipe"
-            if len(groups.unique()) == count
+            if len(set(groups.tolist())) == count
             else f"fewer than the {count} set in the recipe, because not enough updates differ"
         )
         return Grouping(groups, reason, directions)

@@ -222,9 +222,18 @@ def faulty(**changes):
             "data['b']: task.label: the column queue is empty in 1 of the 8 train rows",
         ),
         (lambda: faulty(text=[3, *["red"] * 7]), "data['b'] cannot be loaded: Arrow"),
-        (lambda: faulty(organisation="c"), "data['b']: the column organisation has 'c'"),
-        (lambda: faulty(organisation=""), "data['b']: the column organisation has ''"),
-        (lambda: faulty(organisation=None), "data['b']: the column organisation has None"),
+        (
+            lambda: faulty(organisation="c"),
+            "data['b']: the column organisation names the client, but it has 'c'",
+        ),
+        (
+            lambda: faulty(organisation=""),
+            "data['b']: the column organisation names the client, but it has ''",
+        ),
+        (
+            lambda: faulty(organisation=None),
+            "data['b']: the column organisation names the client, but it has None",
+        ),
         (
             lambda: pd.concat([tickets(), tickets()], axis=1),
             "data: two columns are named 'organisation'",

@@ -59,9 +59,7 @@ def test_titles_and_axes_name_quantities_and_units(run):
         "local",
         "guessing",
     ]
-    assert [each.get_ylabel() for each in drawn(run, "weights").axes][
-        1
-    ] == "weight π (share of the client)"
+    assert [each.get_ylabel() for each in drawn(run, "weights").axes][1] == "merging weight π"
     assert drawn(run, "time").axes[0].get_xlabel() == "wall clock of all rounds (s)"
 
 

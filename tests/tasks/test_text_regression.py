@@ -42,7 +42,7 @@ def test_losses_are_squared_errors_also_of_the_value_that_marks_missing_labels(t
         ([1.0, None], r"row 1 .*'label' is empty"),
         ([1.0, math.nan], r"row 1 .*'label' has nan, expected a finite number"),
         ([1.0, math.inf], r"row 1 .*'label' has inf"),
-        (["0.5", "high"], r"row 1 .*'high' in column 'label' is not a number; write numbers with"),
+        (["0.5", "high"], r"row 1 .*'high' in column 'label' is not a number; write numbers such"),
         (["1,5", "2"], r"row 0 .*'1,5' in column 'label' is not a number"),
         (["1", "inf"], r"row 1 .*'label' has inf"),
         ([1e13, 0.0], r"task.target: column 'label' has magnitudes up to 1e\+13"),

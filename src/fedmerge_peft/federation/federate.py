@@ -233,11 +233,11 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
     )
     parts = with_baselines(recipe, directory)
     if not distributed.on_rank_zero(lambda: RunDirectory(directory).rounds_on_disk):
-        if len(parts) > 1:
+        baselines = [one for one, _ in parts[1:] if one.strategy.name not in reused]
+        if baselines:
             Federation(recipe, engine, None, ledger, directory)  # raises its own errors first
-        for one, _ in parts[1:]:
-            if one.strategy.name not in reused:
-                _check_baseline(one, engine, ledger, directory)
+        for one in baselines:
+            _check_baseline(one, engine, ledger, directory)
     for one, path in parts:
         if path != directory and one.strategy.name in reused:
             distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))

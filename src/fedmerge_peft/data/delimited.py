@@ -119,7 +119,8 @@ def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Reco
     if _HINT.match(text):
         raise DataError(
             f"data.path: {path}:1: {text.splitlines()[0]!r} is a hint for spreadsheets, not a row; "
-            "remove the line, and set data.separator if the suffix implies another separator"
+            "remove the line, and set data.separator to the separator that it names, unless the "
+            "file's suffix implies it (a comma for .csv, a tab for .tsv)"
         )
     reader = csv.reader(
         io.StringIO(text, newline=""),

@@ -31,15 +31,10 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
             message names the line or the row, unless the file is one object of columns.
     """
     values, places = _values(path, text)
+    alone = len(values) == 1 and path.suffix.lower() == ".json"
     if len(values) == 1 and isinstance(values[0], list):
-        (values,) = values
+        alone, (values,) = False, values
         places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
-    elif len(values) == 1 and path.suffix.lower() == ".json":
-        logger.warning(
-            "%s has one object, which is read as one row; for several rows, write a list of "
-            "objects, or one object per line",
-            path,
-        )
     if len(values) == 1 and _has_columns(values[0]):
         raise DataError(
             f"data.path: {path} has one object of columns, not an object for each row; write one "
@@ -51,6 +46,12 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
                 f"data.path: {place}: a row is {kind(value)}, not an object; write a list of "
                 "objects, or one object per line"
             )
+    if alone:
+        logger.warning(
+            "%s has one object, which is read as one row; for several rows, write a list of "
+            "objects, or one object per line",
+            path,
+        )
     return [JsonRow(place, value) for value, place in zip(values, places, strict=True)]
 
 

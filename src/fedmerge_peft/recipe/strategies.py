@@ -283,7 +283,7 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
     adapters: Adapters = 5
     """Number of clusters."""
     warm_rounds: WarmRounds = 2
-    """Rounds of FedAvg before the clustering; more until `adapters` clients, or all, have replied.
+    """Rounds of FedAvg before the clustering, or more until `adapters` clients (or all) replied.
     A run with fewer rounds trains one adapter, with a warning."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""

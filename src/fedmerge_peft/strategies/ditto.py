@@ -25,7 +25,8 @@ class Ditto(OneHotStrategy):
 
     In the second step w is the global adapter as sent. w does not depend on the v_i. In the first
     round in which a client takes part, its v_i starts from w. Until then the client is served w.
-    The rows of the soup are w, then v_1 to v_m. Only w travels.
+    The rows of the soup are w, then v_1 to v_m. ``traffic`` counts w alone; across sites, v_i
+    travels too.
     """
 
     adapters_per_client = 1

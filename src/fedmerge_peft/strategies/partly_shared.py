@@ -33,9 +33,10 @@ class PartlyShared(WrappedStrategy):
 
         (φ_i, h_i) ← local training on ℓ_i(φ, h_i)
 
-    The client returns φ − φ_i, from which the strategy computes the next φ. The private part
-    neither travels nor affects the server: the strategy's adapters do not contain it. With FedAvg
-    and h = head this is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
+    The strategy computes the next φ from φ − φ_i, and neither sees nor averages the private parts.
+    This class keeps them, adds them to plans, and updates them from replies. ``traffic`` does not
+    count them, although they travel across sites. With FedAvg and h = head this is FedPer
+    (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
 
     All h_i start from the first fresh adapter, and do not change before the client takes part.
     """

@@ -108,8 +108,8 @@ def check_contents(
             if name not in text:
                 raise error(
                     row,
-                    f"the chat template does not write the tool {name!r}; set "
-                    "task.chat_template to one that takes tools, or remove the tools",
+                    f"the chat template leaves out the tool {name!r}, which the chat describes or "
+                    "calls; set task.chat_template to one that renders tools, or remove the tools",
                 )
         contents = [message["content"].rpartition("</think>")[2] for message in chat.messages]
         # Templates leave out the reasoning of earlier turns on purpose.

@@ -33,8 +33,8 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
         reads_end: True if the task generates texts, or if the head reads the end-of-sequence token.
 
     Raises:
-        BackboneError: All tokens of the tokenizer are special; a token has no embedding, and is not
-            a special token outside ``_NAMED``; ``reads_end`` is True, and the model treats an
+        BackboneError: All tokens of the tokenizer are special; an ordinary token, or a special
+            token in ``_NAMED``, has no embedding; ``reads_end`` is True, and the model treats an
             ordinary token, but not the tokenizer's end token, as the end of a text; the model
             treats an ordinary token as padding.
     """

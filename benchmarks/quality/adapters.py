@@ -110,6 +110,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     panels[0].set_ylabel("test accuracy (%), mean over clients")
     panels[0].legend(frameon=False)
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -115,6 +115,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     panels[0].set_ylabel("points of test accuracy")
     panels[1].legend(frameon=False, fontsize=7, ncols=2)
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:

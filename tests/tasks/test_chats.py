@@ -256,7 +256,7 @@ def test_tool_calls_are_part_of_the_assistants_turn(chat_task, written):
 def test_tools_that_the_template_does_not_write_are_refused(chat_task):
     chat = [{"tool_calls": None, **message} for message in WITH_TOOLS]
     task, table = chat_task(CHATML, {"messages": [chat]})
-    with pytest.raises(DataError, match=r"row 0 .*the chat template does not write the tool 'add'"):
+    with pytest.raises(DataError, match=r"row 0 .*the chat template leaves out the tool 'add'"):
         task.encode(table)
 
 

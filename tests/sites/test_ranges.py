@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fedmerge_peft.sites.messages import (
     reply_message,
 )
 from fedmerge_peft.sites.server.job import run_job
-from fedmerge_peft.sites.server.roster import ROSTER_FILE, Roster, sites_beyond
+from fedmerge_peft.sites.server.roster import ROSTER_FILE, Roster
 from fedmerge_peft.sites.wire import MAX_HEADER, Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
@@ -362,43 +361,6 @@ def test_a_roster_out_of_range_is_one_error(tmp_path, change):
     (tmp_path / ROSTER_FILE).write_text(json.dumps(document))
     with pytest.raises(FederateError, match=f"{ROSTER_FILE}: damaged"):
         Roster.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "counts", "difference"),
-    [
-        ({"train": 4}, [1, 2], ": 3 train examples, now 4;"),
-        ({"group": "north"}, [1, 2], ": group south, now north;"),
-        ({}, [2, 1], ": other label counts;"),
-        ({"test": 5, "group": "north"}, [1, 2], "; group south, now north;"),
-    ],
-    ids=str,
-)
-def test_a_client_that_changed_is_refused_with_each_difference(change, counts, difference):
-    fields = {"name": "c", "group": "south", "train": 3, "validation": 0, "test": 1}
-    roster = Roster()
-    roster.add_clients([kinds.EnrolledClient(**fields)], [[1, 2]])
-    with pytest.raises(WireError, match=re.escape(difference)):
-        roster.add_clients([kinds.EnrolledClient(**fields | change)], [counts])
-    roster.add_clients([kinds.EnrolledClient(**fields)], [[1, 2]])
-
-
-def test_the_site_with_the_most_labels_of_its_own_is_left_out():
-    labels = {"a": ["x", "y"], "b": ["x", "y", "z"], "c": ["x", "1", "2", "3"]}
-    assert sites_beyond(labels, 6) == {}
-    assert list(sites_beyond(labels, 5)) == ["c"]
-    assert list(sites_beyond(labels, 2)) == ["c", "b"]
-
-
-def test_sites_agree_on_the_columns_and_format_of_most_of_them(smoke):
-    def summary(**changes):
-        fields = {**MESSAGES["enrolled"].fields, **changes}
-        return kinds.Enrolled.model_validate(fields)
-
-    summaries = {"a": summary(columns=["odd"]), "b": summary(), "c": summary()}
-    roster = Roster()
-    assert roster.agree_on_format(summaries, smoke()) == {}
-    assert roster.columns == ["text", "label"]
 
 
 def test_the_threat_model_lists_all_fields_with_their_ranges():

@@ -232,18 +232,16 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
         recipe, len(engine.clients), simulated=engine.simulated, directory=directory
     )
     parts = with_baselines(recipe, directory)
-    if not distributed.on_rank_zero(lambda: RunDirectory(directory).rounds_on_disk):
-        baselines = [one for one, _ in parts[1:] if one.strategy.name not in reused]
-        if baselines:
-            Federation(recipe, engine, None, ledger, directory)  # raises its own errors first
-        for one in baselines:
-            _check_baseline(one, engine, ledger, directory)
+    begins = not distributed.on_rank_zero(lambda: RunDirectory(directory).rounds_on_disk)
     for one, path in parts:
         if path != directory and one.strategy.name in reused:
             distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))
         if distributed.on_rank_zero(partial(_has_ended, path, one)):
             continue
         federation = Federation(one, engine, decisions, ledger, directory)
+        for baseline, _ in parts[1:] if begins and path == directory else ():
+            if baseline.strategy.name not in reused:
+                _check_baseline(baseline, engine, ledger, directory)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
         stopping = EarlyStopping(one.stop)

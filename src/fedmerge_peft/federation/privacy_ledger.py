@@ -48,7 +48,7 @@ class PrivacyLedger:
         self._simulated = simulated
         self._path = directory / LEDGER_FILE if directory is not None else None
         self._times: dict[str, list[int]] = distributed.on_rank_zero(partial(_read, self._path))
-        """How often each round counts, from round 1 on, by name of the method."""
+        """Number of times that each round counts, from round 1 on, by name of the method."""
         self._selected = self._count()
         """Number of releases of each client, ``(clients,)``."""
 

@@ -130,14 +130,11 @@ def _check(
         linear = field == "target_modules" and written.lower() == "all-linear"
         if linear or any(re.fullmatch(written, path) for path in paths):
             return
-        named = any(_is_named(path, written) for path in paths)
-        hint = (
-            f"write [{written}] for all modules of this name"
-            if named
-            else rf"paths end in {join_values(there)}; write a pattern such as .*\.{there[0]}"
-            if there
-            else "remove it"
-        )
+        hint = "remove it"
+        if any(_is_named(path, written) for path in paths):
+            hint = f"write [{written}] for all modules of this name"
+        elif there:
+            hint = rf"paths end in {join_values(there)}; write a pattern such as .*\.{there[0]}"
         raise BackboneError(
             f"lora.{field}: {missing} whose path matches {written!r}, a pattern for the whole "
             f"path; {hint}"

@@ -322,8 +322,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 parse_prompt(self.recipe, prompts[place], f"input {place}: ") for place in chats
             ]
             ids |= dict(zip(chats, self._prompted.prompts(parsed), strict=True))
-        for place in texts:
-            (ids[place],) = self._tokens.prompts([prompts[place]], f"input {place}")
+        places = [f"input {place}" for place in texts]
+        rows = self._tokens.prompts([prompts[place] for place in texts], places)
+        ids |= dict(zip(texts, rows, strict=True))
         reject_inputs(
             [prompt for place, prompt in enumerate(prompts) if place not in ids],
             "a text or a list of messages",

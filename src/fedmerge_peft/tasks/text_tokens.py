@@ -76,7 +76,7 @@ class TextTokens:
         return rows
 
     def prompts(
-        self, prompts: Sequence[str], item: str = "row {} (from 0, of the rows that the run uses)"
+        self, prompts: Sequence[str], places: Sequence[str] | None = None
     ) -> list[list[int]]:
         """Return the token ids of each prompt.
 
@@ -85,7 +85,7 @@ class TextTokens:
 
         Args:
             prompts: Texts.
-            item: Name of a prompt in error messages, with ``{}`` for its index.
+            places: Name of each prompt in error messages. Default: its row.
 
         Raises:
             DataError: A prompt has no tokens, and the tokenizer has no begin-of-sequence token.
@@ -94,10 +94,10 @@ class TextTokens:
         rows = [ids or ([] if bos is None else [bos]) for ids in self.rows(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
+            row = f"row {empty} (from 0, of the rows that the run uses)"
             raise DataError(
-                f"{item.format(empty)}: the prompt is empty, and the tokenizer has no "
-                f"begin-of-sequence token to replace it; fill in the prompt, or remove the "
-                f"{item.split()[0]}"
+                f"{places[empty] if places is not None else row}: the prompt is empty, and the "
+                "tokenizer has no begin-of-sequence token to replace it; fill it in, or remove it"
             )
         return rows
 

@@ -155,6 +155,7 @@ def test_chats_of_several_clients_are_answered_in_one_pass(predictor, passes):
         client: [predict({client: [each]})[client][0] for each in given[client]] for client in given
     }
     assert set(passes) == {1}
+    assert predict.sequential_reason is None  # after a trial, whose passes do not count
     passes.clear()
     assert predict(given, batch_size=6) == alone
     assert passes == [3, 3]  # two chats of each of three clients, of which some have one left

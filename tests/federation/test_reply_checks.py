@@ -161,6 +161,18 @@ def test_a_round_in_which_all_fail_is_too_few(formulas):
         next(found.rounds())
 
 
+def test_a_small_poisson_sample_must_reply_as_a_whole(formulas):
+    poisson = [SKIP, "clients.sampling=poisson", "clients.fraction=0.5", "clients.min_clients=2"]
+    found = formulas(4).federation(*poisson, "rounds=8")
+    sizes = [len(record.clients) for record in found.rounds()]
+    assert min(sizes) < 2 <= max(sizes)
+    failing = formulas(4).federation(*poisson, "rounds=8")
+    failing.completed = sizes.index(1)
+    failing.engine.train_clients = lambda *_: []
+    with pytest.raises(TooFewClientsError, match="0 of 1 clients"):
+        next(failing.rounds())
+
+
 def test_a_minimum_above_the_cohort_is_refused(formulas):
     with pytest.raises(
         RecipeError, match=r"clients\.min_clients: 4 exceeds the number of clients in a round, 2;"

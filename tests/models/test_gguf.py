@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import stat
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models import gguf as reader
@@ -80,6 +83,24 @@ def test_a_damaged_file_is_one_error_and_leaves_nothing(tiny_models, tmp_path, c
     path = tmp_path / "tiny.gguf"
     path.write_bytes(damage(write_gguf(tiny_models / "llama", path).read_bytes()))
     with pytest.raises(BackboneError, match=r"tiny\.gguf cannot be loaded as a GGUF file: "):
+        model_folder(recipe(tmp_path), tmp_path)
+    assert not list(cache.iterdir())
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    "full",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")],
+)
+def test_a_full_disk_is_no_fault_of_the_file(tiny_models, tmp_path, cache, monkeypatch, full):
+    def fail(*_, **__):
+        raise full
+
+    write_gguf(tiny_models / "llama", tmp_path / "tiny.gguf")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(
+        BackboneError, match=r"into .* \(No space left on device\); set FEDMERGE_CACHE"
+    ):
         model_folder(recipe(tmp_path), tmp_path)
     assert not list(cache.iterdir())
 

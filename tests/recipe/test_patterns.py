@@ -18,6 +18,7 @@ USUAL = [
     r"^(?!.*visual)(?!.*lm_head).*(?:q_proj|k_proj|v_proj)$",
     r"(.*\.)?layers?\.\d+\.attn\.\w+",
     r"layer\.0.*query",
+    r".*layers.*attn.*query.*",
     r"(?:encoder|decoder)\.block\.\d{1,2}\.layer\.[01]\.(SelfAttention|EncDecAttention)\.(q|v)",
 ]
 ENDLESS = [

@@ -80,6 +80,7 @@ def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
             lambda: register_metric("m", of="clases"),
             "of=clases, expected any of classes, class_scores, tokens, texts",
         ),
+        (lambda: register_metric("m", of=()), "of=(), expected any of classes, class_scores"),
         (lambda: register_metric("loss"), "every task already has that score"),
         (lambda: register_metric("m", range=(1, 0)), "range=(1, 0), expected the smallest and"),
         (lambda: register_metric("m", range="x"), "range='x', expected the smallest and"),

@@ -112,6 +112,11 @@ def test_several_runs_have_a_folder_each(run, tmp_path):
     assert {path.name for path in written if path.parent == tmp_path} >= {"gains.png", "time.svg"}
 
 
+def test_a_run_that_is_named_twice_is_shown_once(run, tmp_path):
+    once, twice = (write_figures([run] * n, tmp_path / str(n)) for n in (1, 2))
+    assert [path.name for path in once] == [path.name for path in twice]
+
+
 def test_the_command_writes_figures(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(

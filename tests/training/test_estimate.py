@@ -154,6 +154,25 @@ def test_quantized_weights_have_scales(quantization, double, bits):
     assert plain.backbone - found.backbone == pytest.approx(inside * (32 - bits) / 8, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("task", "sequences"),
+    [
+        ({"name": "multi-label-classification"}, 1),
+        ({"name": "text-regression"}, 1),
+        ({"name": "question-answering"}, 1),
+        ({"name": "sentence-embedding"}, 2),
+        ({"name": "sentence-embedding", "negative": "other"}, 3),
+        ({"name": "multiple-choice"}, 4),
+        ({"name": "multiple-choice", "choices": ["a", "b"]}, 2),
+    ],
+)
+def test_tasks_on_texts_need_the_memory_of_their_sequences(task, sequences):
+    one = estimated(recipe("tiny:bert", "sequence-classification"), length=32)
+    found = estimated(recipe("tiny:bert", task), length=32)
+    assert found.training == pytest.approx(sequences * one.training, rel=0.1)
+    assert found.evaluation == pytest.approx(sequences * one.evaluation, rel=0.1)
+
+
 def test_only_texts_are_estimated():
     with pytest.raises(RecipeError, match="memory cannot be estimated for image-classification"):
         estimated(recipe("tiny:vit", "image-classification"))

@@ -93,7 +93,8 @@ class ReplyCollector:
 
         Raises:
             ClientError: A client did not reply, and ``clients.failures`` is raise.
-            TooFewClientsError: Fewer than ``clients.min_clients`` replies are valid.
+            TooFewClientsError: Fewer than ``clients.min_clients`` replies are valid, or not all
+                replies of a smaller Poisson sample.
         """
         for client in self._cohort:
             name = self._clients[client].name
@@ -104,18 +105,12 @@ class ReplyCollector:
             for client, reply in self._replies.items()
             if self._clients[client].name not in self._failures
         ]
-        if len(replies) < self._recipe.min_clients:
+        if len(replies) < min(self._recipe.min_clients, len(self._cohort)):
             causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
-            reason = (
-                f"Failures: {causes}"
-                if causes
-                else "No client failed, but clients.sampling: poisson drew too few; start a new "
-                "run with a lower clients.min_clients or a higher clients.fraction"
-            )
             raise TooFewClientsError(
                 f"round {self._round}: {len(replies)} of {len(self._cohort)} clients sent valid "
                 f"replies, but clients.min_clients is {self._recipe.min_clients}. "
-                f"The round had no effect. {reason}"
+                f"The round had no effect. Failures: {causes}"
             )
         return RoundReplies(replies, self._trained, self._failures)
 

@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.util.extras import install_command
-from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.library_errors import library_errors, reason_of
 from fedmerge_peft.util.private_folder import is_own, make_private
 from fedmerge_peft.util.tensor_cache import cache_folder
 
@@ -139,7 +140,12 @@ def _is_written(target: Path) -> bool:
 
 
 def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
-    """Write the causal language model of a GGUF file, and its tokenizer, to ``target``."""
+    """Write the causal language model of a GGUF file, and its tokenizer, to ``target``.
+
+    Raises:
+        BackboneError: The file cannot be loaded, or lacks tensors.
+        OSError: ``target`` cannot be written.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": path.name}
@@ -163,7 +169,11 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
         model = type(loaded)._from_config(config, dtype=loaded.dtype)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
-        # Each rank writes its own folder, but transformers would save only on rank 0.
-        model.should_save_on_this_rank = lambda _: True
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+    # Each rank writes its own folder, but transformers would save only on rank 0.
+    model.should_save_on_this_rank = lambda _: True
+    try:
+        with quiet_transformers():
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except SafetensorError as error:  # safetensors does not raise OSError if the disk is full
+        raise OSError(None, reason_of(error)) from error

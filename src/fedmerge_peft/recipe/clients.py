@@ -28,9 +28,9 @@ class ClientsRecipe(Section):
     or for another round, or exceeds `timeout`. It also fails if its reply has numbers that are not
     finite or out of range, or another shape, dtype or layout than requested."""
     min_clients: Count = 1
-    """Minimum number of clients with valid replies in a round; it matters with `failures: skip` or
-    `sampling: poisson`. A round with fewer valid replies changes nothing and ends the run, which
-    can be resumed. A poisson sample without any client is accepted."""
+    """Minimum number of clients with valid replies in a round; it matters with `failures: skip`. A
+    round with fewer valid replies changes nothing and ends the run, which can be resumed. Of a
+    smaller poisson sample, all clients must reply."""
     timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Maximum time in seconds that a client may take for a round, including evaluation; null for no
     limit. Clients that train in this process are not interrupted: their time is checked afterwards.

@@ -11,9 +11,8 @@ from typing import Any
 _LENGTH = 64
 """Length of a module's name that the estimate assumes, in characters."""
 
-_MOST = float(_LENGTH**4)
-"""Maximum number of ways to match: as many as for an expression with four repetitions ``.+``. Four
-``.*`` exceed it, because ``.*`` also matches no character."""
+_MOST = float((_LENGTH + 1) ** 4)
+"""Maximum number of ways to match: as many as for an expression with four repetitions ``.*``."""
 
 
 def pattern_fault(pattern: str) -> str | None:
@@ -27,7 +26,7 @@ def pattern_fault(pattern: str) -> str | None:
     if ways > _MOST:
         return (
             f"{pattern!r} may take forever, because its repetitions can divide a name in too many "
-            "ways; use at most three repetitions such as .* or \\d+, and repeat neither a "
+            "ways; use at most four repetitions such as .* or \\d+, and repeat neither a "
             "repetition nor alternatives such as (ab|cd)"
         )
     return None

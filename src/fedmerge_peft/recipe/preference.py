@@ -17,7 +17,6 @@ RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 class PreferenceRecipe(CompletionRecipe):
     """Preference optimization with pairs of a chosen and a rejected completion."""
 
-    sequences: ClassVar[int] = 2
     usual_columns: ClassVar[UsualColumns] = {
         key: named(key) for key in ("prompt", "chosen", "rejected")
     }
@@ -44,6 +43,10 @@ class PreferenceRecipe(CompletionRecipe):
     """Metrics. Tables and log lines show the first. The reward of a completion is β times its
     log-probability relative to the backbone's; for orpo, λ times its mean log-probability per
     token."""
+
+    @property
+    def sequences(self) -> int:
+        return 2  # a prompt with each of two completions
 
     def of_one_sequence(self) -> CausalLMRecipe:
         """Return the section of a causal language modeling task on a single completion."""

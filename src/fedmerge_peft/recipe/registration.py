@@ -48,10 +48,13 @@ Output = Literal[
     "class_scores",
     "tokens",
     "texts",
+    "answers",
     "tags",
     "values",
     "label_sets",
     "label_scores",
+    "vectors",
+    "rewards",
     "loss",
 ]
 
@@ -132,11 +135,16 @@ def register_metric(
             that the task has. ``classes``: predicted and expected ids of classification tasks.
             ``class_scores``: for each example a list with the probability of each class, and
             expected ids. ``tokens``: predicted and expected ids of language models. ``texts``:
-            generated and reference texts. ``tags``: for each text the predicted and the expected
-            list of tag names. ``values``: predicted and expected numbers. ``label_sets``: for each
+            generated and reference texts. ``answers``: for each question the predicted text, and
+            the list of accepted texts. ``tags``: for each text the predicted and the expected list
+            of tag names. ``values``: predicted and expected numbers. ``label_sets``: for each
             example the predicted and the expected list, with 1 for each label that applies and 0
             for each other label. ``label_scores``: for each example a list with the probability of
-            each label, and the expected list. ``loss``: the mean loss in nats, the only argument.
+            each label, and the expected list. ``vectors``: for each row the unit vector of its
+            anchor, and a pair with the ids and the unit vectors of all its texts (anchor, positive
+            and, if there is one, negative; equal texts have the same id). ``rewards``: for each
+            pair the reward of the chosen and of the rejected completion. ``loss``: the mean loss
+            in nats, the only argument.
         greater_is_better: True if larger values are better.
         range: Smallest and largest value. Across sites, scores outside this range are refused. In
             figures, metrics with the range 0 to 1 have this range as their axis.
@@ -148,10 +156,11 @@ def register_metric(
             invalid.
     """
     outputs = (of,) if isinstance(of, str) else of
-    if unknown := set(outputs) - set(get_args(Output)):
+    unknown = set(outputs) - set(get_args(Output))
+    if unknown or not outputs:
         raise PluginError(
-            f"the metric {name!r}: of={', '.join(sorted(unknown))}, expected any "
-            f"of {', '.join(get_args(Output))}"
+            f"the metric {name!r}: of={', '.join(sorted(unknown)) or of}, expected any of "
+            f"{', '.join(get_args(Output))}"
         )
     if name == "loss":
         raise PluginError(

@@ -72,8 +72,6 @@ class TaskRecipe(Section):
 
     name: str = ""
     """Name of the task."""
-    sequences: ClassVar[int] = 1
-    """Number of token sequences in an example, for estimates of memory."""
     other_names: ClassVar[str] = ""
     """Names of the task in other programs, separated by spaces, for suggestions in errors."""
     small_model: ClassVar[str | None] = None
@@ -86,6 +84,11 @@ class TaskRecipe(Section):
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares this field itself."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of token sequences in an example, for estimates of memory."""
+        return 1
 
     @property
     def label_column(self) -> str | None:

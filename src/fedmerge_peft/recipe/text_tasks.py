@@ -123,6 +123,10 @@ class SentenceEmbeddingRecipe(TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
     @property
+    def sequences(self) -> int:
+        return len(self.columns)
+
+    @property
     def columns(self) -> dict[str, str]:
         """Columns of the texts by key, without keys that are not set."""
         named = {"anchor": self.anchor, "positive": self.positive, "negative": self.negative}
@@ -136,7 +140,6 @@ class SentenceEmbeddingRecipe(TaskRecipe):
 class MultipleChoiceRecipe(TaskRecipe):
     """Choice of the correct text among several texts that may follow a context."""
 
-    sequences: ClassVar[int] = 4  # as in most data sets; rows may have any number of choices
     other_names: ClassVar[str] = "mc swag multichoice multiple-choice-qa"
     small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {
@@ -162,6 +165,11 @@ class MultipleChoiceRecipe(TaskRecipe):
     warning counts them. Default: the model's limit."""
     metrics: Annotated[list[ChoiceMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of choices of an example: of columns, or 4, as in most data sets."""
+        return len(self.choices) if isinstance(self.choices, list) else 4
 
     def to_predict(self, format: str | None) -> Self:
         """Return a copy that reads the inputs of predictions.

@@ -180,7 +180,9 @@ def _printable(value: Any) -> Any:
 
 
 def _open(runs: Iterable[RunDirectory | Path | str]) -> list[RunDirectory]:
-    return [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
+    """Open the runs; a run that is given more than once is kept once."""
+    opened = [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
+    return list({run.path.resolve(): run for run in opened}.values())
 
 
 def _setting(setting: Setting) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
     with library_errors(
         lambda reason: BackboneError(f"backbone.model: {backbone.model} cannot be built: {reason}")
     ):
-        config.num_labels = max(len(task.labels), 1)
+        for name, value in {"num_labels": max(len(task.labels), 1), **task.config_options}.items():
+            setattr(config, name, value)
         model = getattr(transformers, task.auto_model).from_config(
             config, dtype=getattr(torch, backbone.dtype), **options
         )
@@ -309,9 +310,9 @@ def _pass(
             else:
                 logits = task.forward(model, inputs)
         if train:
-            _losses(task, logits, ids).sum().backward()  # type: ignore[no-untyped-call]
+            _losses(logits, ids).sum().backward()  # type: ignore[no-untyped-call]
         else:
-            _losses(task, logits, ids)
+            _losses(logits, ids)
             logits.argmax(dim=-1)
     return peak.bytes
 
@@ -333,18 +334,18 @@ def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
     return head
 
 
-def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the losses of a batch; if each token has logits, of all tokens but the first.
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the losses of a batch; if each token has a row of logits, of all tokens but the first.
 
     Logits of one dimension are already losses (``LabeledHead.losses``).
 
-    ``token_losses`` cannot be used: it selects tokens by the values of the labels, but the tensors
-    have no data.
+    The losses are cross-entropies, whatever the task. The task's own losses may depend on the
+    values of the labels, but the tensors have no data.
     """
     if logits.ndim == 1:
         return logits
-    if logits.ndim == 2:
-        return task.losses(logits, ids[:, 0])[0]
+    if logits.ndim == 2 or logits.shape[:2] != ids.shape:
+        return functional.log_softmax(logits.float(), dim=-1)[..., 0]
     selected = logits[:, :-1].flatten(0, 1).float()
     return functional.cross_entropy(selected, ids[:, 1:].flatten(), reduction="none")
 

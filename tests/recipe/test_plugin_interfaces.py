@@ -204,6 +204,33 @@ def test_a_soup_that_cannot_be_merged_after_update_is_refused(change, message):
         list(FormulaClients(4).federation("strategy.name=spoils", "rounds=1").rounds())
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_the_number_of_adapters_may_change_if_the_strategy_says_so(declared):
+    class Grows(FedAvg):
+        """Has an adapter more after each round."""
+
+        @property
+        def weights(self):
+            return torch.full((4, len(self.soup)), 1 / len(self.soup))
+
+        def update(self, replies):
+            self._grow(len(self.soup) + 1)
+
+        def _grow(self, adapters):
+            self.soup = self.soup.with_rows(self.soup.rows[:1].repeat(adapters, 1), adapters)
+
+    if declared:
+        Grows.resize = Grows._grow
+    register_strategy("grows", recipe=Renamed)(Grows)
+    found = FormulaClients(4).federation("strategy.name=grows", "rounds=2")
+    if declared:
+        list(found.rounds())
+        assert found.strategy.weights.shape == (4, 3)
+    else:
+        with pytest.raises(PluginError, match=r"after update, soup\.rows is a float32 tensor"):
+            list(found.rounds())
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

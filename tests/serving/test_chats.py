@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fedmerge_peft import BackboneError, Recipe, Run, RunError, federate
 from fedmerge_peft.cli import main
+from fedmerge_peft.models.pretrained import load_model
 from fedmerge_peft.runs.cleanup import files_in
 from fedmerge_peft.runs.verify import verify
+from fedmerge_peft.serving import merged_adapter
 from fedmerge_peft.serving.conversation import Conversation
 from fedmerge_peft.serving.export import export_all, export_client, export_soup
 from fedmerge_peft.serving.vllm import serve_script
@@ -69,7 +71,13 @@ def test_a_conversation_is_a_chat_with_the_clients_adapter(chats):
     assert [first, second] != [other.ask("Hello"), other.ask("And now?")]
 
 
-def test_a_pipeline_answers_chats_with_the_recipes_settings(chats):
+def test_a_pipeline_answers_chats_with_the_recipes_settings(chats, monkeypatch):
+    def load_with_settings(*arguments):
+        base, facts = load_model(*arguments)
+        base.generation_config.update(no_repeat_ngram_size=1, do_sample=True, max_length=3)
+        return base, facts
+
+    monkeypatch.setattr(merged_adapter, "load_model", load_with_settings)
     chat = [{"role": "user", "content": "Hello"}]
     pipeline = chats.client(CLIENT).pipeline("cpu")
     answer = pipeline(chat)[0]["generated_text"][-1]["content"].partition("~")[0].strip()

@@ -309,6 +309,8 @@ def test_labels_are_matched_by_name():
         str(n) for n in range(12)
     ]
     assert agree_on_labels([["a"], ["b"]], 3) == ["a", "b", "LABEL_2"]
+    assert agree_on_labels([["0", "3"], ["0"]], 5) == ["0", "1", "2", "3", "4"]
+    assert agree_on_labels([["0", "7"], ["0"]], 5) == ["0", "7", "LABEL_2", "LABEL_3", "LABEL_4"]
     with pytest.raises(FederateError, match="3 labels"):
         agree_on_labels([["a", "b"], ["c"]], 2)
     with pytest.raises(FederateError, match="the examples of all sites have the label a"):

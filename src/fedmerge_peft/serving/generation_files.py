@@ -45,17 +45,18 @@ def usage_code(run: RunDirectory) -> str:
     task = run.recipe.task.to_complete()
     if task is None:
         return ""
-    given: dict[str, float] = {"max_new_tokens": task.max_new_tokens, "do_sample": task.do_sample}
-    if task.do_sample:
-        given |= {"temperature": task.temperature, "top_p": task.top_p}
-    options = "".join(f", {key}={value}" for key, value in given.items())
+    given = generation_options(task)
+    if not task.do_sample:
+        given = {key: value for key, value in given.items() if key not in _OF_SAMPLING}
+    options = ", ".join(f"{key}={value!r}" for key, value in given.items())
     if task.stop_strings:
-        options += f",\n    stop_strings={task.stop_strings!r}, tokenizer=tokenizer"
+        options += ", tokenizer=tokenizer"
     return (_CHAT if run.task.get("format") == "messages" else _PROMPT) + _GENERATE.format(
         options=options
     )
 
 
+_OF_SAMPLING = ("temperature", "top_p", "top_k")
 _CHAT = """
 messages = [{"role": "user", "content": "Hello"}]
 inputs = tokenizer.apply_chat_template(
@@ -65,7 +66,9 @@ _PROMPT = """
 prompt = "Hello"  # formatted as in training
 inputs = tokenizer(prompt, return_tensors="pt")"""
 _GENERATE = """
-output = model.generate(**inputs{options})
+output = model.generate(
+    **inputs, {options}
+)
 answer = output[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 """

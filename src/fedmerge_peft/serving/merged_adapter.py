@@ -23,7 +23,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import generation_writer
 from fedmerge_peft.serving.model_card import adapter_card
 from fedmerge_peft.tasks import task_type
-from fedmerge_peft.tasks.generation import end_tokens
+from fedmerge_peft.tasks.generation import end_tokens, special_tokens
 from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
 from fedmerge_peft.util.files import write_text
@@ -211,6 +211,8 @@ class MergedAdapter:
             defaults = kind.pipeline_options(recipe.task, recipe.backbone, folder)
             if kind.completes:
                 defaults["eos_token_id"] = end_tokens(defaults["tokenizer"], model) or None
+                base = model.get_base_model()
+                base.generation_config = special_tokens(base.generation_config)
             with quiet_transformers():
                 return transformers.pipeline(
                     kind.pipeline, model=model, device=model.device, **{**defaults, **options}

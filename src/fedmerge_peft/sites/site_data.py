@@ -167,7 +167,8 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
     """Return the labels of a federation, in the order of their ids.
 
     If the longest list contains all names, the labels keep its order; otherwise they are sorted.
-    Placeholders ``LABEL_k`` fill the list up to ``num_labels``.
+    With ``num_labels``, integers below it are their own ids, so a label that no site has yet can
+    occur later. Other lists are filled up to ``num_labels`` with placeholders ``LABEL_k``.
 
     Args:
         site_labels: Names of the labels of each site.
@@ -191,6 +192,9 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
             f"task.num_labels is {num_labels}, and the sites have {len(labels)} labels: "
             f"{join_values(labels)}; raise it, or remove it to infer the labels"
         )
+    numbers = [str(label) for label in range(num_labels)]
+    if union <= set(numbers):
+        return numbers
     return [*labels, *(f"LABEL_{label}" for label in range(len(labels), num_labels))]
 
 

@@ -81,6 +81,8 @@ def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
 def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> None:
     """Update the strategy with this name from a round's replies.
 
+    The number of adapters may change if the strategy overrides ``resize``.
+
     Raises:
         PluginError: A plugin's strategy fails, or its soup or weights have the wrong type or shape
             or are not finite afterwards.
@@ -89,12 +91,14 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
     if entry.origin == "built-in":
         strategy.update(replies)
         return
-    rows, weights = tuple(strategy.soup.rows.shape), tuple(strategy.weights.shape)
+    clients, (adapters, size) = len(strategy.weights), strategy.soup.rows.shape
     with entry.named_in_errors("strategy"):
         strategy.update(replies)
+        if type(strategy).resize is not Strategy.resize:
+            adapters = len(strategy.soup)
     for part, value, shape in (
-        ("soup.rows", strategy.soup.rows, rows),
-        ("weights", strategy.weights, weights),
+        ("soup.rows", strategy.soup.rows, (adapters, size)),
+        ("weights", strategy.weights, (clients, adapters)),
     ):
         if mismatch := tensor_mismatch(value, shape):
             raise PluginError(

@@ -139,16 +139,21 @@ def _only_special_tokens(model: Any) -> Iterator[None]:
     transformers takes a value that a passed config does not set, such as ``no_repeat_ngram_size``,
     from the model's ``generation_config.json``.
     """
-    from transformers import GenerationConfig
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     stored = inner.generation_config
-    tokens = {key: value for key, value in stored.to_dict().items() if key.endswith("_token_id")}
-    inner.generation_config = GenerationConfig(**tokens)
+    inner.generation_config = special_tokens(stored)
     try:
         yield
     finally:
         inner.generation_config = stored
+
+
+def special_tokens(settings: Any) -> Any:
+    """Return a ``GenerationConfig`` with nothing but the special tokens of ``settings``."""
+    from transformers import GenerationConfig
+
+    values = settings.to_dict()
+    return GenerationConfig(**{key: values[key] for key in values if key.endswith("_token_id")})
 
 
 class _Stream:

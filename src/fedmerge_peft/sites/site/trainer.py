@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.peft_folder import write_adapter
@@ -47,6 +48,7 @@ from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.ranges import MAX_REASON
+from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.util.text import shortened
 from fedmerge_peft.util.vectors import norm_fault, row_norms
 
@@ -191,21 +193,8 @@ class Trainer:
                 f"{ours[:12]}: model, PEFT or fedmerge-peft differ; use the same model and the "
                 "same versions on the server and all sites"
             )
-        shared = {
-            name: message.tensors[name].float()
-            for name in backbone.shared
-            if name in message.tensors
-        }
-        if {name: value.shape for name, value in shared.items()} != {
-            name: value.shape for name, value in backbone.shared.items()
-        }:
-            raise WireError(
-                "the server sent tensors shared by all adapters that differ from this site's in "
-                "name or shape; use the same package versions on server and sites"
-            )
-        for name, value in shared.items():
-            if fault := norm_fault(value.reshape(1, -1)):
-                raise WireError(f"{name} is {fault}")
+        shared = {name: value for name, value in message.tensors.items() if name in backbone.shared}
+        _check_tensors(shared, _shapes(backbone.shared), "tensors shared by all adapters")
         backbone.load_shared(shared)
         engine.clear_caches()  # their content depends on the shared tensors
         counts = self.release.label_counts(engine.label_counts())
@@ -315,14 +304,9 @@ class Trainer:
             raise WireError(
                 f"the server sent an adapter for client {client!r}, which is not at this site"
             )
-        expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
-            name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
-        }
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-            raise WireError(
-                f"the server sent an adapter for {client} whose tensors differ from this site's "
-                "adapters in name or shape; use the same package versions on server and sites"
-            )
+        expected = {entry.key: entry.shape for entry in backbone.layout.entries}
+        expected |= _shapes(backbone.shared)
+        _check_tensors(tensors, expected, f"tensors of an adapter for {client}")
         folder = self.kit / "adapters" / folder_name(client)
         write_adapter(folder, tensors, self._config)
         write_text(folder / "README.md", fields.readme)
@@ -342,6 +326,32 @@ class Trainer:
             "revision": backbone.revision,
             "inference_mode": True,
         }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], which: str
+) -> None:
+    """Raise ``WireError`` unless tensors from the server are float32, in range, and of ``shapes``.
+
+    Args:
+        tensors: Tensors by name.
+        shapes: Expected shapes by name.
+        which: Description of the tensors, for the error.
+    """
+    if _shapes(tensors) != shapes:
+        raise WireError(
+            f"the server sent {which} that differ from this site's in name or shape; use the same "
+            "package versions on server and sites"
+        )
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise WireError(f"{name} is {describe(value)}, expected float32")
+        if fault := norm_fault(value.reshape(1, -1)):
+            raise WireError(f"{name} is {fault}")
 
 
 def _adds_to_backbone(recipe: Recipe) -> bool:

@@ -56,7 +56,8 @@ class Setting:
         common, own = _read("comparison"), _read(name)
         self.source: str = own["recipe"]
         self.tuning_seed: int = common["tuning_seed"]
-        file = data / own["data"] if data and "data" in own else None
+        self.needs_data = "data" in own
+        file = data / own["data"] if data and self.needs_data else None
         self.base = [*common["overrides"], *own.get("overrides", [])]
         self.base += [f"data.path={file}"] if file else []
         self.skipped: dict[str, str] = own.get("skipped", {})

@@ -163,11 +163,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs", help="folder of the runs")
     parser.add_argument("--pages", type=Path, default=RESULTS, help="folder of the pages")
     arguments = parser.parse_args()
-    if arguments.command == "run" and arguments.data is None:
-        parser.error("run needs the folder of the data files; give it with --data")
     until = time.monotonic() + 3600 * arguments.hours
 
     chosen = settings(arguments.settings, arguments.data)
+    needy = [setting.name for setting in chosen if setting.needs_data and arguments.data is None]
+    if arguments.command == "run" and needy:
+        parser.error(f"{', '.join(needy)}: give the folder of the data files with --data")
     named = arguments.methods.split(",") if arguments.methods else None
     known = {method for setting in chosen for method in setting.methods}
     if unknown := sorted(set(named or []) - known):
@@ -186,7 +187,11 @@ def main() -> None:
         )
     ]
     if arguments.command == "pages":
-        write_pages([(setting, ledgers[setting.name]) for setting in chosen], arguments.pages)
+        write_pages(
+            [(setting, ledgers[setting.name]) for setting in chosen],
+            arguments.pages,
+            overview=not arguments.settings,
+        )
     elif arguments.command == "plan":
         print("\n".join(plan(*part, bool(arguments.settings)) for part in parts))
     else:

@@ -62,19 +62,22 @@ def rows_of(found: Iterable[Progress], reference: str) -> list[Row]:
     return sorted(rows, key=lambda row: -row["mean"])
 
 
-def write_pages(parts: Iterable[tuple[Setting, Ledger]], folder: Path) -> None:
-    """Write ``comparison_SETTING.md`` and ``.csv`` for each setting with runs, and the overview."""
-    overview = []
+def write_pages(parts: Iterable[tuple[Setting, Ledger]], folder: Path, *, overview: bool) -> None:
+    """Write ``comparison_SETTING.md`` and ``.csv`` for each setting with runs.
+
+    With ``overview``, ``comparison.md`` compares these settings.
+    """
+    listed = []
     for setting, ledger in parts:
         if not ledger.lines:
             continue
         found = [progress(setting, method, ledger) for method in setting.methods.values()]
         if rows := rows_of(found, setting.reference):
-            overview.append((setting, rows, found))
+            listed.append((setting, rows, found))
             write(folder / f"comparison_{setting.name}.md", setting_page(setting, rows, found))
             write(folder / f"comparison_{setting.name}.csv", as_csv(rows))
-    compared = [each for each in overview if each[0].reference == "fedmerge"]
-    if compared:
+    compared = [each for each in listed if each[0].reference == "fedmerge"]
+    if overview and compared:
         write(folder / "comparison.md", overview_page(compared))
 
 

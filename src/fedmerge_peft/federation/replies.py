@@ -18,6 +18,9 @@ from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 5
+"""Maximum number of failures that an error lists. The log has all of them."""
+
 
 @dataclass(frozen=True)
 class RoundReplies:
@@ -105,17 +108,19 @@ class ReplyCollector:
             if self._clients[client].name not in self._failures
         ]
         if len(replies) < self._recipe.min_clients:
-            causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
+            causes = [f"{name}: {cause}" for name, cause in self._failures.items()]
+            more = f"; and {len(causes) - _SHOWN:,} more" if len(causes) > _SHOWN else ""
             reason = (
-                f"Failures: {causes}"
+                f"Failures: {'; '.join(causes[:_SHOWN])}{more}"
                 if causes
                 else "No client failed, but clients.sampling: poisson drew too few; start a new "
                 "run with a lower clients.min_clients or a higher clients.fraction"
             )
             raise TooFewClientsError(
-                f"round {self._round}: {len(replies)} of {len(self._cohort)} clients sent valid "
-                f"replies, but clients.min_clients is {self._recipe.min_clients}. "
-                f"The round had no effect. {reason}"
+                f"round {self._round}: {len(replies)} of {len(self._cohort)} "
+                f"client{'s' * (len(self._cohort) != 1)} sent valid replies, but "
+                f"clients.min_clients is {self._recipe.min_clients}, so the round had no effect. "
+                f"{reason}"
             )
         return RoundReplies(replies, self._trained, self._failures)
 

@@ -140,7 +140,7 @@ class Trainer:
                 return Message("adapter_stored"), AuditEntry("adapter", fields.client)
             case other:
                 raise WireError(
-                    f"a message of unknown kind {other!r}; "
+                    f"the server sent a message of unknown kind {other!r}; "
                     "install the same version on the server and all sites"
                 )
 
@@ -156,9 +156,9 @@ class Trainer:
             raise RefusedError(reason)
         if fields.dtype != self.federation.wire_dtype:
             raise WireError(
-                f"the server sends numbers in {fields.dtype}, but the kit has "
-                f"{self.federation.wire_dtype}; use kits of one `federate prepare` on the server "
-                "and all sites"
+                f"the server sends numbers in {fields.dtype}, but the site's kit has "
+                f"{self.federation.wire_dtype} (wire_dtype); use kits of one `federate prepare` "
+                "on the server and all sites"
             )
         self._adds_to_backbone = _adds_to_backbone(requested)
         return Message("enrolled", asdict(self.release.summary(self.summary)))
@@ -205,7 +205,7 @@ class Trainer:
             )
         for name, value in shared.items():
             if fault := norm_fault(value.reshape(1, -1)):
-                raise WireError(f"{name} is {fault}")
+                raise WireError(f"the server sent the tensor {name}, which is {fault}")
         backbone.load_shared(shared)
         engine.clear_caches()  # their content depends on the shared tensors
         counts = self.release.label_counts(engine.label_counts())
@@ -219,7 +219,10 @@ class Trainer:
     @property
     def _engine(self) -> LocalEngine:
         if self._open is None:
-            raise WireError("a message that needs the model arrived before the message open")
+            raise WireError(
+                "the server's request needs the model, which the site has not loaded for this job; "
+                "see the output of the site"
+            )
         return self._open[1]
 
     # ---- rounds ----------------------------------------------------------------------------------
@@ -232,12 +235,15 @@ class Trainer:
         client, plan = assignment.client, assignment.plan
         names = [local.name for local in engine.clients]
         if client not in names:
-            raise WireError(f"an assignment for client {client!r}, which is not at this site")
+            raise WireError(
+                f"the server sent an assignment for client {client!r}, which is not at this site; "
+                "use kits of one `federate prepare` on the server and all sites"
+            )
         index = names.index(client)
         if assignment.base and not self._adds_to_backbone:
             raise RefusedError(
                 "the server sent an addition to the backbone, but no strategy of its recipe "
-                "makes one"
+                "makes one; install the same version on the server and all sites"
             )
         engine.backbone.set_base(assignment.base)
         if plan is None:
@@ -272,7 +278,10 @@ class Trainer:
 
     def _evaluate(self, engine: LocalEngine, index: int, assignment: RemoteAssignment) -> Message:
         if assignment.served is None:
-            raise WireError("an evaluate message without an adapter")
+            raise WireError(
+                "the server requests an evaluation without an adapter; install the same version "
+                "on the server and all sites"
+            )
         if self.release.private:
             return Message("evaluated", {"client": assignment.client, "scores": None})
         served = [(index, assignment.served)]
@@ -313,7 +322,8 @@ class Trainer:
         client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
             raise WireError(
-                f"the server sent an adapter for client {client!r}, which is not at this site"
+                f"the server sent an adapter for client {client!r}, which is not at this site; "
+                "use kits of one `federate prepare` on the server and all sites"
             )
         expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
             name: tuple(tensor.shape) for name, tensor in backbone.shared.items()

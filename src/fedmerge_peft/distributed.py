@@ -153,8 +153,8 @@ def require_single_process(what: str) -> None:
     """
     if launched_processes() > 1:
         raise DeviceError(
-            f"{what} does not run on several ranks: start it without the launcher, "
-            "once for each device"
+            f"{what} does not run on several ranks: start it without torchrun or another "
+            "launcher; to use several GPUs, start it once for each (CUDA_VISIBLE_DEVICES)"
         )
 
 

@@ -238,9 +238,8 @@ def import_modules(names: Iterable[str]) -> None:
         except ModuleNotFoundError as error:
             absent = error.name or ""
             if name != absent and not name.startswith(f"{absent}."):
-                raise PluginError(
-                    f"{name} cannot be imported: {error}; install the package that has {absent!r}"
-                ) from error
+                remedy = f"; install the package that has {absent!r}" if absent else ""
+                raise PluginError(f"{name} cannot be imported: {error}{remedy}") from error
             raise PluginError(
                 f"there is no module {absent!r}; install the package that has it, or add the "
                 "folder that contains it to PYTHONPATH (PYTHONPATH=. for the current folder)"

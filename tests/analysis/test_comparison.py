@@ -311,7 +311,7 @@ def test_unfinished_runs_are_left_out_with_a_notice(write_run, tmp_path, caplog)
     stopped = write_run("stopped", [FEDAVG], [[0.0], [0.4]], finished=False)
     with caplog.at_level(logging.WARNING):
         assert list(compare([tmp_path])["method"]) == ["fedmerge"]
-    assert caplog.messages == [f"skipped, not finished: {stopped}"]
+    assert caplog.messages == [f"left out of the comparison (not finished): {stopped}"]
 
 
 def test_a_run_given_twice_counts_once_with_a_notice(write_run, tmp_path, caplog):
@@ -319,7 +319,8 @@ def test_a_run_given_twice_counts_once_with_a_notice(write_run, tmp_path, caplog
     again = write_run("b", [FEDMERGE, "name=again"], [[0.0], [0.6]])
     with caplog.at_level(logging.WARNING):
         assert compare([tmp_path])["runs"].item() == 1
-    assert caplog.messages == [f"skipped, same method and seed as another run: {again}"]
+    reason = "same method and seed as another run"
+    assert caplog.messages == [f"left out of the comparison ({reason}): {again}"]
 
 
 def test_nothing_to_compare_is_an_error(write_run, tmp_path):

@@ -79,7 +79,7 @@ def test_unfinished_runs_are_named_on_standard_error(runs, write_run, fedmerge):
     write_run("runs/stopped", ["seed=9"], [[0.0], [0.5]], finished=False)
     code, _, err = fedmerge("runs")
     assert code == 0
-    assert "skipped, not finished: runs/stopped" in " ".join(err.split())
+    assert "left out of the comparison (not finished): runs/stopped" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_importing_the_package_imports_no_nvflare():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "smoke"], "--sites: '', expected unique names"),
+        (["prepare", "smoke"], "--sites: no site is named; give names"),
         (["prepare", "smoke", "--sites", "a,a"], "expected unique names"),
         (["prepare", "smoke", "--sites", "a,../b"], "'../b' is not a valid site name"),
         (["prepare", "smoke", "--sites", "a", "--server", "nohost"], "expected HOST:PORT"),

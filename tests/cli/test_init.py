@@ -170,7 +170,7 @@ def test_each_text_is_a_scalar_that_reads_back(text):
 
 def test_files_are_never_overwritten(table, here):
     (here / "desks.yaml").write_text("mine")
-    assert "desks.yaml: already exists; choose another --out" in fault(table, "--yes")
+    assert "desks.yaml: already exists; name another file with --out" in fault(table, "--yes")
     assert (here / "desks.yaml").read_text() == "mine"
 
 
@@ -179,7 +179,7 @@ def test_files_are_never_overwritten(table, here):
     [
         (["--label", "catgory"], "init: --label: Column with the labels: 'catgory' is not among"),
         (["--task", "regression"], "--task: Task: 'regression' is not among sequence-class"),
-        (["--client", "office", "--clients", "3"], "--clients is for random clients"),
+        (["--client", "office", "--clients", "3"], "--clients is the number of random clients"),
     ],
 )
 def test_wrong_options_are_refused(table, here, arguments, message):
@@ -189,12 +189,13 @@ def test_wrong_options_are_refused(table, here, arguments, message):
 
 def test_missing_answers_are_named(table, here):
     assert "give TABLE" in fault("--yes")
+    assert "no answer, so nothing was written; give TABLE" in fault(answers="")
     assert "no answer, so nothing was written; --yes" in fault(table, answers="")
     assert not list(here.glob("*.yaml"))
 
 
 def test_a_first_line_that_is_an_example_is_reported(table, here):
-    reported = "The first line looks like an example."
+    reported = "A column name looks like a value."
     write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS if row != ROWS[0]])
     assert reported in init("bare.csv", "--yes").stdout
     write(here / "equal.csv", ROWS[0][:3], [row[:3] for row in ROWS])

@@ -132,7 +132,7 @@ def test_a_failure_in_the_middle_prints_the_command(fedmerge, monkeypatch):
         (
             ["done"],
             (
-                "done has ended: all of its 1 rounds are done. "
+                "done has ended: its only round is done. "
                 "For more rounds: fedmerge resume done rounds=N"
             ),
         ),

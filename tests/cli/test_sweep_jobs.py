@@ -64,7 +64,7 @@ def test_runs_that_a_killed_process_left_are_an_error(run):
     lines, error = run(made_jobs.killed)
     assert lines == [("a", "fresh")]
     assert isinstance(error, RankError)
-    assert "1 of 2 runs did not finish, because processes ended with code -9" in str(error)
+    assert "1 of 2 runs did not finish, because a process was killed (code -9)" in str(error)
 
 
 def test_runs_that_are_left_without_an_error_are_an_error_without_a_code(run):

@@ -53,7 +53,7 @@ def test_automatic_workers_follow_the_recipes_device(no_launcher, monkeypatch, d
 
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", ""])
 def test_what_is_no_number_of_workers_is_refused(no_launcher, number):
-    with pytest.raises(DeviceError, match="give a number of at least 1, or auto"):
+    with pytest.raises(DeviceError, match="give a whole number of at least 1, or auto"):
         workers.number_of_workers(number, "auto")
 
 

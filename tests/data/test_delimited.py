@@ -108,7 +108,7 @@ def test_quotation_marks_of_a_tsv_file_that_enclose_nothing_are_text(read, caplo
         "text": ['"where is it', "lost", '"money back'],
         "label": ["parcel", "parcel", "refund"],
     }
-    assert "rows.tsv: quotation marks are read as text (data.quoting=none)" in caplog.text
+    assert "rows.tsv: quotation marks are read as text, as they do not enclose" in caplog.text
 
 
 def test_lines_that_may_be_one_field_or_several_rows_are_an_error(read):
@@ -134,7 +134,7 @@ def test_quoted_fields_hold_separators_quotation_marks_and_lines(read):
         ('t,l\na,1\n"b,2\n', "rows.csv:3: a quotation mark opens a field that does not end"),
         ('t,l\na,1\n"b" c,2\n', "rows.csv:3: a quoted field is followed by text"),
         (r"t,l" + "\n" + r'"say \"b\"",2' + "\n", "rows.csv:2: a quoted field is followed by text"),
-        ("t,l\na,1\nb\n", "rows.csv:3: the row has 1 fields, but the first row names 2 columns"),
+        ("t,l\na,1\nb\n", "rows.csv:3: the row has 1 field, but the first row names 2 columns"),
         ("t,l\na,1\nb, c,2\n", "rows.csv:3: the row has 3 fields"),
         ('t,l\n"a\nb",1\nb,2,3\n', "rows.csv:4: the row has 3 fields"),
         ("t;l\na, b;1\nc;2\n", "if ';' separates the fields, set data.separator=';'"),
@@ -220,7 +220,7 @@ def test_one_nul_character_is_no_utf_16(read):
 
 def test_a_table_without_rows_names_its_columns(read):
     assert "has no rows (its columns: name, x); add some" in fault(read, "name,x\n")
-    assert "first row names 1 columns (# made in 2024);" in fault(read, "# made in 2024\na,b\n")
+    assert "first row names 1 column (# made in 2024);" in fault(read, "# made in 2024\na,b\n")
 
 
 def test_compressed_files_are_read_and_damaged_ones_refused(read):

@@ -197,7 +197,7 @@ def test_a_default_split_without_matching_rows_is_left_out(tmp_path, table):
     assert set(load(tmp_path / "rows", filter={"task": "subj"})) == {"train"}
     with pytest.raises(
         DataError,
-        match=r"no row of the split test \(test\) passes the filter; choose other values; in this "
+        match=r"no row of the split test passes the filter; choose other values. In this "
         r"split, the columns have task: snips$",
     ):
         load(tmp_path / "rows", filter={"task": "subj"}, test_split="test")
@@ -374,7 +374,7 @@ def test_filters_that_match_nothing_list_the_columns_values(parquet):
 def test_filters_that_match_nothing_together_are_refused(parquet):
     fault = faults(parquet, filter={"task": "subj", "domain": "speech"})
     assert fault == (
-        "data.filter: no row of the split train (train) passes the filter; "
-        "choose other values; in this split, the columns have task: snips, subj, trec6; "
+        "data.filter: no row of the split train passes the filter; "
+        "choose other values. In this split, the columns have task: snips, subj, trec6; "
         "domain: logic, speech"
     )

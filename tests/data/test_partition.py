@@ -243,7 +243,7 @@ def test_a_single_client_of_a_value_is_named_after_it():
 def test_dirichlet_refuses_too_few_examples_immediately():
     with pytest.raises(
         DataError,
-        match=r"5 clients × min_examples 10 need 50 training examples, but there are 20; lower",
+        match=r"clients 5 × min_examples 10 is more than the number of training examples, 20;",
     ):
         dirichlet(np.zeros(20, dtype=np.int64), 5, 0.1, 10, generator(0, "train"))
 
@@ -252,7 +252,7 @@ def test_dirichlet_stops_after_many_draws_with_advice():
     with pytest.raises(
         DataError,
         match=(
-            r"never had 9 training examples \(at most \d+\); "
+            r"fewer training examples than min_examples, 9 \(at best \d+\); "
             r"raise data\.partition\.alpha, or lower"
         ),
     ):
@@ -302,14 +302,15 @@ def test_each_group_has_a_client_at_any_spread(clients, groups):
 def test_clusters_of_more_classes_than_there_are_are_refused():
     with pytest.raises(
         DataError,
-        match=r"30 classes per group, but the training examples have 2; write .*=2 or less",
+        match=r"30 is more than the number of classes in the training examples, 2; .*=2 or less",
     ):
         clusters(np.array([0, 1, 0, 1]), 2, 1, 30, generator(0, "train"))
 
 
 def test_more_shards_than_examples_are_refused():
     with pytest.raises(
-        DataError, match=r"3 clients × 2 shards need 6 training examples, but there are 5"
+        DataError,
+        match=r"clients 3 × shards_per_client 2 is more than the number of training examples, 5;",
     ):
         shards(np.zeros(5, dtype=np.int64), 3, 2, generator(0, "train"))
 

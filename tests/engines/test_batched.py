@@ -134,4 +134,4 @@ def test_out_of_memory_reduces_the_clients_per_batch(smoke, monkeypatch, caplog)
     assert [reply.client for reply in replies] == list(range(6))
     assert sizes == [6, 3, 2, 2, 2]
     assert engine.clients_per_batch == 2
-    assert "from now on, at most 2 clients train in one pass" in caplog.text
+    assert "the limit of clients that train in one pass is now 2" in caplog.text

@@ -97,7 +97,7 @@ def test_ranks_use_their_own_gpus_and_fail_if_there_are_too_few(monkeypatch):
     assert str(choose_device("auto")) == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
-        DeviceError, match=r"rank 2 has no separate GPU: this machine has 2 GPU"
+        DeviceError, match=r"rank 2 has no separate GPU: PyTorch finds 2 GPUs"
     ) as caught:
         choose_device("auto")
     assert caught.value.rank == 2  # nobody else may know

@@ -173,4 +173,4 @@ def test_out_of_memory_reduces_the_clients_per_pass(smoke, monkeypatch, caplog, 
     scores = dict(engine.evaluate_clients(enumerate(rows_of(engine))))
     assert sorted(scores) == list(range(6))
     assert passes == [1, 1, 1, 1, 2]
-    assert "from now on, at most 2 clients are evaluated in one pass" in caplog.text
+    assert "the limit of clients that are evaluated in one pass is now 2" in caplog.text

@@ -127,7 +127,7 @@ def test_a_resumed_run_needs_the_same_data(tmp_path, left_behind):
     with pytest.raises(ResumeError, match=r"without its examples.*data=\.\.\."):
         resume(tmp_path / "run")
     with pytest.raises(
-        ResumeError, match=r"other examples: it had memory:\w{16}, these are memory"
+        ResumeError, match=r"the fingerprint memory:\w{16}, those passed now have memory"
     ):
         resume(tmp_path / "run", data=tickets()[1:])
     assert len(resume(tmp_path / "run", data=tickets()).records) == 2
@@ -200,12 +200,12 @@ def faulty(**changes):
         ({"a": {"text": ["x"]}}, "data['a']: found a section, expected a datasets.Dataset"),
         (lambda: tickets()[:0], "data: there are no rows"),
         ({}, "the dictionary is empty"),
-        (lambda: {1: tickets(), "1": tickets()}, "two clients have the same name"),
+        (lambda: {1: tickets(), "1": tickets()}, "the keys 1 and '1' name the same client, 1; "),
         (lambda: {"a": nameless(), None: nameless()}, "a client has no name (None or NaN)"),
         (lambda: {"a": nameless(), float("nan"): nameless()}, "a client has no name"),
         (
             lambda: {"train": tickets(), "test": tickets()},
-            "test, train are names of splits, but the keys of a dictionary are clients",
+            "the keys of a dictionary are clients, but here they are names of splits (test, train)",
         ),
         (lambda: {"a": nameless(), "b": nameless()[:0]}, "data['b'] has no training rows"),
         (

@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_error_and_loses_no_finished_round(tmp_path, engine, 
         RunError,
         match=(
             r"round-00002.safetensors cannot be written \(No space left on device\); "
-            r"finished rounds are intact"
+            r"finished rounds of a run are intact"
         ),
     ):
         federate(recipe("rounds=3"), tmp_path / "run", engine=engine)

@@ -54,11 +54,11 @@ FAULTS = {
     "loss": (changed(train_loss=lambda _: float("inf")), "its training loss is inf"),
     "validation": (
         changed(validation=lambda _: (1.0, 1.0, 1.0)),
-        "it reports 3 validation losses, expected 2",
+        "its number of validation losses is 3, expected 2",
     ),
     "more examples than it has": (
         changed(size=lambda n: 1000 * n),
-        "it reports 10000 examples, but has 10",
+        "its reported number of training examples is 10000, expected 10",
     ),
     "stale": (changed(round=lambda _: 0), "its reply belongs to round 0"),
     "twice": (lambda reply: [reply, reply], "it replied more than once"),
@@ -169,7 +169,7 @@ def test_a_small_poisson_sample_must_reply_as_a_whole(formulas):
     failing = formulas(4).federation(*poisson, "rounds=8")
     failing.completed = sizes.index(1)
     failing.engine.train_clients = lambda *_: []
-    with pytest.raises(TooFewClientsError, match="0 of 1 clients"):
+    with pytest.raises(TooFewClientsError, match="0 of 1 client "):
         next(failing.rounds())
 
 

@@ -386,7 +386,7 @@ def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(tiny, eng
     path = interrupted(tiny(), tmp_path / "my run", engine)
     with pytest.raises(
         RunExistsError,
-        match=r"already holds a run; .* resume it: fedmerge resume '.*my run'\. Or .* such as",
+        match=r"already holds a run; .* Resume .* with fedmerge resume '.*my run', or .* such as",
     ):
         federate(tiny(), path, engine=engine)
 

@@ -70,7 +70,7 @@ def test_missing_baselines_run(smoke, smoke_engine, earlier, tmp_path):
         ("baselines_from=nowhere", "nowhere holds no run"),
         ("baselines=[ditto]", "has no ditto; it has fedmerge, fedavg, local"),
         ("baselines=[]", "there are no baselines to reuse"),
-        ("baselines=[{name: fedavg, server_lr: 0.5}]", "strategy.server_lr was"),
+        ("baselines=[{name: fedavg, server_lr: 0.5}]", "server_lr of the baseline fedavg was"),
     ],
 )
 def test_other_settings_are_refused_before_anything_is_written(
@@ -92,7 +92,7 @@ def test_other_examples_are_refused(smoke, smoke_engine, earlier, tmp_path):
 def test_an_unfinished_baseline_is_refused(smoke, smoke_engine, earlier, tmp_path):
     changed = type(earlier)(shutil.copytree(earlier.path, tmp_path / "earlier"))
     (changed.baselines["local"].path / "summary.json").unlink()
-    with pytest.raises(RecipeError, match="has not ended; resume it first"):
+    with pytest.raises(RecipeError, match=r"run of local in .* has not ended; first resume "):
         federate(again(smoke, changed), tmp_path / "run", engine=smoke_engine)
 
 

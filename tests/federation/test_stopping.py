@@ -102,7 +102,7 @@ def test_a_callback_stops_one_run_but_not_the_baselines(engine, tmp_path):
     )
     assert run.ended
     assert len(run.records) == 1
-    assert run.summary["stopped"] == {"reason": "a callback has stopped it", "planned": 2}
+    assert run.summary["stopped"] == {"reason": "a callback has stopped the run", "planned": 2}
     assert len(run.baselines["local"].records) == 2
     assert run.baselines["local"].summary["stopped"] is None
 

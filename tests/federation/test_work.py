@@ -26,15 +26,15 @@ def test_usual_runs_are_not_warned_about(caplog):
 @pytest.mark.parametrize(
     ("overrides", "sizes", "total", "each"),
     [
-        (["rounds=1000000"], [8] * 20, "20,000,000", "20 clients × 1 steps"),
-        (["rounds=1000", "training.epochs=30000"], [8], "30,000,000", "1 clients × 30,000 steps"),
-        (["rounds=100", "training.steps=200000"], [8, 9], "40,000,000", "2 clients × 200,000"),
-        (["rounds=1000000", "clients.fraction=0.5"], [80] * 4, "20,000,000", "2 clients × 10"),
+        (["rounds=1000000"], [8] * 20, "20,000,000", "per round: 20 × steps per client: 1)"),
+        (["rounds=1000", "training.epochs=30000"], [8], "30,000,000", "per client: 30,000)"),
+        (["rounds=100", "training.steps=200000"], [8, 9], "40,000,000", "per client: 200,000)"),
+        (["rounds=1000000", "clients.fraction=0.5"], [80] * 4, "20,000,000", "per round: 2 × "),
         (
             ["rounds=100000", "strategy={name: fedavg_ft, fedavg_rounds: 1, passes: 1000}"],
             [8],
             "100,000,000",
-            "1 clients × 1,000 steps",
+            "round: 1 × steps per client: 1,000",
         ),
     ],
     ids=["rounds", "epochs", "steps", "fraction", "passes"],

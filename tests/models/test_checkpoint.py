@@ -126,14 +126,14 @@ def test_the_head_of_a_model_without_a_prefix_is_its_last_module(tmp_path):
         ),
         (("llama",), TextTask, {}, r"lack 1 of .*: lm_head.weight;"),
         (("bert",), TextTask, {"is_decoder": True}, r"cls\.predictions\.bias"),
-        (("bert",), LabelTask, {"num_hidden_layers": 1}, "has 16 tensors that .* leaves out"),
+        (("bert",), LabelTask, {"num_hidden_layers": 1}, "leaves out 16 of its tensors: "),
         (
             ("bert", "ForMaskedLM"),
             LabelTask,
             {"num_hidden_layers": 1},
-            r"leaves out: bert\.encoder\.layer\.1\.",
+            r"leaves out .*: bert\.encoder\.layer\.1\.",
         ),
-        (("gpt2", "LMHeadModel"), TextTask, {"n_layer": 1}, r"leaves out: transformer\.h\.1\."),
+        (("gpt2", "LMHeadModel"), TextTask, {"n_layer": 1}, r"leaves out .*: transformer\.h\.1\."),
         (("t5", "EncoderModel"), LabelTask, {}, r"transformer\.decoder\.block\.0"),
         (("vit",), ImageTask, {"num_hidden_layers": 3}, r"vit\.(encoder\.)?layers?\.2"),
     ],
@@ -186,7 +186,7 @@ def test_parts_of_a_checkpoint_are_all_read_or_refused(tmp_path):
     _, missing = load_saved(tmp_path)
     assert modules(missing) == {"classifier"}
     first.unlink()
-    with pytest.raises(BackboneError, match=r"lacks 1 of the \d+ files .*, such as model-00001-"):
+    with pytest.raises(BackboneError, match=r"lacks model-00001-.*names this file"):
         load_saved(tmp_path)
 
 

@@ -109,7 +109,7 @@ TWO_LISTS = (
         ),
         (
             "baselines: [local, local]",
-            "baselines: duplicate strategies local",
+            "baselines: found more than once: local",
         ),
         (
             "lora: {target_modules: all-linear, layers_to_transform: [1]}",

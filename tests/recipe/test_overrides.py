@@ -145,7 +145,7 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
         ),
         (
             "data=3",
-            "command line: data: found 3, expected a section (indented lines of key: value)",
+            "command line: data: found 3, expected a section (keys with values)",
         ),
     ],
 )

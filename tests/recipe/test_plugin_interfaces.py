@@ -125,7 +125,7 @@ def test_an_assignment_that_is_none_is_named_with_its_scheme(assigned, message):
         (rows([1], [2]), None),
         (rows([1], [2])[::-1], "other clients for test than for train, or in another order"),
         ([ClientRows("c0", np.arange(1)), ClientRows("d", np.arange(1))], "other clients for test"),
-        (rows([1]), "1 clients for test, but 2 for train"),
+        (rows([1]), "different numbers of clients for test (1) and train (2)"),
     ],
 )
 def test_each_split_has_the_same_clients_in_the_same_order(test, fault):

@@ -33,7 +33,7 @@ VALID = {
         ({"lora": BackboneRecipe(model="m")}, "Recipe: lora: found BackboneRecipe("),
         ({"strategy": "fedmerg"}, "Recipe: strategy: found text 'fedmerg', expected one of"),
         ({"strategy": object()}, "Recipe: strategy: found <object object at"),
-        ({"baselines": ["local", "local"]}, "Recipe: baselines: duplicate strategies local"),
+        ({"baselines": ["local", "local"]}, "Recipe: baselines: found more than once: local"),
         (
             {"baselines": [FedMergeRecipe(name="fedmerge"), {"name": "local", "x": 1}]},
             "Recipe: baselines[1].x: unknown key; use one of name",

@@ -23,8 +23,8 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
     found = [each.finding for each in _worse_than_baselines(load_run(path))]
     assert found[0].startswith("local has the better mean test accuracy: 0.633 against 0.500")
     assert found[1] == (
-        "2 of 3 clients have a worse test accuracy than with local training alone (beyond the 95 % "
-        "interval for 2 of them): client 1, client 2"
+        "the test accuracy of 2 of 3 clients is worse than with local training alone (beyond the "
+        "95 % interval for 2 of them): client 1, client 2"
     )
 
 
@@ -90,7 +90,7 @@ def test_advice_on_perplexities_takes_lower_ones_for_better(tmp_path):
     found = [f"{each.finding}: {each.cause}; {each.action}" for each in advice(made)]
     local = made.baselines["local"].clients["test_perplexity"]
     worse = (made.clients["test_perplexity"] > local).sum()
-    assert f"{worse} of {len(NAMES)} clients have a worse test perplexity" in "\n".join(found)
+    assert f"test perplexity of {worse} of {len(NAMES)} clients is worse" in "\n".join(found)
     for words in ("correct answer", "score lower", "interval", "accuracy"):
         assert words not in "\n".join(found)
 

@@ -126,7 +126,7 @@ def test_missing_metrics_are_detected(run, engine, caplog, left_behind, uninterr
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     resume(run, engine=engine)
-    assert "metrics.jsonl does not contain all 3 rounds of this checkpoint" in caplog.text
+    assert "metrics.jsonl does not reach the end of round 3, which" in caplog.text
     assert left_behind(run) == uninterrupted
 
 
@@ -212,7 +212,7 @@ def test_a_disk_error_is_one_message_and_the_run_can_be_resumed(
     monkeypatch.setattr(os, "fsync", fsync)
     path = tmp_path / "run"
     with pytest.raises(
-        RunError, match=rf"cannot be written \({error.strerror}\); finished rounds are intact"
+        RunError, match=rf"cannot be written \({error.strerror}\); finished rounds of a run"
     ):
         federate(tiny, path, engine=engine)
     with pytest.raises(RunError, match=rf"cannot be written \({error.strerror}\)"):

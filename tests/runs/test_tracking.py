@@ -104,7 +104,7 @@ def test_a_tracker_that_does_not_start_is_one_message(tracked, monkeypatch):
         raise PermissionError("not logged in\nmore")
 
     monkeypatch.setattr(tracked.tracker, "__init__", refuse)
-    with pytest.raises(RunError, match=r"tracking: tensorboard cannot be started: not logged in$"):
+    with pytest.raises(RunError, match=r"tensorboard cannot be started \(not logged in\); set"):
         tracked()
 
 

@@ -237,7 +237,7 @@ def test_vllm_gets_the_smallest_sufficient_rank_that_it_accepts(rank, flag, fini
 def test_unsupported_adapters_are_named_with_vllms_reason(changed, why, finished, monkeypatch):
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, **changed})
-    assert vllm_support(run).startswith("vLLM cannot serve this adapter: ")
+    assert vllm_support(run).startswith("vLLM cannot serve an adapter of this run: ")
     assert why in vllm_support(run)
 
 

@@ -105,7 +105,7 @@ def test_the_command_names_the_folder_and_warns_of_a_local_base(run, fedmerge):
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 0
     assert (run.path / "exported" / "soup" / "adapter-2").is_dir()
-    assert "is not on the hub; give its public name with --base-model-id" in err
+    assert "is not on the hub; if it has a public name, give it with --base-model-id" in err
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 2
     assert "existing files are never overwritten" in err

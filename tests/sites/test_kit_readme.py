@@ -38,11 +38,11 @@ def test_a_kit_names_the_modules_that_its_recipe_imports():
         project="trial", host="here", port=8002, sites={"north": ["a"]}
     )
     recipe = Recipe.load("smoke")
-    assert "allow:" not in prepare.site_readme(federation, "north", recipe)
+    assert "`allow`" not in prepare.site_readme(federation, "north", recipe)
     text = prepare.site_readme(
         federation, "north", recipe.model_copy(update={"plugins": ["mine", "yours"]})
     )
-    assert "allow: {plugins: [mine, yours]}" in text
+    assert "`plugins: [mine, yours]` under `allow` in `site.yaml`" in text
     assert "--trust-remote-code" in text
 
 

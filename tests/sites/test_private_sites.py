@@ -169,7 +169,7 @@ def test_a_client_that_fails_is_not_distinguished_from_one_that_trains(local_sit
         reply = answer(trainer, message, client=trainer.data.clients[0].name)
         assert (reply.kind, reply.fields["train_loss"]) == ("trained", None)
         assert noisy(reply)
-    assert "the site sends noise in place of its update" in caplog.text
+    assert "the site sends noise in place of the client's update" in caplog.text
 
 
 def test_a_failing_client_of_a_site_with_noise_of_its_own_reports_its_size(local_site):
@@ -320,7 +320,7 @@ def test_a_site_refuses_when_its_budget_is_spent_and_remembers_it_after_a_restar
         f"the privacy budget of client {client} does not suffice: its updates so far (3)"
         in refused.fields["error"]
     )
-    assert f"raise privacy.epsilon in {SITE_FILE}" in refused.fields["error"]
+    assert f"set a larger privacy.epsilon in {SITE_FILE}" in refused.fields["error"]
     again = reopened(trainer)
     assert again.handle(received["enroll"].to_bytes())
     assert again.handle(received["open"].to_bytes())

@@ -172,7 +172,7 @@ def test_an_invalid_reply_costs_its_client_that_round_only(smoke, federation_of,
     first, second = Run.open(kit / "run").records
     assert outcome.state == "ended"
     assert [why.partition(" (")[0] for why in first["failures"].values()] == [
-        "7 bytes are not a message"
+        "a message of 7 bytes cannot be read"
     ]
     assert not second["failures"]
 
@@ -288,7 +288,7 @@ def test_a_sites_batch_size_does_not_change_a_step(smoke):
     recipe = smoke("training.batch_size=8", "training.gradient_accumulation=2")
     training = SiteSettings(batch_size=4, device="cpu").apply_to(recipe).training
     assert (training.batch_size, training.gradient_accumulation, training.device) == (4, 4, "cpu")
-    with pytest.raises(FederateError, match="does not divide the 16 examples"):
+    with pytest.raises(FederateError, match="which does not divide 16,"):
         SiteSettings(batch_size=5).apply_to(recipe)
 
 

@@ -189,7 +189,7 @@ def test_fedsa_lora_averages_a_alone(formulas):
     ],
 )
 def test_methods_that_average_a_need_one_that_trains(smoke, name, reason):
-    with pytest.raises(RecipeError, match=rf"lora.merge: {name} {reason}"):
+    with pytest.raises(RecipeError, match=rf"lora: {name} {reason}"):
         Federation(smoke(f"strategy={name}", "lora.merge=shared_a"))
 
 

@@ -79,7 +79,9 @@ def test_blocks_of_a_layout(kind, expected):
 def test_an_adapter_of_one_block_is_refused():
     layout = AdapterLayout.from_tensors([("layer.0.query.lora_A.weight", (2, 3), "lora")])
     for kind in ("head", "layers", "modules", "classes"):
-        with pytest.raises(RecipeError, match=rf"strategy.blocks: .*one block of the kind {kind}"):
+        with pytest.raises(
+            RecipeError, match=rf"strategy.blocks: the kind {kind} leaves .* in one block"
+        ):
             make(FormulaClients(CLIENTS, layout), blocks=kind)
 
 

@@ -150,7 +150,7 @@ def test_replies_without_valid_statistics_are_refused(case):
     nan = replace(reply, statistics=reply.statistics * torch.nan)
     assert validate_reply(nan, plan, 1, 10) == "its class statistics are not finite"
     wrong = replace(reply, statistics=reply.statistics * 2)
-    assert "class statistics count 20 examples" in validate_reply(wrong, plan, 1, 10)
+    assert "class statistics have the sum 20, expected 10" in validate_reply(wrong, plan, 1, 10)
 
 
 def test_formula_clients_spread_their_examples_over_the_classes(formulas):

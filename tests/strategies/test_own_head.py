@@ -206,7 +206,7 @@ def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, tmp_path
 
 def test_without_groups_the_number_of_adapters_is_fixed():
     strategy, _ = make(adapters=3)
-    with pytest.raises(ValueError, match="2 adapters, but 3"):
+    with pytest.raises(ValueError, match="adapters is 2, expected 3"):
         strategy.resize(2)
 
 

@@ -221,8 +221,9 @@ def test_turns_without_an_end_are_counted_and_trls_template_ends_them(of_task, o
     glm = shipped("glm4moe")
     table = Dataset.from_dict({"messages": [[SYSTEM, *LONG], LONG]})
     of_task(glm, glm.plain, table)
-    assert "in 2 of 2 chats (first: row 0) the last token with a loss is no special token" in (
-        caplog.text
+    assert (
+        "in 2 of 2 chats (first: row 0, from 0) the last token with a loss is no special token"
+        in (caplog.text)
     )
     caplog.clear()
     ours = of_task(glm, glm.marked, table)

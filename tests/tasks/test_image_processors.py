@@ -178,7 +178,7 @@ def test_images_of_different_sizes_are_refused(task_of, tmp_path):
     with pytest.raises(
         BackboneError,
         match=r"ViTImageProcessorPil does not bring images to one size \(pixel_values has the "
-        r"shape \(3, 24, 40\) in row 0, but \(3, 40, 24\) in row 2\)",
+        r"shape \(3, 24, 40\) in row 0, but \(3, 40, 24\) in row 2, from 0\)",
     ):
         task.encode(table)
 

@@ -50,7 +50,7 @@ def test_lists_and_columns_of_flags_are_the_same_labels(task_of):
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"labels": [["a"], ["b", "b"]]}, {}, r"row 1 .*'labels' has a label twice: b, b"),
+        ({"labels": [["a"], ["b", "b"]]}, {}, r"row 1 .*'labels' has a label twice: b; write"),
         ({"labels": [["a"], None]}, {}, r"row 1 .*'labels' is empty"),
         ({"labels": ["a", "b"]}, {}, r"'labels' has the type string, expected lists"),
         ({"labels": [[], []]}, {}, r"has no values to infer labels from"),

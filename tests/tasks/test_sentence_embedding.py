@@ -179,7 +179,8 @@ def test_a_client_without_negatives_has_no_loss(tiny_models, caplog, tmp_path):
     sections = {"backbone": {"model": "tiny:bert"}, "lora": {"r": 2, **LORA}}
     with caplog.at_level(logging.WARNING):
         run_of(tmp_path / "run", rows, {"name": NAME}, **sections, rounds=1)
-    assert "1 of 2 clients have fewer than 2 training examples to compare" in caplog.text
+    wanted = "clients with fewer than 2 training examples learn nothing (1 of 2): north"
+    assert wanted in caplog.text
     with pytest.raises(DataError, match="each client has fewer than 2 training examples"):
         run_of(tmp_path / "1", rows[:1], {"name": NAME}, **sections)
 

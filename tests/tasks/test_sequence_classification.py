@@ -118,7 +118,7 @@ def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, c
                 r"a label is an integer from 0, or a name"
             ),
         ),
-        (["a", "b", "c"], {"num_labels": 2}, r"3 labels, but task.num_labels is 2: a, b, c"),
+        (["a", "b", "c"], {"num_labels": 2}, r"3 labels, but task.num_labels is 2 \(a, b, c\)"),
         (
             [0, 123456],
             {},
@@ -202,7 +202,7 @@ def test_empty_texts_are_counted(task_of, caplog):
 @pytest.mark.parametrize(("pair", "length"), [(None, 1), (None, 2), ("pair", 3)])
 def test_a_length_without_room_for_texts_is_refused(pair, length, task_of):
     table = table_of([0, 1]).add_column("pair", ["a", "b"])
-    message = rf"task.max_length: {length} tokens leave no room for texts"
+    message = rf"task.max_length: a length of {length} leaves no room for texts"
     with pytest.raises(DataError, match=message):
         task_of("bert", table, name=NAME, text_pair=pair, max_length=length)
 

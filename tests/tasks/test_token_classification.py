@@ -84,7 +84,7 @@ def test_answers_are_read_at_the_words_on_either_side_of_padding(task_of):
 @pytest.mark.parametrize(
     ("words", "tags", "options", "message"),
     [
-        ([["a", "b"]], [["O"]], {}, r"row 0 .*: 2 words in column 'tokens', but 1 tags"),
+        ([["a", "b"]], [["O"]], {}, r"row 0 .*: 2 words in column 'tokens', but 1 tag in"),
         ([["a"], []], [["O"], []], {}, r"row 1 .*: no word has tokens"),
         ([["a", None]], [["O", "O"]], {}, r"row 0 .*'tokens' has a list with an empty value"),
         ([["a"], None], [["O"], ["O"]], {}, r"row 1 .*'tokens' is empty \(null\)"),

@@ -64,5 +64,5 @@ def test_a_part_that_is_none_is_restored_as_none():
 )
 def test_the_state_of_another_object_is_refused(change):
     part = Part(Part(None))
-    with pytest.raises(ValueError, match=r"expected|present only in the state"):
+    with pytest.raises(ValueError, match=r"expected|only in the saved state"):
         part.load_state_dict({**part.state_dict(), **change})

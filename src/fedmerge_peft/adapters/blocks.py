@@ -64,7 +64,7 @@ class Blocks:
                 of[entry.columns] = classes.repeat_interleave(entry.size // entry.shape[0])
             of = torch.unique(of, return_inverse=True)[1]  # the block "others" may be empty
         if not bool((of != of[0]).any()):
-            raise ValueError(f"all parameters of this adapter are one block of the kind {kind}")
+            raise ValueError(f"the kind {kind} leaves all parameters of this adapter in one block")
         return cls(of)
 
 

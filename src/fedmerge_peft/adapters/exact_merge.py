@@ -18,12 +18,15 @@ from torch import Tensor
 from fedmerge_peft.adapters.lora_factors import check_plain_lora, factor_pairs
 from fedmerge_peft.adapters.soup import AdapterSoup
 
+_AVERAGE = "; use exact=False or AdapterSoup.merge, which average A and B separately"
+"""Remedy if adapters that are to be merged have no exact merge."""
 
-def _check_exact(soup: AdapterSoup) -> None:
+
+def _check_exact(soup: AdapterSoup, remedy: str = "") -> None:
     try:
         check_plain_lora(soup.layout)
     except ValueError as error:
-        raise ValueError(f"these adapters have no exact merge: {error}") from error
+        raise ValueError(f"these adapters have no exact merge: {error}{remedy}") from error
 
 
 def _factors_with_own_parts(soup: AdapterSoup) -> set[str]:
@@ -66,7 +69,7 @@ def concat(
             and ``clients`` is None or does not sum to 1; or clients have own parts in both A and B,
             or in one of them while several adapters have a nonzero weight.
     """
-    _check_exact(soup)
+    _check_exact(soup, _AVERAGE)
     by_block, of = weights.expand(1, -1), None
     if soup.blocks is not None and clients is not None:
         by_block, of = weights + soup.blocks.mixed(clients), soup.blocks.blocks.of
@@ -77,8 +80,8 @@ def concat(
     if clients is not None and (own := _factors_with_own_parts(soup)):
         if len(own) > 1 or len(states) > 1:
             raise ValueError(
-                "these adapters have no exact merge: their factors have own parts of the clients, "
-                "so that their products have no common factor"
+                "these adapters have no exact merge: clients have own parts in their LoRA factors"
+                + _AVERAGE
             )
         return merged, dict(config)
     first = {entry.key: entry.offset for entry in soup.layout.entries}

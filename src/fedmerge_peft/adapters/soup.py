@@ -123,7 +123,8 @@ class AdapterSoup:
             if not torch.allclose(total, torch.ones_like(total), atol=1e-5):
                 raise ValueError(
                     "parts of these adapters are private to the clients, so that only clients "
-                    "have whole adapters"
+                    "have whole adapters; merge them with clients' shares that sum to 1 "
+                    "(clients= of AdapterSoup.merge)"
                 )
         merged = mix(weights, self.rows)
         if self.blocks is not None and clients is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedmerge_peft.analysis.methods import methods
 from fedmerge_peft.analysis.pictures import ComparisonPicture, comparison_html
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import worst_tenth
@@ -210,7 +211,7 @@ def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDir
     scored = [run for run in ended if _final_scores(run)]
     _log_skipped("not finished", [run.path for run in candidates if run not in ended])
     _log_skipped("finished without any score", [run.path for run in ended if run not in scored])
-    if not scored and len(ended) == len(candidates):
+    if not scored and ended:
         raise RunError(
             "no finished run has scores to compare; create one whose clients have test or "
             "validation examples, with fedmerge run or fedmerge sweep"
@@ -233,8 +234,8 @@ def _final_scores(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def _log_skipped(reason: str, paths: Iterable[Path]) -> None:
-    if names := ", ".join(map(str, paths)):
-        log.warning("skipped, %s: %s", reason, names)
+    if names := join_values(paths):
+        log.warning("left out of the comparison (%s): %s", reason, names)
 
 
 def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dict[int, float]]:

@@ -25,7 +25,7 @@ def data(
         int,
         typer.Option(
             min=0,
-            help="Show the tokens of this many training examples, and mark the tokens with a "
+            help="Show the tokens of this many training examples, and mark those that have a "
             "loss. Loads the tokenizer.",
         ),
     ] = 0,

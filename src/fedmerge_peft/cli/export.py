@@ -101,7 +101,7 @@ def export(
         if hub is None:
             raise RunError(
                 f"the base model {base} is not on the hub, so a pushed adapter could not be "
-                "loaded; name the model with --base-model-id"
+                "loaded; if the model has a public name, give it with --base-model-id"
             )
     if client is not None:
         write, name = partial(export_client, client=client), folder_name(client)
@@ -116,7 +116,7 @@ def export(
     if hub is None:
         print(
             printable(
-                f"the base model {base} is not on the hub; give its public name with "
+                f"the base model {base} is not on the hub; if it has a public name, give it with "
                 "--base-model-id"
             ),
             file=sys.stderr,

@@ -99,7 +99,7 @@ def prepare(
     )
     if digest is None:
         print("no kit has a wheel: hatchling, or this package's record of its files, is missing;")
-        print("give the sites the wheel that make dist builds in a checkout of this package")
+        print("run make dist in a checkout of this package, and give its wheel to the sites")
     else:
         print(f"each kit has the wheel of this package; tell the sites its SHA-256 sum: {digest}")
     print("\nnext:")

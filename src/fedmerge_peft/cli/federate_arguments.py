@@ -29,7 +29,11 @@ def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
     from fedmerge_peft.errors import FederateError
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    if not names or len(names) != len(set(names)):
+    if not names:
+        raise FederateError(
+            "--sites: no site is named; give names, separated by commas, such as north,south,east"
+        )
+    if len(names) != len(set(names)):
         raise FederateError(f"--sites: {sites!r}, expected unique names, such as north,south,east")
     by_site: dict[str, list[str]] = {name: [] for name in names}
     for text in clients:

@@ -61,10 +61,10 @@ class _Questions:
 
         if given is not None:
             return given
+        wanted = f"give {option}{among if option.startswith('--') else ''}"
         if not self._ask:
             if suggested is None:
-                wanted = f"{option}{among if option.startswith('--') else ''}"
-                raise RecipeError(f"init: {question}: there is no suggestion; give {wanted}")
+                raise RecipeError(f"init: {question}: there is no suggestion; {wanted}")
             return suggested
         if suggested is None and among:
             print(f"{question}{among}")
@@ -73,8 +73,9 @@ class _Questions:
         except typer.Abort:
             if sys.stdin.isatty():
                 raise KeyboardInterrupt from None
+            remedy = wanted if suggested is None else "--yes takes the suggestions"
             raise RecipeError(
-                "init: no answer, so nothing was written; --yes takes the suggestions"
+                f"init: {question}: no answer, so nothing was written; {remedy}"
             ) from None
 
     def choice(
@@ -153,12 +154,15 @@ def init(
     from fedmerge_peft.util.text import printable
 
     if clients is not None and client not in (None, _NONE):
-        raise RecipeError("init: --clients is for random clients; remove it, or --client")
+        raise RecipeError(
+            "init: --clients is the number of random clients, but --client names a column; "
+            "remove one of the two options"
+        )
     questions = _Questions(ask=not yes)
     path = questions.text("TABLE", "Table (a file, a folder or a hub id)", table, None)
     target = out or Path(f"{_name(path)}.yaml")
     if target.exists():
-        raise RecipeError(printable(f"{target}: already exists; choose another --out"))
+        raise RecipeError(printable(f"{target}: already exists; name another file with --out"))
     chosen = {"task": task, "text": text, "label": label, "image": image, "client": client}
     if clients is not None:
         chosen["client"] = _NONE
@@ -169,7 +173,9 @@ def init(
     federated = federate_data(recipe.data, section.label_column, recipe.seed, section.media_column)
     write_file(target, content, "x")
     file = shlex.quote(str(target))
-    print(printable(f"Wrote {target}: {len(federated.clients)} clients, {recipe.backbone.model}"))
+    count = len(federated.clients)
+    made = f"{count} client{'s' * (count != 1)}, {recipe.backbone.model}"
+    print(printable(f"Wrote {target}: {made}"))
     print(printable(f"Next: fedmerge data {file}, then fedmerge run {file}"))
 
 
@@ -195,11 +201,12 @@ def _answers(
     source = DataRecipe(path=path, partition=IidRecipe(scheme="iid", clients=1))
     rows = load_splits(source)["train"]
     columns = guesses.describe(rows)
-    print(f"{len(rows):,} rows with {len(columns)} columns:")
+    some_rows = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
+    print(f"{some_rows} with {len(columns)} column{'s' * (len(columns) != 1)}:")
     for column in columns:
         print(printable(f"  {column}"))
     if any(column.is_value for column in columns):
-        print("The first line looks like an example. If it is one, add a line of column names.")
+        print("A column name looks like a value. If the table has no column names, add them.")
     names = [column.name for column in columns]
     own = [column for column in columns if column.name != given["client"]]
     guess = guesses.guess_task(own, len(rows), given["label"])

@@ -160,7 +160,9 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
 def schema(
     out: Annotated[
         Path | None,
-        typer.Option(help="Write to this file instead of standard output; overwritten."),
+        typer.Option(
+            help="Write to this file instead of standard output; an existing one is overwritten."
+        ),
     ] = None,
     markdown: Annotated[
         bool,
@@ -210,9 +212,10 @@ def _check_data(recipe: Recipe) -> str:
         for split in ("train", "validation", "test")
     }
     counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    count = len(federated.clients)
     return (
-        f"checked: keys, values, and data ({len(federated.clients):,} clients; {counts} examples); "
-        "not the model"
+        f"checked: keys, values, and data ({count:,} client{'s' * (count != 1)}; {counts} "
+        "examples); not the model"
     )
 
 

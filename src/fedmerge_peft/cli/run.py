@@ -194,12 +194,12 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
             def on_start(self, federation: Federation, run: RunDirectory) -> None:
                 stop.check()
                 stop.arm()
-                strategy = federation.strategy
+                strategy, count = federation.strategy, len(federation.engine.clients)
                 megabytes = 4 * strategy.soup.layout.size / 1e6
                 after = f", after round {federation.completed}" if federation.completed else ""
                 progress.print(
                     f"[bold]{federation.recipe.strategy.name}[/]: "
-                    f"{len(federation.engine.clients)} clients, "
+                    f"{count} client{'s' * (count != 1)}, "
                     f"{len(strategy.soup)} adapter{'s' * (len(strategy.soup) > 1)} of "
                     f"{megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
                     soft_wrap=True,

@@ -57,7 +57,8 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
         shown = task.show(data.table.select([int(row) for _, row in chosen]))
         examples = task.encode(data.table)
     for (client, row), example in zip(chosen, shown, strict=True):
-        facts = [f"{example.count():,} tokens"]
+        tokens = example.count()
+        facts = [f"{tokens:,} token{'s' * (tokens != 1)}"]
         if (learned := example.count(has_loss=True)) or example.label is None:
             facts.append(f"{learned:,} with a loss")
         if cut := example.count(is_cut=True):

@@ -108,16 +108,21 @@ def run_jobs(
     if progress.faults:
         raise progress.faults[0]
     if left := [name for name in names if name not in progress.ended]:
-        codes = ", ".join(str(process.exitcode) for process in processes if process.exitcode)
+        codes = [process.exitcode for process in processes if process.exitcode]
         unfinished = f"{len(left)} of {len(names)} runs did not finish"
         if not codes:
             raise RankError(
                 f"{unfinished}, although all processes ended without an error; repeat the command "
                 "to continue"
             )
+        if -9 in codes:
+            raise RankError(
+                f"{unfinished}, because a process was killed (code -9), for example because "
+                "memory ran out; repeat the command with fewer --jobs to continue"
+            )
         raise RankError(
-            f"{unfinished}, because processes ended with code {codes} (-9: killed, for example "
-            "because memory ran out); repeat the command with fewer --jobs to continue"
+            f"{unfinished}, because a process ended with code {codes[0]}; read its error above, "
+            "if there is one, and repeat the command to continue"
         )
     if progress.failures:
         raise SweepError(progress.failures)

@@ -54,7 +54,7 @@ def number_of_workers(requested: str, device: str) -> int:
     if requested == "auto":
         return _automatic(device)
     if not requested.isdecimal() or int(requested) < 1:
-        raise DeviceError(f"--workers {requested}: give a number of at least 1, or auto")
+        raise DeviceError(f"--workers {requested}: give a whole number of at least 1, or auto")
     return int(requested)
 
 
@@ -116,9 +116,11 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
         except ChildFailedError as error:
             number, first = error.get_first_failure()
             if first.exitcode < 0:  # killed, before it could print an error
+                name = first.signal_name()
+                memory = ", for example because memory ran out; use fewer workers"
                 raise RankError(
-                    f"rank {number} of {count} was killed ({first.signal_name()}), for example "
-                    "because memory ran out; use fewer workers. fedmerge resume continues from the "
+                    f"rank {number} of {count} was killed ({name})"
+                    f"{memory if name == 'SIGKILL' else ''}. fedmerge resume continues from the "
                     "last finished round"
                 ) from None
             raise typer.Exit(first.exitcode) from None

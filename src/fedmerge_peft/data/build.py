@@ -79,7 +79,7 @@ def federate_data(
         numbers, names = encode_classes(splits, label, "task.label")
         warn_of_lookalikes(names, "task.label", "labels")
         if whole:
-            _reject_one_label(names, label)
+            _reject_one_label(names, label, recipe)
         _check_unseen_labels(numbers, label, reject=whole)
     partitioned = _partition(recipe, splits, label, seed)
     validation = 0.0 if "validation" in partitioned else recipe.validation_fraction
@@ -103,7 +103,7 @@ def federate_data(
             rng = generator(seed, "max_test", number)
             test_rows = np.sort(rng.choice(test_rows, recipe.max_test, replace=False))
         clients.append(Client(name, train_rows, validation_rows, test_rows, group))
-    _check_no_empty_client(clients)
+    _check_no_empty_client(clients, recipe)
     warn_of_lookalikes((client.name for client in clients), "data.partition", "clients")
     if not any(len(client.validation) + len(client.test) for client in clients):
         logger.warning(
@@ -123,7 +123,7 @@ def _partition(
     if clients > examples:
         raise DataError(
             f"data.partition.clients: {clients:,} clients, but {examples:,} training "
-            "examples; lower data.partition.clients, or relax data.filter"
+            f"example{'s' * (examples != 1)}; lower data.partition.clients{_or_relax(recipe)}"
         )
     by = getattr(scheme, "by", None)
     tables = Splits(splits, label, seed, by, scheme.counts_lists)
@@ -132,7 +132,8 @@ def _partition(
         per_split = entry.load()(scheme, tables)
     if fault := assignment_fault(per_split, splits):
         raise DataError(
-            f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}"
+            f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}; "
+            "correct the plugin"
         )
     if by is not None:
         _count_without_client(tables.classes, by)
@@ -150,21 +151,26 @@ def _count_without_client(classes: Mapping[str, Indices], by: str) -> None:
     for split, numbers in classes.items():
         if unseen := int((numbers < 0).sum()):
             logger.warning(
-                "%d of %d %s examples belong to no client, because no training example has their "
-                "value of the column %s",
+                "%d of %d %s examples %s to no client, because no training example has the same "
+                "value in the column %s",
                 unseen,
                 len(numbers),
                 split,
+                "belongs" if unseen == 1 else "belong",
                 by,
             )
 
 
-def _reject_one_label(names: Sequence[str], label: str) -> None:
+def _or_relax(recipe: DataRecipe) -> str:
+    return ", or relax data.filter" if recipe.filter else ""
+
+
+def _reject_one_label(names: Sequence[str], label: str, recipe: DataRecipe) -> None:
     if len(names) == 1:
         raise DataError(
             f"task.label: all training examples have the same value in the column {label}, "
             f"{names[0]!r}, so there is nothing to learn; name the column with the labels in "
-            "task.label, or relax data.filter"
+            f"task.label{_or_relax(recipe)}"
         )
 
 
@@ -178,15 +184,17 @@ def _check_unseen_labels(numbers: Mapping[str, Indices], label: str, *, reject: 
         unseen = int((labels < 0).sum())
         if reject and unseen and unseen == len(labels):
             raise DataError(
-                f"task.label: no value of the column {label} in the split {split} occurs in the "
-                "training examples; write labels in the same way in all splits"
+                f"task.label: no value of the column {label} in the {split} split occurs in the "
+                "training examples; write labels in the same way in all splits, or name another "
+                f"split in data.{split}_split"
             )
         if unseen:
             logger.warning(
-                "%d of %d %s examples have a label that no training example has (column %s)",
+                "%d of %d %s examples %s a label that no training example has (column %s)",
                 unseen,
                 len(labels),
                 split,
+                "has" if unseen == 1 else "have",
                 label,
             )
 
@@ -216,13 +224,16 @@ def _type(feature: object, other: object) -> str:
     return str(getattr(feature, "dtype", feature))
 
 
-def _check_no_empty_client(clients: Sequence[Client]) -> None:
+def _check_no_empty_client(clients: Sequence[Client], recipe: DataRecipe) -> None:
     empty = [client.name for client in clients if not client.size]
     if empty:
+        numbers = ("clients", "clients_per_value")
+        key = next((name for name in numbers if hasattr(recipe.partition, name)), None)
+        remedy = "change data.partition" if key is None else f"lower data.partition.{key}"
         raise DataError(
-            f"data.partition: {len(empty)} of {len(clients)} clients have no training examples "
-            f"({join_values(empty, 5)}); lower the number of clients (clients, clients_per_value), "
-            "or relax data.filter"
+            f"data.partition: {len(empty)} of {len(clients)} clients "
+            f"{'has' if len(empty) == 1 else 'have'} no training examples "
+            f"({join_values(empty, 5)}); {remedy}{_or_relax(recipe)}"
         )
 
 

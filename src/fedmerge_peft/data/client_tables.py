@@ -49,8 +49,9 @@ def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Data
     for client in clients:
         if client.splits.keys() != first.splits.keys():
             raise DataError(
-                f"{client.source} has the splits {join_values(client.splits)}, but {first.source} "
-                f"has {join_values(first.splits)}; give all clients the same splits"
+                f"{client.source} has the split{'s' * (len(client.splits) != 1)} "
+                f"{join_values(client.splits)}, but {first.source} has "
+                f"{join_values(first.splits)}; give all clients the same splits"
             )
         for split, table in client.splits.items():
             tables[client.source, split] = _with_client(table, column, client)

@@ -59,7 +59,7 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
     for row, value in enumerate(values):
         if value is not None and kind(value) != expected:
             raise DataError(
-                f"data.path: {place(row)}: the column {name!r} is {kind(value)} "
+                f"{place(row)}: the column {name!r} is {kind(value)} "
                 f"({_shown(value)}), but {expected} ({_shown(values[known])}) in {place(known)}; "
                 "write one type in all rows"
             )
@@ -78,7 +78,7 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
         else:
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string())
-        raise DataError(f"data.path: {place(row)}: the column {name!r} {fault}") from error
+        raise DataError(f"{place(row)}: the column {name!r} {fault}") from error
 
 
 def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:

@@ -190,10 +190,12 @@ def encode_classes(
             missing += pc.sum(blank).as_py() or 0
         if missing:
             # Rows are divided by data.split_column before data.filter is applied.
-            hint = "" if key == "data.split_column" else " (data.filter selects rows by value)"
+            whole = key == "data.split_column"
+            rows = "rows" if whole else f"{split} rows"
+            hint = "" if whole else " (data.filter selects rows by value)"
             raise DataError(
                 f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} "
-                f"{split} rows; fill in the values, or remove the rows{hint}"
+                f"{rows}; fill in the values, or remove the rows{hint}"
             )
     columns = dict(zip(columns, whole_numbers(list(columns.values())), strict=True))
     for entries in columns.values():
@@ -260,8 +262,8 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):
             raise DataError(
-                f"{key}: the column {column} has {inexact[0].as_py()!r} as {entries.type}, to "
-                "which several integers are rounded; store the column as integers or text"
+                f"{key}: the column {column} has {inexact[0].as_py()!r}, which is too large to be "
+                f"exact as {entries.type}; store the column as integers or text"
             )
 
 

@@ -87,7 +87,11 @@ def _records(path: Path, text: str, separator: str, quoting: Quoting) -> list[_R
         if quoting == "double" or separator != "\t":
             raise
         records = _parse(path, text, separator, quoted=False)
-        logger.warning("%s: quotation marks are read as text (data.quoting=none)", path)
+        logger.warning(
+            "%s: quotation marks are read as text, as they do not enclose whole fields; set "
+            "data.quoting=none if this is right, or data.quoting=double to see the faulty line",
+            path,
+        )
         return records
     long = next((record for record in records if record.last > record.first), None)
     if quoting == "double" or long is None or len(long.fields) == 1:
@@ -157,9 +161,11 @@ def _check_width(path: Path, records: Sequence[_Record], separator: str, *, quot
     if len(row.fields) != len(names):
         example = "," if separator == ";" else ";"
         quote = f"enclose fields that contain {separator!r} in quotation marks, " if quoted else ""
+        fields = f"{len(row.fields)} field{'s' * (len(row.fields) != 1)}"
+        columns = f"{len(names)} column{'s' * (len(names) != 1)}"
         raise DataError(
-            f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
-            f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); "
+            f"data.path: {path}:{row.first}: the row has {fields}, but the first "
+            f"row names {columns} ({shortened(join_values(names, 3), 80)}); "
             f'{quote}set data.separator (such as data.separator="{example}"), or remove lines that '
             "are not rows"
         )
@@ -178,8 +184,8 @@ def _reject_other_separator(path: Path, line: int, name: str, separator: str) ->
     if others:
         raise DataError(
             f"data.path: {path}:{line}: with the separator {separator!r}, the first row is a "
-            f"single field, {name!r}; if {others[0]!r} separates the fields, set "
-            f"data.separator={others[0]!r}"
+            f"single field, {shortened(name, 80)!r}; if {others[0]!r} separates the fields, set "
+            f"data.separator={others[0]!r}, else remove it from the name of the column"
         )
 
 

@@ -52,8 +52,15 @@ class ColumnProfile:
     Always False for the kinds image, list and other."""
 
     def __str__(self) -> str:
-        values = f"{self.distinct:,} different" if self.distinct else self.kind
-        return f"{self.name} ({values}, such as {self.example!r})"
+        if self.distinct == 1:
+            return f"{self.name} (one value, {self.example!r})"
+        if self.distinct:
+            return f"{self.name} ({self.distinct:,} different, such as {self.example!r})"
+        if not self.example:
+            return f"{self.name} (no values)"
+        kind = "not plain values" if self.kind == "other" else self.kind
+        example = "" if self.example == self.kind else f", such as {self.example!r}"
+        return f"{self.name} ({kind}{example})"
 
 
 def describe(table: Dataset) -> list[ColumnProfile]:

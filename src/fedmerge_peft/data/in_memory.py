@@ -168,16 +168,23 @@ def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
             "data: a client has no name (None or NaN); groupby(..., dropna=False) makes such a "
             "client from rows without a name; name the client, or leave it out"
         )
-    names = {client_name(key) for key in data}
+    texts = [client_name(key) for key in keys]
+    names = set(texts)
     splits = {"train", "validation", "test", recipe.train_split}
     if not names:
         raise DataError("data: the dictionary is empty; pass one entry per client")
     if len(names) < len(data):
-        raise DataError("data: two clients have the same name; give each its own")
+        repeated = next(text for text in texts if texts.count(text) > 1)
+        first, second = [key for key in keys if client_name(key) == repeated][:2]
+        raise DataError(
+            f"data: the keys {first!r} and {second!r} name the same client, {repeated}; give each "
+            "client its own name"
+        )
     if names <= splits:
         raise DataError(
-            f"data: {join_values(sorted(names))} are names of splits, but the keys of a dictionary "
-            "are clients; pass splits as datasets.DatasetDict or as a pair (train, test)"
+            "data: the keys of a dictionary are clients, but here they are names of splits "
+            f"({join_values(sorted(names))}); pass splits as datasets.DatasetDict or as a pair "
+            "(train, test)"
         )
 
 

@@ -88,7 +88,9 @@ def _values(path: Path, text: str) -> tuple[list[Any], list[str]]:
             ) from error
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise DataError(f"data.path: {path}:{line}: invalid JSON: {reason}") from error
+            raise DataError(
+                f"data.path: {path}:{line}: invalid JSON in the value that begins here: {reason}"
+            ) from error
         values.append(value)
         places.append(f"{path}:{line}")
     return values, places

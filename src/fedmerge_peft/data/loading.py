@@ -87,18 +87,29 @@ def load_splits(
     chosen = _filter(recipe, chosen) if recipe.filter else chosen
     if not len(chosen["train"]):
         columns = join_values(chosen["train"].column_names, 5) or "none"
+        several = len(splits) > 1
+        part = f"the split {recipe.train_split} of " if several else ""
+        remedy = ", or name another split in data.train_split" if several else ""
         raise DataError(
-            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows (its columns: "
-            f"{shortened(columns, 120)}); add some, or name another split in data.train_split"
+            f"{'data' if _is_in_memory(recipe) else 'data.path'}: {part}{_source(recipe)} has no "
+            f"rows (its columns: {shortened(columns, 120)}); add some{remedy}"
         )
     return chosen
+
+
+def _is_in_memory(recipe: DataRecipe) -> bool:
+    return recipe.path.partition(":")[0] == IN_MEMORY
+
+
+def _source(recipe: DataRecipe) -> str:
+    return "the data set in memory" if _is_in_memory(recipe) else recipe.path
 
 
 def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     """Load all splits by name. A single table is the split ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
-    if recipe.path.partition(":")[0] == IN_MEMORY:
+    if _is_in_memory(recipe):
         raise DataError(
             f"data.path: {recipe.path}: the examples came from a Python program and are not "
             "stored; pass them again: federate(recipe, data=...), resume(run, data=...)"
@@ -174,7 +185,8 @@ def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[st
         "validation": recipe.validation_split,
         "test": recipe.test_split,
     }
-    source = recipe.path if recipe.split_column is None else f"the column {recipe.split_column}"
+    column = recipe.split_column
+    source = _source(recipe) if column is None else f"the column {column}"
     for role, name in requested.items():
         if name is not None and name not in splits:
             raise DataError(
@@ -221,7 +233,8 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
                 if absent
                 else "the list is empty, so the filter removes all rows"
             )
-            raise DataError(f"{key}: {fault}; the column {column} has {join_values(present)}")
+            there = join_values(present) or "no values"
+            raise DataError(f"{key}: {fault}; the column {column} has {there}")
     filtered = {
         split: splits[split].select(reduce(np.intersect1d, rows)) for split, rows in kept.items()
     }
@@ -233,12 +246,13 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
     for split, dataset in filtered.items():
         if requested[split] is not None and not len(dataset):
             contents = "; ".join(
-                f"{column}: {join_values(value_names(splits[split], column, 'data.filter'))}"
+                f"{column}: "
+                f"{join_values(value_names(splits[split], column, 'data.filter')) or 'no values'}"
                 for column in recipe.filter
             )
             raise DataError(
-                f"data.filter: no row of the split {requested[split]} ({split}) passes the filter; "
-                f"choose other values; in this split, the columns have {contents}"
+                f"data.filter: no row of the split {requested[split]} passes the filter; choose "
+                f"other values. In this split, the columns have {contents}"
             )
     return {split: dataset for split, dataset in filtered.items() if len(dataset)}
 

@@ -66,9 +66,9 @@ def dirichlet(
     sizes = np.bincount(classes[classes >= 0])
     if sizes.sum() < clients * min_examples:
         raise DataError(
-            f"data.partition: {clients} clients × min_examples {min_examples} need "
-            f"{clients * min_examples:,} training examples, but there are {sizes.sum():,}; "
-            "lower data.partition.clients or data.partition.min_examples"
+            f"data.partition: clients {clients} × min_examples {min_examples} is more than the "
+            f"number of training examples, {sizes.sum():,}; lower data.partition.clients or "
+            "data.partition.min_examples"
         )
     best = 0
     for _ in range(MAX_DRAWS):
@@ -86,10 +86,9 @@ def dirichlet(
             )
         best = max(best, smallest)
     raise DataError(
-        f"data.partition: in {MAX_DRAWS:,} draws of Dirichlet({alpha:g}) over {clients} clients "
-        f"and {len(sizes)} classes, the smallest client never had {min_examples} training examples "
-        f"(at most {best}); raise data.partition.alpha, or lower data.partition.clients or "
-        "data.partition.min_examples"
+        f"data.partition: in each of {MAX_DRAWS:,} random draws with alpha {alpha:g}, a client got "
+        f"fewer training examples than min_examples, {min_examples} (at best {best}); raise "
+        "data.partition.alpha, or lower data.partition.clients or data.partition.min_examples"
     )
 
 
@@ -127,9 +126,9 @@ def clusters(
     count = int(classes.max()) + 1
     if classes_per_group > count:
         raise DataError(
-            f"data.partition.classes_per_group: {classes_per_group} classes per group, but "
-            f"the training examples have {count}; "
-            f"write data.partition.classes_per_group={count} or less"
+            f"data.partition.classes_per_group: {classes_per_group} is more than the number of "
+            f"classes in the training examples, {count}; "
+            f"write data.partition.classes_per_group={count}{' or less' * (count > 1)}"
         )
     if size_spread:
         group_sizes = _random_sizes(clients, groups, size_spread, rng)
@@ -224,9 +223,9 @@ def shards(
     ordered = np.concatenate(_shuffled_by_class(classes, int(classes.max()) + 1, rng))
     if len(ordered) < count:
         raise DataError(
-            f"data.partition: {clients} clients × {shards_per_client} shards need {count:,} "
-            f"training examples, but there are {len(ordered):,}; lower data.partition.clients or "
-            "data.partition.shards_per_client"
+            f"data.partition: clients {clients} × shards_per_client {shards_per_client} is more "
+            f"than the number of training examples, {len(ordered):,}; lower data.partition.clients "
+            "or data.partition.shards_per_client"
         )
     pieces = np.array_split(ordered, count)
     assigned = rng.permutation(count).reshape(clients, shards_per_client)

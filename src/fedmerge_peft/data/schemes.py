@@ -129,7 +129,8 @@ def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | N
         if not clients or not all(isinstance(client, ClientRows) for client in clients):
             return f"no list of ClientRows for {split}"
         if len(clients) != len(assigned["train"]):
-            return f"{len(clients)} clients for {split}, but {len(assigned['train'])} for train"
+            counts = len(clients), len(assigned["train"])
+            return f"different numbers of clients for {split} ({counts[0]}) and train ({counts[1]})"
         names = [client.name for client in clients]
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             return f"client names for {split} that are not text, or not unique"
@@ -140,7 +141,9 @@ def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | N
                 return f"rows of {name} for {split} that are not a 1-d array of integers"
         rows = np.concatenate([client.rows for client in clients])
         if rows.size and not (rows.min() >= 0 and rows.max() < len(tables[split])):
-            return f"row numbers for {split} outside 0 to {len(tables[split]) - 1}"
+            last = len(tables[split]) - 1
+            bounds = f"outside 0 to {last}" if last >= 0 else "although this split has no rows"
+            return f"row numbers for {split} {bounds}"
         if split == "train" and len(np.unique(rows)) < len(rows):
             return "a row of train twice"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ _BINARY = (".parquet", ".arrow", ".feather")
 TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
 """Suffixes of tables. A compression suffix may follow the suffix of a text format: ``.csv.gz``."""
 MAX_COLUMNS = 5_000
+_IN_MEMORY = re.compile(r"data($|\[|: )")
+"""Beginning of the names of tables in memory, such as ``data['Fen Water']: train``."""
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files with the metadata of a data set."""
 
@@ -81,9 +84,16 @@ def reading(source: object) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # readers raise arbitrary errors for broken files and networks
-        raise DataError(
-            f"data.path: {source} cannot be loaded: {_describe_error(error)}"
-        ) from error
+        raise DataError(f"{_place(source)} cannot be loaded: {_describe_error(error)}") from error
+
+
+def _in_memory(source: object) -> bool:
+    return isinstance(source, str) and _IN_MEMORY.match(source) is not None
+
+
+def _place(source: object) -> str:
+    """Return a source as the beginning of a message: with the key data.path unless in memory."""
+    return str(source) if _in_memory(source) else f"data.path: {source}"
 
 
 def _describe_error(error: BaseException) -> str:
@@ -135,7 +145,10 @@ def _binary(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[
         with reading(path):
             parquet = format_suffix(path) == ".parquet"
             if kind := foreign_content(path, b"PAR1" if parquet else b"ARROW1"):
-                raise DataError(f"data.path: {path} is {kind}")
+                what, _, advice = kind.partition("; ")
+                if what.startswith("compressed"):  # only text formats may stay compressed
+                    advice = "decompress it"
+                raise DataError(f"data.path: {path} is {what}; {advice}")
             table = _read_parquet(path) if parquet else _read_arrow(path)
             check_names(path, table.column_names)
             tables.append(plain_table(table, path))
@@ -210,18 +223,18 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
     """Raise ``DataError`` for too many columns, a name that is too long, or a repeated name."""
     if len(names) > MAX_COLUMNS:
         raise DataError(
-            f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
+            f"{_place(path)} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
             "supported; keep only the columns that the recipe names"
         )
     if len(longest := max(names, key=len, default="")) > LONGEST_NAME:
         raise DataError(
-            f"data.path: {path} has a column with a name of {len(longest):,} characters "
+            f"{_place(path)} has a column with a name of {len(longest):,} characters "
             f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; shorten the name "
             "(in a csv or tsv file, the first row may be data instead of names)"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"data.path: {path}: two columns are named {repeated!r}; rename one")
+        raise DataError(f"{_place(path)}: two columns are named {repeated!r}; rename one")
 
 
 def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
@@ -238,7 +251,7 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
     for path, other in others:
         if differ := sorted(set(schema.names) ^ set(other.names)):
             raise DataError(
-                f"data.path: {path} and {first} have different columns ({join_values(differ, 5)} "
+                f"{_place(path)} and {first} have different columns ({join_values(differ, 5)} "
                 "in one of them only); give them the same columns, or leave one of them out"
             )
         for name in schema.names:
@@ -250,9 +263,9 @@ def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
                 except pa.ArrowException:
                     pass
             raise DataError(
-                f"data.path: the column {name!r} is {_type(schema, name, other)} in {first}, but "
-                f"{_type(other, name, schema)} in {path}; give it the same type in both, or leave "
-                "one of them out"
+                f"{'data' if _in_memory(path) else 'data.path'}: the column {name!r} is "
+                f"{_type(schema, name, other)} in {first}, but {_type(other, name, schema)} in "
+                f"{path}; give it the same type in both, or leave one of them out"
             )
         schema = pa.unify_schemas([schema, other], promote_options="permissive")
     return schema

@@ -59,13 +59,14 @@ class RankedEngine(LocalEngine):
         owners = balanced([sum(map(self._work, members)) for members in passes], ranks)
         if len(passes) < ranks:
             log.info(
-                "idle ranks: %d of %d; the clients of round %d train in only %d passes of the "
-                "model, with at most %d clients in a pass",
+                "idle ranks: %d of %d in %s (clients: %d, clients in one pass of the model: up to "
+                "%d, passes: %d)",
                 ranks - len(passes),
                 ranks,
-                round,
-                len(passes),
+                f"round {round}" if round else "the test of learning rates",
+                len(clients),
                 size,
+                len(passes),
             )
         own = [
             members

@@ -310,7 +310,7 @@ class LocalEngine:
             if outcomes is None:
                 self.clients_per_batch = (len(batch) + 1) // 2
                 log.warning(
-                    "out of memory: from now on, at most %d clients train in one pass of the model",
+                    "out of memory: the limit of clients that train in one pass is now %d",
                     self.clients_per_batch,
                 )
                 continue

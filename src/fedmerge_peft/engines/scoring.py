@@ -179,7 +179,7 @@ class Scorer:
         if isinstance(error, torch.OutOfMemoryError):
             self._clients_per_batch = (count + 1) // 2
             log.warning(
-                "out of memory: from now on, at most %d clients are evaluated in one pass",
+                "out of memory: the limit of clients that are evaluated in one pass is now %d",
                 self._clients_per_batch,
             )
             return

@@ -100,7 +100,9 @@ def client_error(client: Client, round: int, error: Exception, when: str = "") -
 
     ``when`` is a prefix of the message that states when the error occurred.
     """
-    text = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
+    text, kind = str(error), type(error).__name__
+    if not isinstance(error, FedMergeError):
+        text = f"{kind}: {text}" if text else kind
     named = ClientError(client.name, round, f"{when}{text}")
     named.__cause__ = error
     return named

@@ -28,7 +28,8 @@ class Callback:
         """Replace hooks by functions. Raises ``TypeError`` for an unknown hook."""
         for name, hook in hooks.items():
             if not name.startswith("on_") or not hasattr(Callback, name):
-                raise TypeError(f"a callback has no hook {name!r}")
+                hooks_there = ", ".join(hook for hook in vars(Callback) if hook.startswith("on_"))
+                raise TypeError(f"a callback has no hook {name!r}; choose from {hooks_there}")
             setattr(self, name, hook)
 
     stopped = False

@@ -48,5 +48,6 @@ class EarlyStopping:
         if self._patience is None or self._idle < self._patience:
             return None
         return (
-            f"the validation {self._metric} has not improved in {self._patience} evaluated rounds"
+            f"the validation {self._metric} has not improved in {self._patience} evaluated "
+            f"round{'s' * (self._patience > 1)}"
         )

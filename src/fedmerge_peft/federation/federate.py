@@ -171,8 +171,8 @@ def _same_data(
     given, splits = with_data(recipe, data, engine)
     if given.data != recipe.data:
         raise ResumeError(
-            f"{run.path} cannot be resumed with other examples: it had {recipe.data.path}, these "
-            f"are {given.data.path}; pass the same data"
+            f"{run.path} cannot be resumed with other examples: its examples have the fingerprint "
+            f"{recipe.data.path}, those passed now have {given.data.path}; pass the same data"
         )
     return splits
 
@@ -187,15 +187,20 @@ def _check_unfinished(run: RunDirectory, recipe: Recipe) -> None:
         return
     stopped = run.summary.get("stopped")
     more = " stop.patience=null" if recipe.stop.patience is not None else ""
-    done, advice = f"all of its {recipe.rounds} rounds are done", "rounds=N" + more
+    done = f"all of its {recipe.rounds} rounds are done"
+    if recipe.rounds == 1:
+        done = "its only round is done"
+    advice = f"rounds=N{more}"
     if stopped:
         done = f"{stopped['reason']}, after {run.summary['rounds']} of {recipe.rounds} rounds"
         advice = f"rounds=N, where N is not {recipe.rounds}"
         if more:
             advice = f"stop.patience=null, and rounds=N for more than {recipe.rounds}"
-    raise ResumeError(
-        f"{run.path} has ended: {done}. For more rounds: fedmerge resume {run.path} {advice}"
-    )
+    command = f"fedmerge resume {run.path} {advice}"
+    sources = (recipe.data.path, recipe.backbone.model)
+    if any(source.partition(":")[0] == IN_MEMORY for source in sources):
+        command = f"in Python, resume it again with {advice}"
+    raise ResumeError(f"{run.path} has ended: {done}. For more rounds: {command}")
 
 
 def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -280,8 +285,8 @@ def _callback(section: CallbackRecipe) -> Callback:
     callback = entry.load()(section)
     if not isinstance(callback, Callback):
         raise PluginError(
-            f"the callback {section.name!r} of {entry.module}: {type(callback).__name__} is not "
-            "a subclass of Callback; derive it from that class"
+            f"the callback {section.name!r} of {entry.module} has the type "
+            f"{type(callback).__name__}; register a subclass of fedmerge_peft.Callback"
         )
     return callback
 
@@ -360,7 +365,7 @@ def _run_rounds(
                     tracked.weights(strategy.weights, names, record.round)
             callbacks.on_round(record)
             stopping.observe(record.served.clients if record.served is not None else None)
-            requested = "a callback has stopped it" if callbacks.any_stopped() else None
+            requested = "a callback has stopped the run" if callbacks.any_stopped() else None
             reason = stopping.reason or requested
         if federation.completed == federation.recipe.rounds:
             reason = None

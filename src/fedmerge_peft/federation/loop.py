@@ -91,8 +91,12 @@ class Federation:
         )
         """Ledger from which ε is computed; unused without differential privacy."""
         for needed, key, remedy in (
-            (recipe.evaluation.serve == "best", "evaluation.serve: best", "use serve: last"),
-            (recipe.stop.patience is not None, "stop.patience", "remove stop"),
+            (
+                recipe.evaluation.serve == "best",
+                "evaluation.serve: best",
+                "set evaluation.serve to last",
+            ),
+            (recipe.stop.patience is not None, "stop.patience", "set it to null"),
         ):
             if needed and not any(len(client.validation) for client in self.engine.clients):
                 raise RecipeError(
@@ -237,7 +241,10 @@ class Federation:
             update_strategy(self.recipe.strategy.name, self.strategy, replies)
             if fault := saved.fault_of_next(self.strategy):
                 names = [client.name for client in self.engine.clients]
-                raise DivergedError(f"round {number}: {fault}. {largest_updates(replies, names)}")
+                raise DivergedError(
+                    f"round {number}: {fault}, so the round had no effect. "
+                    f"{largest_updates(replies, names)}"
+                )
         except Exception:
             self.strategy = self._new_strategy()
             saved.restore(self.strategy)

@@ -18,6 +18,9 @@ from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 5
+"""Maximum number of failures that an error lists. The log has all of them."""
+
 
 @dataclass(frozen=True)
 class RoundReplies:
@@ -106,11 +109,13 @@ class ReplyCollector:
             if self._clients[client].name not in self._failures
         ]
         if len(replies) < min(self._recipe.min_clients, len(self._cohort)):
-            causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
+            causes = [f"{name}: {cause}" for name, cause in self._failures.items()]
+            more = f"; and {len(causes) - _SHOWN:,} more" if len(causes) > _SHOWN else ""
             raise TooFewClientsError(
-                f"round {self._round}: {len(replies)} of {len(self._cohort)} clients sent valid "
-                f"replies, but clients.min_clients is {self._recipe.min_clients}. "
-                f"The round had no effect. Failures: {causes}"
+                f"round {self._round}: {len(replies)} of {len(self._cohort)} "
+                f"client{'s' * (len(self._cohort) != 1)} sent valid replies, but "
+                f"clients.min_clients is {self._recipe.min_clients}, so the round had no effect. "
+                f"Failures: {'; '.join(causes[:_SHOWN])}{more}"
             )
         return RoundReplies(replies, self._trained, self._failures)
 

@@ -33,20 +33,23 @@ def validate_reply(
     if timeout is not None and not reply.seconds <= timeout:
         return f"it took {reply.seconds:.1f} s, but clients.timeout is {timeout:g} s"
     if not 0 <= reply.seconds <= MAX_SECONDS:
-        return f"it took {reply.seconds} s"
+        return f"it took {reply.seconds} s, expected 0 to {MAX_SECONDS:g} s"
     if reply.size != size:
-        return f"it reports {reply.size} examples, but has {size}"
+        return f"its reported number of training examples is {reply.size}, expected {size}"
     shape = (plan.returned_rows, plan.sent.shape[1])
     if (problem := tensor_mismatch(reply.deltas, shape)) is not None:
         return f"its update is {problem}"
     if (problem := norm_fault(reply.deltas)) is not None:
         return f"its update is {problem}"
     if reply.train_loss is not None and not abs(reply.train_loss) <= MAX_SCORE:
-        return f"its training loss is {reply.train_loss}"
+        return (
+            f"its training loss is {reply.train_loss}, expected a finite number of at most "
+            f"{MAX_SCORE:g}"
+        )
     if reply.validation is not None:
         number = 3 if isinstance(plan, Train) and plan.compared is not None else 2
         if len(reply.validation) != number:
-            return f"it reports {len(reply.validation)} validation losses, expected {number}"
+            return f"its number of validation losses is {len(reply.validation)}, expected {number}"
     if plan.statistics_shape is not None:
         if reply.statistics is None:
             return "its class statistics are missing"
@@ -54,10 +57,15 @@ def validate_reply(
             return f"its class statistics are {problem}"
         counts = reply.statistics[..., 0]
         if bool((counts < 0).any()):
-            return f"its class statistics count {float(counts.min()):g} examples of a class"
+            least = float(counts.min())
+            return f"its class statistics have {least:g} as the count of a class, expected >= 0"
         totals = counts.sum(dim=1)
         if len(wrong := totals[totals != size]):
-            return f"its class statistics count {float(wrong[0]):g} examples, but it has {size}"
+            total = float(wrong[0])
+            return (
+                f"the counts in its class statistics have the sum {total:g}, expected {size}, its "
+                "number of training examples"
+            )
     return plan.mismatch(reply.choice, reply.weights)
 
 
@@ -66,8 +74,9 @@ def largest_updates(replies: Sequence[Reply], names: Sequence[str]) -> str:
     norms = sorted((float(row_norms(reply.deltas).max()), reply.client) for reply in replies)
     middle = norms[len(norms) // 2][0]
     largest = ", ".join(f"{names[client]} ({norm:.3g})" for norm, client in norms[:-4:-1])
+    whose = "updates, by L2 norm, are those" if len(norms) > 1 else "update, by L2 norm, is that"
     return (
-        f"The round had no effect. The largest updates, by L2 norm, are those of {largest}; the "
-        f"median norm is {middle:.3g}. Resuming repeats the round; if it fails again, start a run "
-        "with bounded updates (robustness.norm_multiple) or with smaller step sizes of the strategy"
+        f"The largest {whose} of {largest} (median: {middle:.3g}); if a resumed run fails again, "
+        "start a run with bounded updates (robustness.norm_multiple) or with smaller step sizes of "
+        "the strategy"
     )

@@ -34,6 +34,8 @@ _IRRELEVANT = (
     "training.clients_per_batch",
 )
 """Keys that do not change a baseline's results, except for rounding."""
+_MOST_DIFFERENCES = 8
+"""Maximum number of keys that an error lists."""
 
 
 def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
@@ -60,7 +62,7 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
     reused = {}
     for name, part in missing.items():
         if name in earlier:
-            _check(part, earlier[name])
+            _check(part, earlier[name], run)
             reused[name] = earlier[name]
         else:
             log.info("%s has no run of %s to reuse, so this baseline runs now", run.path, name)
@@ -72,13 +74,17 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
     return reused
 
 
-def _check(recipe: Recipe, earlier: RunDirectory) -> None:
+def _check(recipe: Recipe, earlier: RunDirectory, run: RunDirectory) -> None:
     """Raise ``RecipeError`` unless the earlier run has ended under the same recipe.
 
-    Keys in ``_IRRELEVANT`` may differ.
+    Keys in ``_IRRELEVANT`` may differ. ``run`` is the run in ``baselines_from``.
     """
+    name = recipe.strategy.name
     if earlier.ended_for is None:
-        raise RecipeError(f"baselines_from: {earlier.path} has not ended; resume it first")
+        raise RecipeError(
+            f"baselines_from: the run of {name} in {run.path} has not ended; first resume "
+            f"{run.path}"
+        )
     flat_own, flat_earlier = (
         {
             key: value
@@ -88,14 +94,24 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
         for version in (recipe, earlier.recipe)
     )
     if keys := differing([flat_earlier, flat_own]):
-        changes = "; ".join(
-            f"{key} was {written(flat_earlier.get(key))}, is {written(flat_own.get(key))}"
-            for key in keys
-        )
+        changes = [
+            f"{_in_baseline(key, name)} was {written(flat_earlier.get(key))}, "
+            f"is {written(flat_own.get(key))}"
+            for key in keys[:_MOST_DIFFERENCES]
+        ]
+        if len(keys) > _MOST_DIFFERENCES:
+            changes.append(f"and {len(keys) - _MOST_DIFFERENCES} more")
         raise RecipeError(
-            f"baselines_from: {earlier.path} is not a baseline of this recipe: {changes}. Run the "
-            "baselines again (remove baselines_from), or restore these values"
+            f"baselines_from: {earlier.path} is not a baseline of this recipe: "
+            f"{'; '.join(changes)}. Run the baselines again (remove baselines_from), or restore "
+            "these values"
         )
+
+
+def _in_baseline(key: str, name: str) -> str:
+    """Name a key of a baseline's recipe as it appears in the recipe that has the baseline."""
+    section, _, field = key.partition(".")
+    return f"{field} of the baseline {name}" if section == "strategy" else key
 
 
 def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
@@ -124,19 +140,26 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
     """
     own = metadata(recipe, engine) if reused else {}
     if reused and "examples.json" not in own:
+        cause = (
+            "the engine was loaded for a recipe without baselines; load it for this recipe"
+            if hasattr(type(engine), "examples_digest")
+            else "they are at sites; remove baselines_from"
+        )
         raise RecipeError(
-            "baselines_from: the engine has no digest of its examples, so they cannot be compared "
-            "with those of the earlier run; remove baselines_from"
+            "baselines_from: the examples cannot be compared with those of the earlier run, "
+            f"because {cause}"
         )
     for run in reused.values():
         for name, document in own.items():
             path = run.path / name
             saved = documents.read(path) if path.is_file() else None
             if saved != strict_json.loads(strict_json.dumps(document)):
-                problem = "differs" if saved is not None else "is missing"
+                problem = "is missing, so data and model cannot be compared with the earlier run's"
+                if saved is not None:
+                    problem = "differs from this run's, as after a change of the data or the model"
                 raise RecipeError(
-                    f"baselines_from: {path} {problem}: the data or the model may have "
-                    "changed. Run the baselines again (remove baselines_from)"
+                    f"baselines_from: {path} {problem}; run the baselines again (remove "
+                    "baselines_from)"
                 )
 
 

@@ -9,6 +9,7 @@ from time import sleep
 from typing import TYPE_CHECKING
 
 from fedmerge_peft import distributed
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import (
     FedMergeError,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_DIFFERENCES = 8
-"""Maximum number of keys that an error lists."""
+"""Maximum number of keys or runs that a message lists."""
 _POLL_SECONDS = 5.0
 """Seconds between checks of runs that other processes are writing."""
 
@@ -105,7 +106,7 @@ def run_sweep(
                 del waiting[name]
         if len(waiting) == before:
             if not warned:
-                names = ", ".join(waiting)
+                names = join_values(waiting, _MOST_DIFFERENCES)
                 log.warning("waiting for other processes, which are running %s", names)
             warned = True
             sleep(_POLL_SECONDS)
@@ -157,7 +158,7 @@ def _has_finished(path: Path, recipe: Recipe) -> bool:
                 content, them = "is a file, not a run directory", "it"
             raise RunError(
                 f"{path} {content}; existing files are never overwritten. Move {them}, or choose "
-                "another --out"
+                "another output folder (--out)"
             )
         return False
     run = RunDirectory.open(path)
@@ -170,10 +171,10 @@ def _has_finished(path: Path, recipe: Recipe) -> bool:
             for key in keys[:_MOST_DIFFERENCES]
         ]
         if len(keys) > _MOST_DIFFERENCES:
-            differences.append("...")
+            differences.append(f"and {len(keys) - _MOST_DIFFERENCES} more")
         raise RunError(
             f"{path} contains the run of another recipe: {'; '.join(differences)}. "
-            "Choose another --out, or move it away"
+            "Move this run away, or choose another output folder (--out)"
         )
     if run.ended:
         return True

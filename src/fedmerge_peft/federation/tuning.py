@@ -350,7 +350,11 @@ class _RangeTest:
             )
         for client, name in zip(self._clients, self.names, strict=True):
             if client not in clients:
-                log.warning("%s takes no part in the choice of the learning rate: it failed", name)
+                log.warning(
+                    "%s takes no part in the choice of the learning rate, because its training or "
+                    "evaluation failed, or its loss was not finite",
+                    name,
+                )
         self._clients = clients
 
 

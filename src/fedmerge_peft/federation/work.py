@@ -44,8 +44,8 @@ def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) ->
         return
     key = "training.epochs" if training.steps is None else "training.steps"
     work = (
-        f"the run takes about {total:,.0f} optimizer steps ({recipe.rounds:,} rounds × "
-        f"{clients:,.0f} clients × {steps:,.0f} steps)"
+        f"the run takes about {total:,.0f} optimizer steps (rounds: {recipe.rounds:,} × clients "
+        f"per round: {clients:,.10g} × steps per client: {steps:,.0f})"
     )
     remedy = f"lower rounds, clients.fraction or {key}"
     if total > MAX_STEPS:

@@ -69,13 +69,15 @@ def check_rank(model: Any, lora: LoraRecipe) -> None:
         if not isinstance(targets, list) or any(_is_named(path, name) for name in targets)
     ]
     narrowed = lora.layers_to_transform is not None or lora.exclude_modules or lora.rank_pattern
+    rank = lora.r
     if isinstance(targets, list) and not narrowed:
-        numbers = lora.r * sum(widths)
+        numbers = rank * sum(widths)
     else:
-        lowest = min([lora.r, *lora.rank_pattern.values()])
-        numbers = lowest * min(filter(None, widths), default=0)
+        rank = min([rank, *lora.rank_pattern.values()])
+        numbers = rank * min(filter(None, widths), default=0)
     if lack := shortage(numbers):
-        raise BackboneError(f"lora.r: the factors of rank {lora.r} {lack}; lower lora.r")
+        patterns = " and lora.rank_pattern" * bool(lora.rank_pattern)
+        raise BackboneError(f"lora.r: the factors of rank {rank} {lack}; lower lora.r{patterns}")
 
 
 def check_matches(model: Any, lora: LoraRecipe) -> None:
@@ -143,7 +145,7 @@ def _check(
         if not any(_is_named(path, name) for path in paths):
             raise BackboneError(
                 f"lora.{field}: {missing} {name!r}{did_you_mean(name, there)}; "
-                f"choose from {join_values(there)}"
+                f"{f'choose from {join_values(there)}' if there else 'remove it'}"
             )
 
 
@@ -170,7 +172,9 @@ def _check_tokens(model: Any, tokens: Iterable[int], name: str) -> None:
         count = 0
     for token in tokens:
         if not 0 <= token < count:
-            there = f"choose from 0 to {count - 1}" if count else "it has no embeddings of tokens"
+            there = "it has no embeddings of tokens, so remove lora.trainable_token_indices"
+            if count:
+                there = f"choose from 0 to {count - 1}"
             raise BackboneError(
                 f"lora.trainable_token_indices: {name} has no token {token}; {there}"
             )

@@ -158,8 +158,8 @@ class Backbone:
         if frozen is None or not frozen.is_floating_point():
             raise BackboneError(
                 f"backbone.model: the weights of {name} are quantized, and cannot be updated; "
-                "choose strategies and baselines that do not update them (flora and fedex_lora do) "
-                "or a model that is not quantized"
+                "choose strategies and baselines that do not update them (flora and fedex_lora "
+                "do), or a model without quantization (backbone.quantization: null)"
             )
         parameters = self.model.named_parameters(remove_duplicate=False)
         if sum(parameter is frozen for _, parameter in parameters) > 1:

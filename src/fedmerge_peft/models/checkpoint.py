@@ -109,7 +109,7 @@ def missing_tensors(
         )
     if ignored := [key for key in report["unexpected_keys"] if _has_no_place(model, key)]:
         raise BackboneError(
-            f"backbone.model: {name} has {len(ignored)} tensors that its config.json leaves out: "
+            f"backbone.model: the config.json of {name} leaves out {len(ignored)} of its tensors: "
             f"{join_values(sorted(ignored), _SHOWN)}; correct config.json"
         )
     return missing

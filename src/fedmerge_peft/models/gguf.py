@@ -101,7 +101,8 @@ def _existing(folder: Path, gguf_file: str) -> Path:
     if not path.is_file():
         names = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))[:5]) or "none"
         raise BackboneError(
-            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {names})"
+            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {names}); "
+            "correct backbone.gguf_file, or the folder in backbone.model"
         )
     if find_spec("gguf") is None:
         raise BackboneError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.models.checkpoint import in_head
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
         for tensor in _output_tensors(model, len(order)):
             tensor.copy_(tensor[order.to(tensor.device)])
     logger.info(
-        "The outputs of the pretrained head were put into the order of the data's labels: %s",
-        ", ".join(labels),
+        "the outputs of the pretrained head were put into the order of the data's labels: %s",
+        join_values(labels),
     )
 
 

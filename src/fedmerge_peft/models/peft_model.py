@@ -55,11 +55,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     defaults = DEFAULTS.get(model_type, ())
     if lora.target_modules is None and lora.target_parameters is None and not defaults:
         raise BackboneError(
-            f"lora.target_modules: PEFT has no default for {model_type}; "
+            f"lora.target_modules: PEFT has no default for {model_type}"
             + (
-                f"name some of {', '.join(adaptable)}, or all-linear"
+                f"; name some of {', '.join(adaptable)}, or all-linear"
                 if adaptable
-                else "it has no linear layers to adapt; choose another model"
+                else ", and the model has no linear layers to adapt; choose another model"
             )
         )
     check_names(model, lora, defaults, name)
@@ -78,8 +78,9 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     with (
         library_errors(
             lambda reason: BackboneError(
-                f"lora: {name} does not support this adapter: {reason} "
-                f"(modules that LoRA can adapt: {', '.join(adaptable)})"
+                f"lora: {name} does not support this adapter: {reason.rstrip('.')}; change this "
+                "section"
+                + (f" (modules that LoRA can adapt: {', '.join(adaptable)})" if adaptable else "")
             )
         ),
         warnings.catch_warnings(),
@@ -162,8 +163,9 @@ def check_reload(model: Any) -> None:
     with (
         library_errors(
             lambda reason: BackboneError(
-                f"lora: PEFT cannot load the adapter that it saves for this model: {reason}; "
-                "name other modules in lora.target_modules or lora.modules_to_save"
+                "lora: PEFT cannot load the adapter that it saves for this model: "
+                f"{reason.rstrip('.')}; name other modules in lora.target_modules or "
+                "lora.modules_to_save"
             )
         ),
         warnings.catch_warnings(),
@@ -188,11 +190,12 @@ def check_reload(model: Any) -> None:
         module, factor, _ = lost[0].removeprefix("base_model.model.").partition(".lora_")
         raise BackboneError(
             f"lora: PEFT does not restore {module} when it saves the adapter and loads it again "
-            f"({len(lost)} tensors); "
+            f"({len(lost)} tensor{'s' * (len(lost) > 1)}); "
             + (
                 "name the module in lora.exclude_modules"
                 if factor
-                else "remove the key of lora that trains it, or choose another model"
+                else "remove the key of lora that trains it, such as bias or modules_to_save, or "
+                "choose another model"
             )
         )
 
@@ -234,7 +237,7 @@ def _check_trainable(model: nn.Module, requested: Sequence[str]) -> None:
         if whole and not all(weight.is_floating_point() for weight in module.parameters()):
             raise BackboneError(
                 f"lora.modules_to_save: {name} has quantized weights, which cannot be trained; "
-                "name it in lora.target_modules instead, or remove backbone.quantization"
+                "name it in lora.target_modules instead, or use a backbone without quantization"
             )
 
 

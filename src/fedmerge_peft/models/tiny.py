@@ -72,7 +72,8 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
     import torch
 
     if kind not in KINDS:
-        raise ValueError(f"unknown tiny model {kind!r}; choose one of {', '.join(KINDS)}")
+        known = ", ".join(f"tiny:{known}" for known in KINDS)
+        raise ValueError(f"unknown tiny model {kind!r}; choose one of {known}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     processor = _image_processor() if kind == "vit" else _tokenizer(kind)

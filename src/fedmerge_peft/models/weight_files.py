@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.util.foreign_files import foreign_content
 from fedmerge_peft.util.library_errors import library_errors
@@ -43,7 +44,7 @@ def _files(name: str, folder: Path) -> list[Path]:
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
         raise BackboneError(
             f"backbone.model: {name} has neither {_SINGLE} nor {_INDEX} in {folder.absolute()} "
-            f"(but {others}); add one of these two files, or save the model again with "
+            f"(but {others}); download the missing file, or save the model again with "
             "save_pretrained of transformers"
         )
     with library_errors(
@@ -55,8 +56,8 @@ def _files(name: str, folder: Path) -> list[Path]:
         files = [folder / file for file in sorted(set(index["weight_map"].values()))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise BackboneError(
-            f"backbone.model: {name} lacks {len(missing)} of the {len(files)} files that {_INDEX} "
-            f"names, such as {missing[0]}; download them again"
+            f"backbone.model: {name} lacks {join_values(missing, 3)}, but {_INDEX} names "
+            f"{'this file' if len(missing) == 1 else 'these files'}; download what is missing"
         )
     return files
 

@@ -53,7 +53,8 @@ class PartitionRecipe(Section):
 
     def summary(self) -> str:
         """Summarize the clients, in a few words."""
-        return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
+        count = getattr(self, "clients", "some")
+        return f"{count} client{'s' * (count != 1)}, {self.scheme}"
 
 
 class IidRecipe(PartitionRecipe):
@@ -103,8 +104,8 @@ class ClustersRecipe(PartitionRecipe):
     def _enough_clients(self) -> ClustersRecipe:
         if self.clients < self.groups:
             raise ValueError(
-                f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients "
-                "or lower groups"
+                f"clients: {self.groups} groups need at least {self.groups} clients, but clients "
+                f"is {self.clients}; raise clients or lower groups"
             )
         return self
 

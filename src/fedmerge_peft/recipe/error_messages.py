@@ -108,6 +108,7 @@ def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Base
 
 
 # ---- Words ---------------------------------------------------------------------------------------
+_INDENTED = "(indented lines of key: value)"
 _PLAIN: dict[Any, tuple[str, str]] = {  # singular, plural
     str: ("text", "text"),
     int: ("a whole number", "whole numbers"),
@@ -128,7 +129,7 @@ def expected(annotation: Any, many: bool = False) -> str:
         unit = "characters" if arguments[0] is str else "values"
         return expected(arguments[0], many) + _bounds(arguments[1:], unit)
     if variants(annotation) or origin is dict:
-        return "a section (indented lines of key: value)"
+        return f"a section {_INDENTED}"
     if origin is Literal and len(arguments) == 1:
         return str(arguments[0])
     if origin is Literal:
@@ -232,7 +233,10 @@ def explain(error: ValidationError, document: Document, root: type[BaseModel]) -
             text = f"this required key is missing; expected {expected(annotation)}: {about}"
         else:
             where, text = _unfit(where, annotation, detail["type"], document.value)
-        faults.setdefault(where, Fault(document.mark(where), where, text))
+        mark = document.mark(where)
+        if mark.line is None:  # a value from the command line or from Python
+            text = text.replace(_INDENTED, "(keys with values)")
+        faults.setdefault(where, Fault(mark, where, text))
     return list(faults.values())
 
 

@@ -364,7 +364,10 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
         elif isinstance(inner, str) and kinds:
             inner = {kinds.key: inner}
         elif not isinstance(inner, dict):
-            return f"{dotted(here)} is {found(inner)}, not a section; write a section in the recipe"
+            remedy = "write a section in the recipe"
+            if document.mark(here) == COMMAND_LINE:
+                remedy = f"set single keys instead, as in {dotted(here)}.KEY=VALUE"
+            return f"{dotted(here)} is {found(inner)}, not a section; {remedy}"
         section[str(step)] = inner
         section = inner
     return section

@@ -213,7 +213,8 @@ class Recipe(Section):
             hint = "; Recipe.load reads files and shipped recipes" * isinstance(values, str)
             raise RecipeError(f"Recipe: found {found(values)}, expected a dictionary{hint}")
         if repeated := sorted(values.keys() & keys):
-            raise RecipeError(*(f"Recipe: {key}: is given twice" for key in repeated))
+            where = "in the dictionary and as a keyword; remove one of them"
+            raise RecipeError(*(f"Recipe: {key}: is given twice, {where}" for key in repeated))
         super().__init__(**nested({**values, **keys}, "Recipe"))
 
     # Recipes from files bypass this constructor, so that errors have line numbers.
@@ -229,12 +230,12 @@ class Recipe(Section):
         if any(baseline.chosen_preset for baseline in self.baselines):
             raise ValueError(
                 "baselines: a preset also sets rounds and training, which baselines share with "
-                "the strategy; remove preset from the baseline, or name it under strategy"
+                "the strategy; remove preset from the baseline, or make the baseline the strategy"
             )
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"baselines: duplicate strategies {', '.join(repeated)}; list each strategy once"
+                f"baselines: found more than once: {', '.join(repeated)}; list each strategy once"
             )
         return self
 
@@ -299,8 +300,9 @@ class Recipe(Section):
                 raise ValueError(reason)
         if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
-                "privacy.mode: central requires means of updates clipped to privacy.clip, which "
-                "robustness replaces; remove robustness, or use local"
+                "privacy.mode: central needs the mean of updates that are clipped to privacy.clip, "
+                "but the section robustness changes the clipping or the mean; remove robustness, "
+                "or use privacy.mode: local"
             )
         return self
 
@@ -335,7 +337,7 @@ class Recipe(Section):
             raise ValueError(
                 f"task: the metric {generated[0]} needs generated text, which the mixture of "
                 f"adapters of {mixing[0].name} does not support; "
-                "use perplexity or accuracy, or another strategy"
+                f"use perplexity or accuracy, or another strategy instead of {mixing[0].name}"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from fedmerge_peft.recipe.error_messages import refuse_values
+from fedmerge_peft.recipe.error_messages import found, refuse_values
 
 
 def _yaml_boolean(value: object) -> object:
@@ -52,8 +52,8 @@ def _source(value: str) -> str:
     """Refuse names that a command could take for an option, and unprintable characters."""
     if value.startswith("-") or not value.isprintable():
         raise ValueError(
-            "a name of a model, file or revision has only printable characters and does not begin "
-            "with a hyphen"
+            f"found {found(value)}, expected only printable characters, and no hyphen at the "
+            "beginning; use another name"
         )
     return value
 

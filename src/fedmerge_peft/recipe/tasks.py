@@ -51,7 +51,7 @@ def _template_text(value: str, info: ValidationInfo) -> str:
                 return text
             raise ValueError(
                 f"{value} does not contain a chat template in Jinja of at most "
-                f"{LARGEST_TEMPLATE:,} characters"
+                f"{LARGEST_TEMPLATE:,} characters; name another file"
             )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{value} cannot be read as text ({error})") from error

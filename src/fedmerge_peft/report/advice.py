@@ -49,7 +49,9 @@ def _unfinished(run: RunDirectory) -> Iterator[Advice]:
         if run.ended_for == rounds:
             progress = "its own rounds have ended, but not all of its baselines have"
         elif done < rounds:
-            progress = f"{done} of {rounds} rounds are done"
+            progress = f"{done} of {rounds} rounds {'is' if done == 1 else 'are'} done"
+            if rounds == 1:
+                progress = "its only round is not done"
         else:
             progress = "its rounds are done, but its final evaluation is not"
         yield Advice(
@@ -99,11 +101,16 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
         which = "the only round is a warm round"
         if rounds > 1:
             which = f"all {rounds} rounds are warm rounds"
+        warm = run.recipe.strategy.rounds_with_one_adapter
+        action = f"use at least {warm + 1} rounds"
+        if warm > 1:
+            action += f", better {2 * warm} or more"
+        if rounds > 1:
+            action += ", or a smaller strategy.warm_rounds"
         yield Advice(
             f"{which}, in which {name} equals FedAvg",
             "clients are grouped after the warm rounds, so no adapter was trained for a group",
-            f"use more than {run.recipe.strategy.rounds_with_one_adapter} rounds, better twice as "
-            "many, or a smaller strategy.warm_rounds",
+            action,
         )
 
 
@@ -176,13 +183,15 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
                 "loses more by sharing adapters, or by dividing the clients into groups, than it "
                 "gains"
             )
+        there = [key for key in ("warm_rounds", "weights_lr") if hasattr(run.recipe.strategy, key)]
+        examples = f", such as {' and '.join(f'strategy.{key}' for key in there)}" if there else ""
         if sign * (other["mean"] - own["mean"]) > 0:
             yield Advice(
                 f"{name} has the better mean {metric}: {other['mean']:.3f} against "
                 f"{own['mean']:.3f}",
                 f"{run.recipe.strategy.name} {weakness}; or the difference is chance",
-                "try more rounds, or other settings of the strategy, such as fedmerge's "
-                f"warm_rounds and weights_lr; if this does not help, use {name}",
+                f"try more rounds, or other settings of the strategy{examples}; if this does not "
+                f"help, use {name}",
             )
         if not baseline.recipe.strategy.federated:
             yield from _below_local(run, own, other, sign, name)
@@ -208,12 +217,13 @@ def _below_local(
         and not limits[client][0] <= other_values[client] <= limits[client][1]
     ]
     certain = f" (beyond the 95 % interval for {len(clear)} of them)" if limits else ""
+    private = [each for each in ("ditto", "fedrep") if each != run.recipe.strategy.name]
     yield Advice(
-        f"{len(worse)} of {len(own_values)} clients have a worse {readable(own['metric'])} than "
+        f"the {readable(own['metric'])} of {len(worse)} of {len(own_values)} clients is worse than "
         f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
         "their data differ from the data of clients that share their adapters, or suffice alone",
-        f"serve these clients their {name} adapters, or use a strategy that keeps a part of the "
-        "model private: strategy=ditto or strategy=fedrep",
+        f"serve these clients their {name} adapters, or use another strategy that keeps a part of "
+        f"the model private: {' or '.join(f'strategy={each}' for each in private)}",
     )
 
 
@@ -229,12 +239,13 @@ def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
     gain = (1 if rises else -1) * (record["finetuned"]["mean"] - served)
     if math.isfinite(gain) and gain > (_MIN_GAIN if rises else _MIN_GAIN * abs(served)):
         change = "raises" if rises else "lowers"
+        several = run.recipe.strategy.requested_adapters is not None
+        adapters = ", more adapters (strategy.adapters)" if several else ""
         yield Advice(
             f"one round of local training still {change} the {readable(metric)} by {gain:.3g} in "
             f"round {record['round']}",
             "the served adapters have not converged, or are too few to fit every client",
-            "use more rounds, more adapters if the strategy has the key strategy.adapters, or "
-            "finetune at the clients",
+            f"use more rounds{adapters}, or finetune at the clients",
         )
 
 
@@ -245,6 +256,12 @@ def _overfitting(run: RunDirectory) -> Iterator[Advice]:
     if best < run.round():
         falls = len(curves.training) > 1 and curves.training[-1][1] < curves.training[0][1]
         when = f"after round {best} of {rounds}" if best else "before the first round"
+        others = "or use fewer rounds or epochs"
+        if run.recipe.clients.fraction == 1:  # both keys need scores of all clients in each round
+            others = (
+                "use fewer rounds or epochs, set evaluation.serve: best, or stop early "
+                "(stop.patience)"
+            )
         yield Advice(
             f"the validation loss was lowest {when}",
             "overfitting: the training loss fell over the run, but the validation loss was not "
@@ -252,8 +269,7 @@ def _overfitting(run: RunDirectory) -> Iterator[Advice]:
             if falls
             else "later rounds made the adapters worse: the learning rate may be too high",
             "export the adapters of the best round (fedmerge export "
-            f"{shlex.quote(str(run.path))} --all --best), use fewer rounds or epochs, set "
-            "evaluation.serve: best, or stop early (stop.patience)",
+            f"{shlex.quote(str(run.path))} --all --best), {others}",
         )
 
 
@@ -264,15 +280,16 @@ def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
         return
     least = int(few["test"].min())
     share = score_intervals(run, scores) is not None
+    have = "has" if len(few) == 1 else "have"
     effect = (
-        "some have none, so they have no score"
+        "clients without test examples have no score"
         if not least
         else f"one more correct answer changes a score by up to {1 / least:.2f}"
         if share
         else "a few unusual examples decide a client's score"
     )
     yield Advice(
-        f"{len(few)} of {len(run.clients)} clients have fewer than {_MIN_TEST_EXAMPLES} test "
+        f"{len(few)} of {len(run.clients)} clients {have} fewer than {_MIN_TEST_EXAMPLES} test "
         f"examples (minimum {least})",
         effect,
         "do not rely on single clients; compare means over several seeds with fedmerge sweep",

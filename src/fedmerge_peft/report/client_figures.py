@@ -65,10 +65,16 @@ def answer(setting: Setting) -> str:
     """
     metric = setting.metric
     if metric is None:
-        return "There are no scores yet: no round has been evaluated."
+        return (
+            "There are no scores: no round has been evaluated yet, no client has test or "
+            "validation examples, or private sites send none."
+        )
     first = setting.methods[0]
     others = setting.rivals[:_MAX_METHODS]
     if not others:
+        recipe = first.run.recipe
+        if any(baseline.name != recipe.strategy.name for baseline in recipe.baselines):
+            return f"The baselines that {first.name} is compared with have no scores yet."
         return (
             f"There are no scores of another method to compare {first.name} with. Run the recipe "
             f"with baselines=[local, fedavg] to see which clients {first.name} helps."
@@ -81,7 +87,8 @@ def answer(setting: Setting) -> str:
         known = int(np.isfinite(gains).sum())
         equal = int((gains == 0).sum())
         ties = f" ({equal} equal)" if equal else ""
-        parts.append(f"than {method.name} for {int((gains > 0).sum())} of {known} clients{ties}")
+        clients = f"{known} client{'s' * (known != 1)}"
+        parts.append(f"than {method.name} for {int((gains > 0).sum())} of {clients}{ties}")
     return f"{first.name} is better {_enumerated(parts)}."
 
 

@@ -44,9 +44,10 @@ def answer(setting: Setting) -> str:
     if not first.run.records:
         return "No round is done yet."
     down, up = (traffic(first, f"bytes_{direction}") for direction in ("down", "up"))
+    count = len(first.run.records)
     return (
         f"{first.name} sent {down:.3g} MB to a client and received {up:.3g} MB from it (means over "
-        f"clients), in {len(first.run.records)} rounds that took {seconds(first):.3g} s."
+        f"clients), in {count} round{'s' * (count > 1)} of {seconds(first):.3g} s in total."
     )
 
 

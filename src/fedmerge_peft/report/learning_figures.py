@@ -109,7 +109,7 @@ def answer(setting: Setting) -> str:
     """Return sentences on how the first method's losses changed."""
     name, curves = setting.methods[0].name, losses(setting.methods[0].run)
     if not curves.training and not curves.validation:
-        return "There are no losses yet."
+        return "There are no finite losses: no round is done yet, or private sites send none."
     sentences = []
     if curves.training:
         first, last = curves.training[0][1], curves.training[-1][1]

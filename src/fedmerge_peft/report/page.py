@@ -121,7 +121,7 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
 
     opened = _open(runs)
     if not opened:
-        raise RunError("no run to report on; create one with fedmerge run")
+        raise RunError("no run to report on: the list is empty; pass at least one run directory")
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -229,7 +229,8 @@ def _subtitle(setting: Setting) -> str:
     few = len(known) <= _MAX_NAMES
     names = ", ".join(method.name for method in known) if few else f"{len(known)} methods and seeds"
     seed = f", seed {recipe.seed}" if len({method.run.recipe.seed for method in known}) == 1 else ""
-    return f"{names} on {len(setting.clients)} clients, {recipe.task.name}{seed}"
+    count = len(setting.clients)
+    return f"{names} on {count} client{'s' * (count > 1)}, {recipe.task.name}{seed}"
 
 
 def _tiles(setting: Setting) -> list[tuple[str, str]]:

@@ -15,7 +15,10 @@ from fedmerge_peft.report.methods import settings
 from fedmerge_peft.report.sharing_figures import sharing_figures
 from fedmerge_peft.runs.directory import RunDirectory
 
-_NO_SCORES = "no round was evaluated, or no client has test or validation examples"
+_NO_SCORES = (
+    "no round was evaluated, no client has test or validation examples, or private sites send no "
+    "scores"
+)
 
 
 class RunPlots:
@@ -64,7 +67,9 @@ class RunPlots:
             for text, key in (("sent", "bytes_down"), ("received", "bytes_up"))
         ]
         if not rows:
-            raise RunError(f"{self._run.path} has no round yet")
+            raise RunError(
+                f"{self._run.path} has no finished round to show; continue it with fedmerge resume"
+            )
         names, values, styles = zip(*rows, strict=True)
         bars = Bars(names, values, unit="MB", label="data of a client (MB)", styles=styles)
         return DrawingPicture(bars, "Traffic of a client in the whole run")

@@ -52,7 +52,7 @@ def answer(method: Method) -> str:
     weights = run.weights.to_numpy()
     adapters = weights.shape[1]
     if adapters < 2:
-        return f"With {method.name}, all clients share one adapter."
+        return f"With {method.name}, the soup has one adapter for all clients."
     used = int((weights.mean(axis=0) >= 0.5 / adapters).sum())
     most = int((weights.max(axis=1) > 0.5).sum())
     sentences = [

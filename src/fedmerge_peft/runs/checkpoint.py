@@ -220,7 +220,7 @@ def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
     if len(metrics) < manifest.metrics_bytes:
         raise RunError(
             f"{_path(folder, manifest.round)} cannot be used: {path.name} does not "
-            f"contain all {manifest.round} rounds of this checkpoint"
+            f"reach the end of round {manifest.round}, which this checkpoint includes"
         )
     stored = checked.read_records(path, metrics[: manifest.metrics_bytes])
     if (len(stored.records), stored.sha256) != (manifest.round, manifest.metrics_sha256):

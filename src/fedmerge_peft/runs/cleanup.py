@@ -104,10 +104,10 @@ def check_only_run_files(directory: Path) -> None:
     """Raise ``RunError`` if the directory has files, at any depth, that do not belong to a run."""
     names = (path.relative_to(directory).as_posix() for path in files_in(directory))
     if others := sorted(name for name in names if not _RUN_FILE.fullmatch(_final_name(name))):
-        more = ["..."] if len(others) > _MAX_LISTED else []
+        more = f", and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
         raise RunError(
             f"{directory} contains an unfinished run and files that do not belong to a run: "
-            f"{', '.join([*others[:_MAX_LISTED], *more])}. Move them, or choose another --out"
+            f"{', '.join(others[:_MAX_LISTED])}{more}. Move them, or choose another --out"
         )
 
 

@@ -72,7 +72,7 @@ class RunDirectory:
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise RecipeError(
                 f"name: {name!r} is not a valid folder name; "
-                "choose another, or give a run directory with --out"
+                "choose another, or give a run directory (--out, or out in Python)"
             )
         return Path("runs") / name
 
@@ -86,7 +86,7 @@ class RunDirectory:
             content = "a run" if (path / "recipe.yaml").exists() else "other files"
             state = f"already holds {content}" if path.is_dir() else "is not a folder"
             resume = (
-                f"The run is unfinished; resume it: {command}. Or choose"
+                f"Resume the unfinished run with {command}, or choose"
                 if (command := RunDirectory(path).resume_command)
                 else "Choose"
             )
@@ -152,8 +152,8 @@ class RunDirectory:
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
             raise RunError(
-                f"{path} holds no run (no recipe.yaml); "
-                f"fedmerge run RECIPE --out {path} creates one"
+                f"{path} holds no run (no recipe.yaml); give the folder of a run, or create one "
+                "with fedmerge run RECIPE"
             )
         refuse_links(path)
         check_format(path)
@@ -226,8 +226,8 @@ class RunDirectory:
             document = documents.read(path)
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
         except (RunError, ValueError) as error:
-            reason = f"cannot be read ({checked.without_remedy(error)}); remove it, so that the run"
-            raise RunError(f"{path} {reason} chooses learning rate and epochs again") from error
+            reason = f"{path} cannot be read ({checked.without_remedy(error)}); restore it from a"
+            raise RunError(f"{reason} copy, or remove it before fedmerge resume") from error
         return document
 
     @property

@@ -173,7 +173,8 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"tracking: {', '.join(recipe.tracking)} cannot be started: {reason}"
+            f"tracking: {', '.join(recipe.tracking)} cannot be started ({reason}); set "
+            "tracking=[] to run without trackers"
         ) from error
     active = Tracking(trackers.trackers)
     try:

@@ -34,7 +34,10 @@ def verify(path: Path) -> int:
     """
     if not (path / "recipe.yaml").is_file():
         if not (path / SUMS).is_file():
-            raise RunError(f"{path} holds neither a run (recipe.yaml) nor an export ({SUMS})")
+            raise RunError(
+                f"{path} holds neither a run (recipe.yaml) nor an export ({SUMS}); give the folder "
+                "of a run or of an export"
+            )
         problems, count = faults(path), len(files_in(path))
     else:
         RunDirectory.open(path)

@@ -147,12 +147,13 @@ def export_soup(
         raise RunError(
             f"{run.path}: parts of its adapters are private to the clients "
             f"({run.recipe.strategy.name}), so that the soup has no whole adapters; export the "
-            "clients' adapters with --all"
+            "clients' adapters with --all (export_all in Python)"
         )
     if soup.blocks is not None:
         raise RunError(
             f"{run.path}: the merging weights differ between blocks of the adapter, so that "
-            "weights.json cannot hold them; export the clients' adapters with --all"
+            "weights.json cannot hold them; export the clients' adapters with --all (export_all in "
+            "Python)"
         )
     RunDirectory.check_free(folder)
     config = _config(run.adapter_config, run, base_model_id)
@@ -201,7 +202,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
             repo_id=repo, folder_path=folder, commit_message="Upload of fedmerge-peft"
         )
     except (HTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RunError(
             f"{folder} was written but not uploaded: {reason}. "
             f"To upload it later: hf upload {repo} {shlex.quote(str(folder))}"
@@ -218,9 +219,9 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
+        reason = str(error).splitlines()[0].removesuffix(" Use `repo_type` argument if needed.")
         raise RunError(
-            f"{repo!r} is not a valid repository id: "
-            f"{str(error).splitlines()[0].rstrip('.')}; write it as USER/NAME"
+            f"{repo!r} is not a valid repository id: {reason.rstrip('.')}; write it as USER/NAME"
         ) from error
 
 

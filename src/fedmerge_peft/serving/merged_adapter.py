@@ -28,6 +28,7 @@ from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.folders import whole_folder
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,9 +82,9 @@ class MergedAdapter:
         if not self.run.recipe.strategy.single_adapter:
             raise RunError(
                 f"{self.run.path}: {self.run.recipe.strategy.name} mixes the predictions of its "
-                "adapters, so a client has no single adapter. Load each row of run.soup.rows as "
-                "run.soup.state_dict(row), and average their predictions with the weights "
-                "run.weights.loc[client]"
+                "adapters, so a client has no single adapter. In Python, load each row of "
+                "run.soup.rows as run.soup.state_dict(row), and average their predictions with the "
+                "weights run.weights.loc[client]"
             )
 
     @property
@@ -282,11 +283,12 @@ def mixed_adapter(
         bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0
     ):
         raise RunError(
-            f"{dict(shares)} is not a valid mixture: give finite shares of at least 0, not all of "
-            "them 0"
+            f"{shortened(str(dict(shares)), 200)} is not a valid mixture: give finite shares of at "
+            "least 0, not all of them 0"
         )
     if unknown := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
-        raise RunError(f"{run.path} has no adapter {unknown[0]}; it has 0 to {adapters - 1}")
+        known_numbers = f"0 to {adapters - 1}" if adapters > 1 else "only adapter 0"
+        raise RunError(f"{run.path} has no adapter {unknown[0]}; it has {known_numbers}")
     if soup.own is not None and soup.own.private and any(isinstance(key, int) for key in shares):
         raise RunError(
             f"{run.path}: parts of its adapters are private to the clients "
@@ -331,7 +333,8 @@ def load_shared_state(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) 
     if backbone.layout != soup.layout or expected != shapes:
         raise RunError(
             f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as loaded here; the "
-            "model or PEFT has changed since the run (environment.json lists its versions)"
+            "model or PEFT has changed since the run. Restore the model, or install the versions "
+            "that environment.json of the run lists"
         )
     backbone.load_shared(soup.shared)
     backbone.set_base(soup.base)

@@ -65,7 +65,10 @@ def read_newcomer(
         indices["train"], 0, 0 if "test" in indices else test_fraction, max_train, rng
     )
     if not len(train):
-        raise DataError(f"{name}: there are no training examples; add rows of the training split")
+        raise DataError(
+            f"{name}: there are no training examples; add rows, in the training split if the data "
+            "have splits"
+        )
     return table, Client(name, train, np.empty(0, np.int64), indices.get("test", test))
 
 

@@ -340,8 +340,9 @@ def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     if len(soup) == 1:
         raise RunError(
             f"{run.path} has one adapter for all clients ({strategy.name}), so there are no "
-            "weights to learn: run.save_adapter(CLIENT, FOLDER) writes it for any client. To "
-            f"personalize, run {mergeable} with several adapters, such as strategy.adapters=5"
+            "weights to learn; fedmerge export --client NAME (run.save_adapter in Python) writes "
+            f"it. To personalize, run {mergeable} with several adapters, such as "
+            "strategy.adapters=5"
         )
     raise RunError(
         f"{run.path} is a run of {strategy.name}, whose adapters a new client cannot merge; "

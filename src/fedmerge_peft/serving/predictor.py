@@ -171,7 +171,10 @@ class Predictor:
         if client not in self._adapters:
             raise RunError(f"the run {no_client(client, self._adapters)}")
         if not self._kind.completes:
-            raise RunError(f"the task {self._recipe.task.name} does not generate text")
+            raise RunError(
+                f"the task {self._recipe.task.name} does not generate text to stream; call the "
+                "predictor with a list of inputs for each client"
+            )
         examples = self._encode([prompt])
         warn_of_cuts(examples, {"": np.arange(1)}, "prompts")
         self._backbone.eval()

@@ -37,7 +37,7 @@ exec vllm serve {base} \\
 def vllm_support(run: RunDirectory) -> str:
     """Return one line: the vLLM options for the run's adapters, or the reasons against vLLM."""
     if unsupported := _reasons(run):
-        return f"vLLM cannot serve this adapter: {'; '.join(unsupported)}"
+        return f"vLLM cannot serve an adapter of this run: {'; '.join(unsupported)}"
     return (
         f"vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank {_slots(run)} "
         f"(rank {_rank(run)}; vLLM must serve the base model by the name in adapter_config.json)"

@@ -31,6 +31,7 @@ from fedmerge_peft.recipe.error_messages import required
 from fedmerge_peft.recipe.loading import Consent, load
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
+from fedmerge_peft.util.ranges import first_fault
 from fedmerge_peft.util.text import printable, reason
 
 FEDERATION_FILE = "federation.json"
@@ -69,6 +70,8 @@ _SERVER_KEYS = (
     "data",
 )
 """Keys and sections in which the server's recipe may differ from the recipe in a site's kit."""
+_MOST_NAMED = 10
+"""Maximum number of clients or keys that a message names."""
 
 
 class FederationFile(Section):
@@ -100,10 +103,9 @@ class FederationFile(Section):
         try:
             return cls.model_validate_json((kit / FEDERATION_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FederateError(
-                f"{kit}: not a federation kit ({FEDERATION_FILE}: "
-                f"{reason(error).splitlines()[0]}); fedmerge federate prepare creates kits"
-            ) from error
+            fault = first_fault(error) if isinstance(error, ValidationError) else reason(error)
+            place = f"{kit}: not a federation kit ({FEDERATION_FILE}: {fault})"
+            raise FederateError(f"{place}; fedmerge federate prepare creates kits") from error
 
     def write(self, kit: Path) -> None:
         """Write the file into a kit. Raises ``RunError`` if it cannot be written."""
@@ -133,8 +135,8 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
     clients = [client for site_clients in sites.values() for client in site_clients]
     if repeated := sorted({name for name in clients if clients.count(name) > 1}):
         raise FederateError(
-            f"clients named more than once: {', '.join(map(repr, repeated))}; "
-            "each client belongs to one site"
+            f"clients named more than once: {', '.join(map(repr, repeated[:_MOST_NAMED]))}"
+            f"{', ...' * (len(repeated) > _MOST_NAMED)}; each client belongs to one site"
         )
 
 
@@ -240,10 +242,9 @@ class SiteSettings(Section):
         """Read ``site.yaml``. Raises ``FederateError`` with every error and its line."""
         try:
             document = yaml_document.parse(path.read_text(encoding="utf-8"), Mark(str(path), 1))
-        except OSError as error:
-            raise FederateError(f"{path}: cannot be read: {error.strerror}") from error
-        except (RecipeError, UnicodeDecodeError) as error:
-            raise FederateError(str(error)) from error
+        except (OSError, RecipeError, UnicodeDecodeError) as error:
+            place = "" if isinstance(error, RecipeError) else f"{path}: cannot be read: "
+            raise FederateError(f"{place}{reason(error)}") from error
         errors = [f"{fault.mark}: {dotted(fault.where)}: {fault.text}" for fault in document.faults]
         try:
             settings = cls.model_validate(document.value or {})
@@ -291,8 +292,8 @@ class SiteSettings(Section):
             step = training.batch_size * training.gradient_accumulation
             if step % self.batch_size:
                 raise FederateError(
-                    f"batch_size: {self.batch_size} does not divide the {step} examples of a step; "
-                    "choose a divisor, so that each step has as many examples as in the recipe"
+                    f"batch_size in {SITE_FILE} is {self.batch_size}, which does not divide "
+                    f"{step}, the recipe's batch_size × gradient_accumulation; choose a divisor"
                 )
             training = training.model_copy(
                 update={
@@ -330,9 +331,11 @@ def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str
     if keys:
         differences = "; ".join(
             f"{key} is {written(theirs.get(key))}, but {written(ours.get(key))} in the kit"
-            for key in keys
+            for key in keys[:_MOST_NAMED]
         )
-        return f"the server's recipe differs from the one in the kit: {differences}"
+        differences += "; ..." if len(keys) > _MOST_NAMED else ""
+        remedy = "run the recipe of the kits on the server"
+        return f"the server's recipe differs from the one in the kit ({differences}); {remedy}"
     if requested.backbone.trust_remote_code and not limits.remote_code:
         return (
             "backbone.trust_remote_code: this site does not run code that comes with a model "
@@ -340,8 +343,8 @@ def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str
         )
     if limits.models is not None and requested.backbone.model not in limits.models:
         return (
-            f"backbone.model: {requested.backbone.model} is not one of {', '.join(limits.models)} "
-            f"(allow.models in {SITE_FILE})"
+            f"backbone.model: {requested.backbone.model} is not in allow.models of {SITE_FILE} "
+            f"({', '.join(limits.models) or 'empty'})"
         )
     return None
 
@@ -359,7 +362,7 @@ def modules_refusal(keys: list[str], limits: SiteLimits) -> str | None:
     if refused := [name for name in trained if name not in limits.modules]:
         return (
             f"lora: the recipe trains {', '.join(refused)}, but this site allows only "
-            f"{', '.join(limits.modules)} (allow.modules in {SITE_FILE})"
+            f"{', '.join(limits.modules) or 'none'} (allow.modules in {SITE_FILE})"
         )
     return None
 
@@ -392,4 +395,4 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise FederateError(f"{path}: not readable ({reason(error).splitlines()[0]})") from error
+        raise FederateError(f"{path}: not readable ({reason(error)}); restore a copy") from error

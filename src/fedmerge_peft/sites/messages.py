@@ -132,9 +132,7 @@ def assignment_message(
 
 def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
     if plan.statistics_shape is not None:
-        raise FederateError(
-            "sites return no class statistics, which a strategy needs; use another one"
-        )
+        raise _unsupported("return class statistics")
     match plan:
         case Train():
             compared = None if plan.compared is None else table.add_adapters(plan.compared)
@@ -147,16 +145,21 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
             return {"name": "mixture", **_mixture(plan, table)}
         case _:
             kind = type(plan).__name__
-            raise FederateError(
-                f"sites cannot run {kind} plans, which a strategy needs; use another one"
-            )
+            raise _unsupported(f"run plans of the kind {kind}")
+
+
+def _unsupported(work: str) -> FederateError:
+    return FederateError(
+        f"sites cannot {work}, as the strategy of this round requires; use another strategy or "
+        "baseline"
+    )
 
 
 def _train(job: Train, table: TensorTable) -> dict[str, Any]:
     if job.alignment is not None:
-        raise FederateError("sites do not align features, which a strategy needs; use another one")
+        raise _unsupported("align features")
     if job.example_weights is not None:
-        raise FederateError("sites do not weight examples, which a strategy needs; use another one")
+        raise _unsupported("weight examples")
     privacy = job.privacy
     return {
         "row": table.add_adapters(job.row),
@@ -312,7 +315,10 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
         )
     if number_format != dtype:
         shown = printable(shortened(str(number_format), 12))
-        raise WireError(f"the message has numbers in {shown}, but the federation uses {dtype}")
+        raise WireError(
+            f"the message has numbers in {shown}, but the federation uses {dtype}; use kits of one "
+            "fedmerge federate prepare on the server and all sites"
+        )
 
 
 class _Reader:
@@ -345,10 +351,11 @@ class _Reader:
             or tensor.numel() == 0
             or (columns is not None and tensor.shape[-1] != columns)
         ):
-            size = "" if columns is None else f" and {columns} columns"
+            size = f"{dimensions} dimension{'s' * (dimensions > 1)}"
+            size += "" if columns is None else f" and {columns} columns"
             raise WireError(
                 f"{name} is {describe(tensor)}, expected a {str(dtype).removeprefix('torch.')} "
-                f"tensor that is not empty, with {dimensions} dimension(s){size}"
+                f"tensor that is not empty, with {size}"
             )
         if tensor.is_floating_point() and (
             fault := norm_fault(tensor.reshape(-1, tensor.shape[-1]))
@@ -377,7 +384,8 @@ class _Reader:
         mixture = Mixture(self.adapters(fields.rows, 2), self.float32(fields.weights, 1))
         sent = Mixture(mixture.rows, torch.empty(len(mixture.rows)))
         if fault := sent.mismatch(0, mixture.weights):
-            raise WireError(f"a mixture of {len(mixture.rows)} adapters: {fault}")
+            count = len(mixture.rows)
+            raise WireError(f"a mixture of {count} adapter{'s' * (count > 1)}: {fault}")
         return mixture
 
     def _train(self, fields: TrainJob) -> Train:

@@ -111,7 +111,8 @@ def check_installed() -> None:
     if find_spec("nvflare") is None:
         raise FederateError(
             "nvflare is not installed; install the extra federate: pip install -e '.[federate]' "
-            "in a checkout, or pip install 'WHEEL[federate]'"
+            f"in a checkout of this package, or pip install './{WHEEL}[federate]' in the folder "
+            "with the wheel"
         )
 
 
@@ -133,7 +134,10 @@ def site_readme(
         for name in (*task.usual_columns, "text_pair")
         if getattr(task, name, None)
     )
+    if task.has_formats and getattr(task, "format", None) != "text":
+        columns = ""  # other formats have other columns
     data = shlex.quote("your-data.csv")
+    rounds = f"{recipe.rounds} round{'s' * (recipe.rounds > 1)}"
     return f"""# {site}, in the federation {federation.project}
 
 This folder belongs to {site} alone. `startup/` holds its private key; anyone with the key can act
@@ -141,7 +145,7 @@ as {site}. Keep the folder on the machine that trains, readable by one user.
 
 ## The task
 
-Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the
+Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {rounds}, on the
 examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer, which is the
 process that reads the data, refuses a recipe of the server whose seed, model, adapter, task,
 training, privacy or evaluation (except `evaluation.every`) differs from it.
@@ -181,7 +185,8 @@ def _installation(digest: str | None) -> str:
     """Return the README's text on the installation of the package."""
     if digest is None:
         return """Install the package from the wheel that the organizers of the federation give you.
-First compare the wheel's SHA-256 sum with the sum that they give you."""
+First put the wheel into this folder, and compare its SHA-256 sum with the sum that they give you
+through another channel, such as by telephone."""
     return f"""Install the package from the wheel in this folder. Its SHA-256 sum is
 
     {digest}
@@ -197,8 +202,8 @@ def _plugins(recipe: Recipe) -> str:
         return ""
     names = ", ".join(recipe.plugins)
     return f"""
-The recipe imports the modules {names}, which run on this machine. Install them if you trust them,
-set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-code` to the command.
+The recipe imports code that runs on this machine: {names}. If you trust this code, install it, set
+`plugins: [{names}]` under `allow` in `{SITE_FILE}`, and add `--trust-remote-code` to the command.
 """
 
 

@@ -125,9 +125,10 @@ def run_rehearsal(
         def check_processes() -> None:
             for name, child in processes.items():
                 if child.process.poll() is not None:
+                    who = "the server" if name == "server" else f"the site {name}"
                     raise FederateError(
-                        f"{name} exited with code {child.process.returncode}: "
-                        f"{last_line(out, name)}"
+                        f"{who} exited with code {child.process.returncode}: "
+                        f"{last_line(out, name)}; see {child.log}"
                     )
 
         return run(

@@ -106,10 +106,16 @@ def read_site_data(
         return FederatedData(site_data.table, [replace(client, name=clients[0], group="")])
     by_name = {client.name: client for client in site_data.clients}
     if by_name.keys() != set(clients):
+        missing = [name for name in clients if name not in by_name]
+        further = [name for name in by_name if name not in clients]
+        differences = [
+            *[f"lacks {join_values(missing)}"] * bool(missing),
+            *[f"has {join_values(further)} in addition"] * bool(further),
+        ]
         raise FederateError(
-            f"{SITE_FILE}: data.client_column: column {column} contains {join_values(by_name)}, "
-            f"but the federation has {join_values(clients)} at this site; correct the column, or "
-            "create kits with the clients of each site (federate prepare)"
+            f"{SITE_FILE}: data.client_column: the clients in column {column} are not those that "
+            f"the federation has at this site: it {' and '.join(differences)}; correct the column, "
+            "or create kits with the clients of each site (federate prepare)"
         )
     return FederatedData(site_data.table, [by_name[name] for name in clients])
 
@@ -119,9 +125,9 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
     for client in data.clients:
         if client.size < checks.min_examples:
             raise RefusedError(
-                f"client {client.name} has {client.size} training examples, "
-                f"and checks.min_examples in {SITE_FILE} is {checks.min_examples}; "
-                "add examples, or lower the limit"
+                f"client {client.name} has {client.size} training "
+                f"example{'s' * (client.size != 1)}, and checks.min_examples in {SITE_FILE} is "
+                f"{checks.min_examples}; add examples, or lower the limit"
             )
         if (
             checks.max_repeated < 1
@@ -216,8 +222,8 @@ def split_clients(data: FederatedData, sites: int) -> dict[str, list[str]]:
     names = [client.name for client in data.clients]
     if len(names) < sites:
         raise DataError(
-            f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; "
-            "reduce --sites"
+            f"--sites {sites}: the recipe has {len(names)} client{'s' * (len(names) != 1)}, and "
+            "each site needs one; reduce --sites"
         )
     return {
         f"site-{number}": list(part)

@@ -104,10 +104,12 @@ class ChildProcess:
         now = time.monotonic()
         self.deaths = [death for death in self.deaths if now - death < 60] + [now]
         if len(self.deaths) >= _MAX_FAILURES:
-            log = f"; see {self.log}" if self.log is not None else ""
-            raise FederateError(f"the {self.name} died {_MAX_FAILURES} times within a minute{log}")
+            place = self.log or "the output above"
+            raise FederateError(
+                f"the {self.name} process exited {_MAX_FAILURES} times within a minute; see {place}"
+            )
         print(
-            f"the {self.name} exited with code {self.process.returncode}; restarting it",
+            f"the {self.name} process exited with code {self.process.returncode}; restarting it",
             file=sys.stderr,
             flush=True,
         )
@@ -224,7 +226,7 @@ def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
                 return
             if child.process.returncode == PERMANENT_FAILURE:
                 place = child.log or "the message above"
-                raise FederateError(f"the {child.name} failed; see {place}")
+                raise FederateError(f"the {child.name} process failed; see {place}")
             child.restart()
         time.sleep(_POLL_INTERVAL)
 

@@ -68,8 +68,10 @@ def _build(checkout: Path, folder: Path) -> bool:
         check=False,
     )
     if done.returncode or not (folder / WHEEL).is_file():
+        lines = done.stderr.strip().splitlines() or [f"it wrote no {WHEEL}"]
         raise FederateError(
-            f"hatchling cannot build the wheel of {checkout}: {done.stderr.strip()}"
+            f"hatchling cannot build the wheel of {checkout}: {lines[-1]}; for its whole output, "
+            "run there: python -m hatchling build --target wheel"
         )
     return True
 

@@ -57,7 +57,8 @@ class Message:
             raise
         except Exception as error:  # safetensors and the JSON parser raise many types
             raise WireError(
-                f"{len(data)} bytes are not a message ({type(error).__name__})"
+                f"a message of {len(data)} bytes cannot be read ({type(error).__name__}); install "
+                "the same version on the server and all sites"
             ) from error
         if protocol != PROTOCOL:
             shown = printable(shortened(repr(protocol), 20))
@@ -66,7 +67,10 @@ class Message:
                 "install the same version on the server and all sites"
             )
         if not isinstance(kind, str) or len(kind) > _MAX_KIND or not isinstance(fields, dict):
-            raise WireError("a message without a valid kind or without fields")
+            raise WireError(
+                "a message has no valid kind or no fields; install the same version on the server "
+                "and all sites"
+            )
         return cls(kind, fields, tensors)
 
 

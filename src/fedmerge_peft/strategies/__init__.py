@@ -65,15 +65,15 @@ def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
     numbers = count * size if isinstance(count, int) else 0
     if lack := shortage(int(recipe.floats_in_memory * numbers)):
         raise RecipeError(
-            f"strategy.{key}: {count} adapters of {size:,} numbers {lack}; "
-            f"lower strategy.{key} or lora.r"
+            f"strategy.{key}: the server's adapters ({count} of {size:,} numbers each) {lack}; "
+            "lower this key or lora.r"
         )
     each = getattr(STRATEGIES[recipe.name].load(), "adapters_per_client", 0)
     if lack := shortage(each * context.clients * size):
         kept = "an adapter" if each == 1 else f"{each} adapters"
         raise RecipeError(
-            f"strategy.name: {recipe.name} keeps {kept} of {size:,} numbers for each of "
-            f"{context.clients:,} clients, which {lack}; lower lora.r, use fewer clients, or use "
+            f"strategy.name: {recipe.name} keeps {kept} of {size:,} numbers for each client "
+            f"({context.clients:,} in all), which {lack}; lower lora.r, use fewer clients, or use "
             "another strategy"
         )
 

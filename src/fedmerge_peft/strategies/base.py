@@ -186,7 +186,7 @@ class Strategy(Stateful, ABC):
         Raises:
             ValueError: The strategy's number of adapters is fixed.
         """
-        raise ValueError(f"its soup has {adapters} adapters, but {len(self.soup)} were expected")
+        raise ValueError(f"the number of its adapters is {adapters}, expected {len(self.soup)}")
 
     def decisions(self) -> list[str]:
         """Return the decisions of the last ``update``, such as the number of groups.

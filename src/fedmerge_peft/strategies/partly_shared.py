@@ -207,8 +207,8 @@ class FedSALora(PartlyShared):
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
         if not suffix_mask(context.layout, A_SUFFIXES).any():
             raise RecipeError(
-                "lora.merge: fedsa_lora averages A, which is not trained in this adapter; "
-                "use merge: factor"
+                "lora: fedsa_lora averages A, which is not trained in this adapter; "
+                "adapt layers with LoRA (lora.target_modules), and set lora.merge: factor"
             )
         super().__init__(
             lambda inner: FedAvg(recipe, inner),

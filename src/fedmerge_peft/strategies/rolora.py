@@ -57,8 +57,8 @@ class RoLora(OneHotStrategy):
         random = suffix_mask(context.layout, RANDOM_INIT_SUFFIXES)
         if not random.any():
             raise RecipeError(
-                "lora.merge: rolora trains A and B in turn, but A is not trained in this adapter; "
-                "use merge: factor"
+                "lora: rolora trains A and B in turn, but A is not trained in this adapter; "
+                "adapt layers with LoRA (lora.target_modules), and set lora.merge: factor"
             )
         self.masks = (factors & ~random, random)
         """Masks of the factors that train in odd and in even rounds, each ``(P,)`` bool."""

@@ -96,7 +96,8 @@ class SavedState:
                 return f"{name} would not be finite"
         largest = float(norms.max())
         if largest > _MAX_SOUP_NORM:
-            return f"an adapter would have the norm {largest:.3g}, above {_MAX_SOUP_NORM:.0e}"
+            limit = f"the limit of {_MAX_SOUP_NORM:.0e}"
+            return f"an adapter would have the norm {largest:.3g}, above {limit}"
         return None
 
 

@@ -210,5 +210,6 @@ def _shares(
         )
     if not all_finite(deltas):
         rows = torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten().tolist()
-        raise ValueError(f"deltas must be finite; remove or correct rows {rows}")
+        more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
+        raise ValueError(f"deltas must be finite; remove or correct rows {rows[:20]}{more}")
     return n / n.sum()

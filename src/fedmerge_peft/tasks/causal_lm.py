@@ -190,13 +190,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             # number of labels is the number of loss terms.
             labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
-                remedy = (
-                    "raise task.max_length" if len(ids) > length else "correct or remove the row"
-                )
+                cut = len(ids) > length and any(labeled[1:])
+                remedy = "raise task.max_length" if cut else "correct or remove the row"
+                tokens = "1 token leaves" if len(kept) == 1 else f"{len(kept)} tokens leave"
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    f"{len(kept)} token(s) leave nothing to "
-                    f"predict: {self.processor.decode(ids)[:80]!r}; {remedy}"
+                    f"row {row} (from 0, of the rows that the run uses): with task.loss: "
+                    f"{self.loss}, {tokens} nothing to predict: "
+                    f"{self.processor.decode(ids)[:80]!r}; {remedy}"
                 )
             if no_text.issuperset(labels[row]):
                 blank.append(row)

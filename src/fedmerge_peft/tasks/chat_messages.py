@@ -213,8 +213,8 @@ def _message(message: Any, column: str, where: str) -> Message:
     if cleaned.get("weight", 1) != 1:
         raise DataError(
             f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but only the "
-            "weight 1 is supported, which no weight also means; remove the key, or cut the chat "
-            "before this message"
+            "weight 1 is supported, which is also that of a message without this key; remove the "
+            "key weight, or end the chat before this message"
         )
     return {**cleaned, "content": content}
 

@@ -119,7 +119,8 @@ def check_contents(
     if lost:
         logger.warning(
             "in %d of %d chats the chat template leaves out or changes the text of messages "
-            "(first: row %d); fedmerge data RECIPE --show 3 shows chats as the model reads them",
+            "(first: row %d, from 0); fedmerge data RECIPE --show 3 shows chats as the model reads "
+            "them",
             len(lost),
             len(chats),
             lost[0],
@@ -146,9 +147,10 @@ def warn_of_missing_stops(tokenizer: Any, rows: Sequence[tuple[list[int], list[b
             endless.append(row)
     if endless:
         logger.warning(
-            "in %d of %d chats (first: row %d) the last token with a loss is no special token, so "
-            "the model may not learn to stop; change task.chat_template so that each turn of the "
-            "assistant ends with a special token (inside the block, if it has {%% generation %%})",
+            "in %d of %d chats (first: row %d, from 0) the last token with a loss is no special "
+            "token, so the model may not learn to stop; change task.chat_template so that each "
+            "turn of the assistant ends with a special token (before {%% endgeneration %%}, if the "
+            "template has it)",
             len(endless),
             len(rows),
             endless[0],

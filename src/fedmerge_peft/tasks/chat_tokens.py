@@ -97,7 +97,8 @@ class ChatTokens:
         if disagreeing:
             logger.warning(
                 "in %d of %d chats the parts that the chat template marks as generated differ "
-                "from the assistant's messages (first: row %d); the marked parts have the loss",
+                "from the assistant's messages (first: row %d, from 0), and have the loss; if "
+                "wrong, move {%% generation %%} and {%% endgeneration %%} in task.chat_template",
                 len(disagreeing),
                 len(chats),
                 disagreeing[0],
@@ -148,8 +149,8 @@ class ChatTokens:
         if other:
             logger.warning(
                 "in %d of %d chats the assistant's last turn does not follow the generation prompt "
-                "of the chat template (first: row %d), so generation starts differently from "
-                "training; try another task.chat_template",
+                "of the chat template (first: row %d, from 0), so generation starts differently "
+                "from training; try another task.chat_template",
                 len(other),
                 len(chats),
                 other[0],
@@ -190,7 +191,7 @@ class ChatTokens:
                     row,
                     f"the last message has the role {chat.roles[-1]}, but metrics of generated "
                     "text need one of the assistant; end the chat with one, remove the row, or "
-                    "remove these metrics from task.metrics",
+                    "use perplexity or accuracy in task.metrics",
                 )
         last = [Chat(chat.messages, len(chat.messages) - 1, chat.tools) for chat in chats]
         return self.prompts(last), [chat.messages[-1]["content"] for chat in chats]
@@ -317,7 +318,8 @@ class ChatTokens:
         """Apply the chat template. Raises ``DataError`` if it rejects the messages."""
 
         def rejected(reason: str) -> DataError:
-            return self.error(row, f"the chat template rejects the messages: {reason}")
+            fault = f"the chat template rejects the messages: {reason.rstrip('.')}"
+            return self.error(row, f"{fault}; change them, or set another task.chat_template")
 
         def apply(written: list[Message]) -> Any:
             return self._tokenizer.apply_chat_template(
@@ -375,11 +377,10 @@ class ChatTokens:
             if begin is None or ids[: len(end)] != end:
                 raise self.error(
                     row,
-                    "a message contains a special token, so the assistant's turns must be found "
-                    "by comparing tokens, but a turn is not found: it is the first message, or the "
-                    "chat template renders it differently without the messages after it; remove "
-                    "the special token or the row, or set task.loss=all (only in the task "
-                    "causal-lm)",
+                    "a message contains a special token, and a turn of the assistant is not found: "
+                    "it is the first message, or the chat template renders it differently without "
+                    "the messages after it; remove the special token or the row, or set "
+                    "task.loss=all (only in the task causal-lm)",
                 )
             labeled[begin : len(end)] = [True] * (len(end) - begin)
         return ids, labeled

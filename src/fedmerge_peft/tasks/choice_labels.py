@@ -77,7 +77,8 @@ def _labels(table: Dataset, column: str) -> list[Any]:
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
         raise DataError(
             f"task.label: column {column!r} has the type {values.type}, expected "
-            "text or whole numbers that identify the right choices"
+            "text or whole numbers that identify the right choices; convert it, or name "
+            "another column"
         )
     labels: list[Any] = values.to_pylist()
     names = getattr(table.features[column], "names", None)
@@ -112,7 +113,10 @@ def _only(
         if len(places) != 1:
             label, count = labels[row], len(choices[row])
             shown = shortened(repr(label), 80)
-            fault = f"matches more than one ({join_values(places)})" if places else "is none"
+            fault = f"is none of {count} choices"
+            if places:
+                numbers = f"numbers {join_values(places)}, from 0"
+                fault = f"matches more than one of {count} choices ({numbers})"
             remedy = (
                 f"write all labels as numbers (in this row from 0 to {count - 1}), or all as "
                 "letters or texts of the choices"
@@ -128,8 +132,7 @@ def _only(
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
             raise DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"{shown} in column {column!r} {fault} "
-                f"of {count} choices; {remedy}"
+                f"{shown} in column {column!r} {fault}; {remedy}"
             )
     return [place for (place,) in rows]
 

@@ -69,14 +69,14 @@ def read_choices(
         if len(choices) < 2:
             raise DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"{len(choices)} choice(s) in {_named(columns)}, "
+                f"{len(choices)} choice{'s' * (len(choices) != 1)} in {_named(columns)}, "
                 "expected two or more; add the others, or remove the row"
             )
         if names is not None and len(names[row]) != len(choices):
             raise DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"{_named(columns)} has {len(choices)} texts, but "
-                f"{len(names[row])} names (label); correct the row, or remove it"
+                f"in {_named(columns)}, the list text has {len(choices)} entries, but the list "
+                f"label has {len(names[row])}; correct the row, or remove it"
             )
     return rows, names
 

@@ -81,8 +81,9 @@ class EncoderTask(TokenTask):
         special = self.processor.num_special_tokens_to_add(self.reads_pairs)
         if self.max_length is not None and self.max_length <= special:
             raise DataError(
-                f"task.max_length: {self.max_length} tokens leave no room for texts, because the "
-                f"tokenizer adds {special} special tokens; raise task.max_length"
+                f"task.max_length: a length of {self.max_length} leaves no room for texts, because "
+                f"the tokenizer adds {special} special token{'s' * (special != 1)}; raise "
+                "task.max_length"
             )
         self._columns = ["input_ids"]
         # RoBERTa has one token type, but its tokenizers may return two.

@@ -202,9 +202,9 @@ def end_tokens(tokenizer: Any, model: Any) -> list[int]:
     """
     if (settings := getattr(model, "generation_config", None)) is None:
         raise BackboneError(
-            "model: it does not generate text (it has no generation_config), so neither "
-            "predictions nor metrics of generated text are possible; in task.metrics, use "
-            "perplexity or accuracy"
+            "model: the model has no generation_config, so it does not generate text, and neither "
+            "predictions nor metrics of generated text are possible; use perplexity or accuracy in "
+            "task.metrics"
         )
     ids = settings.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})

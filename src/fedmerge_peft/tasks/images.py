@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
+from fedmerge_peft.tasks.in_memory import ImageFunction
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
@@ -86,9 +87,9 @@ class ImageTask(MediaTask):
             pixels = random.integers(0, _WHITE + 1, (height, width, 3), dtype=np.uint8)
             with library_errors(
                 lambda reason: BackboneError(
-                    f"backbone.model: {type(self.processor).__name__} does not process images: "
-                    f"{reason}; name another image processor in backbone.tokenizer or, for a model "
-                    "in memory, pass another one (processor=...)"
+                    f"backbone.model: {self._processor_name} does not process images: "
+                    f"{reason.rstrip('.')}; name another image processor in backbone.tokenizer or, "
+                    "for a model in memory, pass another one (processor=...)"
                 )
             ):
                 outputs = self._outputs(fromarray(pixels))
@@ -102,9 +103,12 @@ class ImageTask(MediaTask):
         if largest > _LARGEST:
             logger.warning(
                 "%s does not scale pixels: they are up to %g, and models usually expect values "
-                "near 1 (do_rescale and do_normalize in preprocessor_config.json)",
-                type(self.processor).__name__,
+                "near 1; %s",
+                self._processor_name,
                 largest,
+                "divide them in the function"
+                if isinstance(self.processor, ImageFunction)
+                else "set do_rescale and do_normalize in preprocessor_config.json",
             )
         labels = list(torch.zeros(len(_PROBES), dtype=torch.int64).unbind())
         return Examples({**columns, "labels": labels})
@@ -152,8 +156,9 @@ class ImageTask(MediaTask):
         with library_errors(
             lambda reason: DataError(
                 f"row {row} (from 0, of the rows that the run uses): "
-                f"{type(self.processor).__name__} fails on the "
-                f"image of {image.width} × {image.height} pixels: {reason}"
+                f"{self._processor_name} fails on the "
+                f"image of {image.width} × {image.height} pixels: {reason.rstrip('.')}; replace "
+                "the image, or remove it"
             )
         ):
             outputs = self._outputs(image)
@@ -182,13 +187,23 @@ class ImageTask(MediaTask):
         ]
         return PixelCode(*middle)
 
+    @property
+    def _processor_name(self) -> str:
+        """Name of the image processor, for messages."""
+        own = isinstance(self.processor, ImageFunction)
+        return "the function in processor=..." if own else type(self.processor).__name__
+
     def _reject_sizes(self, name: str, tensors: list[Tensor]) -> None:
         sizes = {tuple(tensor.shape): row for row, tensor in reversed(list(enumerate(tensors)))}
         if len(sizes) > 1:
             (size, row), (other, another) = sorted(sizes.items(), key=lambda item: item[1])[:2]
+            remedy = (
+                "return images of one size"
+                if isinstance(self.processor, ImageFunction)
+                else "set a fixed size or a crop in preprocessor_config.json"
+            )
             raise BackboneError(
-                f"{type(self.processor).__name__} does not bring images to one size ({name} has "
-                f"the shape {size} in row {row}, but {other} in row {another}), so they do not fit "
-                "a batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
-                "images before the run"
+                f"{self._processor_name} does not bring images to one size ({name} has the shape "
+                f"{size} in row {row}, but {other} in row {another}, from 0), so they do not fit "
+                f"a batch; {remedy}, or resize the images before the run"
             )

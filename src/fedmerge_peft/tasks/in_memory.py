@@ -50,7 +50,7 @@ class PassedModel:
             raise BackboneError(
                 f"model: the {type(self.model).__name__}, or its tokenizer or image processor, has "
                 f"changed since it was passed ({self.name}); pass the unchanged objects again, or "
-                "start a new run with these"
+                "start a new run with the changed ones"
             )
 
 
@@ -77,7 +77,11 @@ def take_model(
     given = [part for part in (tokenizer, processor) if part is not None]
     if model is None:
         if given:
-            raise BackboneError("tokenizer, processor: pass the model, too: model=...")
+            name = "processor" if tokenizer is None else "tokenizer"
+            raise BackboneError(
+                f"{name}: found it without a model; pass the model, too (model=...), or remove "
+                f"{name}=... if the recipe names the model"
+            )
         return None
     if not isinstance(model, nn.Module):
         raise BackboneError(
@@ -125,9 +129,10 @@ def passed_model(name: str) -> PassedModel | None:
     passed = _PASSED.get(name)
     if passed is None:
         raise BackboneError(
-            f"backbone.model: {name} is a model that a Python program passes, and it is not in "
-            "memory. Start a run with federate(recipe, model=..., tokenizer=...). To load a run, "
-            "pass the same model again: load_run(path, model=..., tokenizer=...)"
+            f"backbone.model: {name} is a model that a Python program must pass; start a run with "
+            "federate(recipe, model=..., tokenizer=...), or open one with the same model: "
+            "load_run(path, model=..., tokenizer=...) (for images, processor=... instead of "
+            "tokenizer=...)"
         )
     return passed
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge_peft.data.column_types import whole_numbers
-from fedmerge_peft.data.columns import join_values, read_column
+from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.imbalance import WeightedClasses
@@ -73,7 +73,7 @@ class LabelSets(WeightedClasses):
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
                     f"column {recipe.labels!r} has a label twice: "
-                    f"{join_values(labels[label] for label in ids)}"
+                    f"{next(labels[label] for label in ids if ids.count(label) > 1)}; write it once"
                 )
             targets[row, ids] = 1
         return targets
@@ -177,7 +177,10 @@ def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
             values = values.cast(pa.bool_())  # texts True and 1, from pandas and spreadsheets
     kind = values.type
     if len(values) and not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"task.labels: column {column!r} has the type {kind}, expected 0 and 1")
+        raise DataError(
+            f"task.labels: column {column!r} has the type {kind}, expected 0 and 1; convert it, or "
+            "name another column"
+        )
     flags: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if (wrong := (flags != 0) & (flags != 1)).any():
         row = int(wrong.argmax())

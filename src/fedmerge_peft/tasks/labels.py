@@ -20,6 +20,7 @@ from fedmerge_peft.data.columns import (
     read_column,
 )
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,10 +93,11 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     values = _label_column(table, column)
     if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
         raise DataError(
-            f"task.num_labels: {num_labels:,} labels for {len(values):,} rows; at most "
-            f"{max(MANY_LABELS, len(values)):,} are accepted (the number of rows, but at least "
-            f"{MANY_LABELS:,}), because each adapter has weights for every label; lower "
-            "task.num_labels, or remove it to infer the labels"
+            f"task.num_labels: {num_labels:,} labels for {len(values):,} "
+            f"row{'s' * (len(values) != 1)}; at most {max(MANY_LABELS, len(values)):,} are "
+            f"accepted (the number of rows, or {MANY_LABELS:,} if there are fewer), because each "
+            "adapter has weights for every label; lower task.num_labels, or remove it to infer "
+            "the labels"
         )
     if not len(values):
         raise DataError(f"column {column!r}: the data have no rows to infer labels from; add rows")
@@ -103,8 +105,9 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
         names = sorted(values.unique().to_pylist())
         if num_labels is not None and len(names) > num_labels:
             raise DataError(
-                f"column {column!r} has {len(names)} labels, but task.num_labels is {num_labels}: "
-                f"{join_values(names)}; raise task.num_labels, or remove it to infer the labels"
+                f"column {column!r} has {len(names)} labels, but task.num_labels is {num_labels} "
+                f"({shortened(join_values(names), 200)}); raise task.num_labels, or remove it to "
+                "infer the labels"
             )
     else:
         ids = _integer_labels(values, column)
@@ -163,7 +166,8 @@ def label_ids(
 def unknown_label(name: str, labels: Sequence[str]) -> str:
     """Return the end of a message about a name that is not in ``labels``."""
     hint = did_you_mean(name, labels)
-    return f"{name!r} is not a known label{hint}; the labels are {join_values(labels)}"
+    shown = shortened(repr(name), 80)
+    return f"{shown} is not a known label{hint}; the labels are {join_values(labels)}"
 
 
 def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
@@ -223,10 +227,13 @@ def is_text(kind: Any) -> bool:
 def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
     """Convert booleans, or integers from 0 on, to int64; raise ``DataError`` for other labels."""
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
-        first = f", such as {values[0].as_py()!r} in row 0" if len(values) else ""
+        entries = values.to_pylist()
+        fractions = entries if pa.types.is_floating(values.type) else []
+        row = next((row for row, value in enumerate(fractions) if value % 1), 0)
+        first = f", such as {entries[row]!r} in row {row}" if entries else ""
         raise DataError(
             f"column {column!r} has the type {values.type}{first}; a label is an integer from 0, "
-            "or a name: cast the column"
+            "or a name: correct the values, or name another column in task.label"
         )
     numbers = values.to_numpy()
     if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would overflow
@@ -241,8 +248,8 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
         row = int((ids < 0).argmax())
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
-            f"label {ids[row]} in column {column!r} is negative, "
-            "as in rows without a label on the hub; remove these rows"
+            f"label {ids[row]} in column {column!r} is negative; remove the row if it has no label "
+            "(data sets on the hub mark such rows with -1), else write names instead of numbers"
         )
     return ids
 
@@ -258,13 +265,14 @@ def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) 
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
             f"label {ids[row]} in column {column!r} is too large for a label id, which is less "
-            f"than {limit:,} (the number of rows, but at least {MANY_LABELS:,}); correct it, or "
-            "store the labels as text"
+            f"than {limit:,} (the number of rows, or {MANY_LABELS:,} if there are fewer); correct "
+            f"it, or write names instead of numbers, such as L{ids[row]}"
         )
     names = [str(label) for label in range(int(ids[row]) + 1)]
     if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):
         logger.warning(
-            "column %r has integer labels, so there are %d labels from 0 on, but no row has %s",
+            "column %r has integer labels, so there are %d labels from 0 on, but no row has %s; "
+            "number the labels from 0 without gaps, or set task.num_labels if they are intended",
             column,
             len(names),
             join_values(absent, 5),
@@ -278,6 +286,6 @@ def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -
         raise DataError(
             f"row {row} (from 0, of the rows that the run uses): "
             f"label {ids[row]} in column {column!r} is too large "
-            f"for {num_labels} labels, 0 to {num_labels - 1}; raise task.num_labels, or correct "
-            "the data"
+            f"for {num_labels} label{'s' * (num_labels != 1)}, 0 to {num_labels - 1}; raise "
+            "task.num_labels, or correct the data"
         )

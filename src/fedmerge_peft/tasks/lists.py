@@ -68,7 +68,9 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
     if pa.types.is_fixed_size_list(kind):
         entries = entries.cast(pa.list_(kind.value_type))
     elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        remedy = "store them as parquet or jsonl" if is_text(kind) else "choose another column"
+        remedy = "choose another column"
+        if is_text(kind):
+            remedy = "write lists (in a file, as Parquet or JSON Lines), or choose another column"
         raise DataError(
             f"{key}: column {column!r} has the type {shortened(str(kind), 80)}, expected lists, "
             f'such as ["Ada", "lives"]; {remedy}'
@@ -79,11 +81,14 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
     lists = ListColumn(column, key, values, lengths)
     if values.null_count:
         position = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{lists.where(position)} has a list with an empty value (null)")
+        raise DataError(
+            f"{lists.where(position)} has a list with an empty value (null); fill it in, or remove "
+            "the row"
+        )
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
         raise DataError(
-            f"{key}: column {column!r} has lists of {values.type}, expected "
-            "lists of texts or integers"
+            f"{key}: column {column!r} has lists of {shortened(str(values.type), 80)}, expected "
+            "lists of texts or integers; choose another column"
         )
     return lists
 
@@ -102,13 +107,18 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
     if names := _class_names(table, column):
         return list(names)
     if not len(lists.values):
-        raise DataError(f"{key}: column {column!r} has no values to infer labels from")
+        raise DataError(
+            f"{key}: column {column!r} has no values to infer labels from; add some, or name "
+            "another column"
+        )
     if is_text(lists.values.type):
         texts = lists.values.to_pylist()
         if (
             blank := next((n for n, text in enumerate(texts) if not text.strip()), None)
         ) is not None:
-            raise DataError(f"{lists.where(blank)} has a list with an empty label")
+            raise DataError(
+                f"{lists.where(blank)} has a list with an empty label; fill it in, or remove it"
+            )
         labels = sorted(set(texts))
         check_class_names(labels, f"{key}: the column {column}")
         warn_of_lookalikes(labels, key, "labels")
@@ -117,7 +127,7 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
     if (largest := int(ids.max())) >= max(MANY_LABELS, len(lists.lengths)):
         raise DataError(
             f"{lists.where(int(ids.argmax()))} has the label {largest}, which is too large for a "
-            "label id; write the names of labels, as text"
+            "label id; write the names of the labels instead"
         )
     return [str(label) for label in range(largest + 1)]
 

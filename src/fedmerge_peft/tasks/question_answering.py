@@ -83,8 +83,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         config = self.prepare_tokens(recipe, backbone, model_folder)
         if not self.processor.is_fast:
             raise BackboneError(
-                f"backbone.tokenizer: the tokenizer of {self._model} does not return the "
-                "character offsets of its tokens; name a model with a tokenizer.json"
+                "backbone.tokenizer: the tokenizer does not return the character offsets of its "
+                "tokens; use a fast tokenizer of transformers, which has a tokenizer.json"
             )
         limit = token_limit(self.processor, config)
         length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH

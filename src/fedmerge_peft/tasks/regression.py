@@ -18,6 +18,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +71,7 @@ class Regression(Task):
         if len(values) and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
             raise DataError(
                 f"task.target: column {recipe.target!r} has the type {kind}, such as "
-                f"{values[0].as_py()!r} in row 0; expected numbers"
+                f"{values[0].as_py()!r} in row 0, expected numbers; choose another column"
             )
         numbers = values.to_numpy().astype(np.float64)
         if not np.isfinite(numbers).all():
@@ -83,9 +84,9 @@ class Regression(Task):
         largest = float(np.abs(numbers).max(initial=0.0))
         if largest > _LARGEST:
             raise DataError(
-                f"task.target: column {recipe.target!r} has magnitudes up to {largest:.3g}, whose "
-                f"squared errors are too large for a loss (the largest accepted one is "
-                f"{_LARGEST:g}); divide the column by a constant"
+                f"task.target: column {recipe.target!r} has magnitudes up to {largest:.3g}, but at "
+                f"most {_LARGEST:g} is accepted, because squared errors would be too large for a "
+                "loss; divide the column by a constant"
             )
         if largest > _FAR:
             logger.warning(
@@ -143,7 +144,7 @@ def _numbers(texts: Any, column: str) -> Any:
             if not is_number(text):
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
-                    f"{text!r} in column {column!r} is not a "
+                    f"{shortened(repr(text), 80)} in column {column!r} is not a "
                     "number; write numbers such as 1234.5, without units and thousands separators"
                 ) from None
         raise

@@ -201,9 +201,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             model.generation_config.decoder_start_token_id = self._language
         if model.config.decoder_start_token_id is None:
             raise BackboneError(
-                f"backbone.model: {self._model} has no decoder_start_token_id in config.json, so "
-                "its decoder cannot begin; add it (T5: the id of the pad token), or set "
-                "task.target_language for a model of many languages"
+                f"backbone.model: {self._model} has no decoder_start_token_id in its configuration "
+                "(config.json), so its decoder cannot begin; add it (T5: the id of the pad token), "
+                "or set task.target_language for a model of many languages"
             )
 
     def probe(self) -> Examples:

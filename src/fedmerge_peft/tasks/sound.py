@@ -52,14 +52,16 @@ def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
         with library_errors(partial(_fault, row, column, value)):
             sound = read_sound(value.as_py(), rate)
             if len(sound) < _SHORTEST * rate:
-                raise ValueError(f"it is shorter than {_SHORTEST} seconds")
+                raise ValueError(f"it is shorter than {_SHORTEST} seconds; remove it")
         yield sound
 
 
 def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
     source = None if pa.types.is_list(value.type) else value.as_py()
     source = source.get("path") if isinstance(source, dict) else source
-    named = shortened(source, 80) if isinstance(source, str) else f"of type {value.type}"
+    named = f"of type {value.type}"
+    if isinstance(source, str) and source:
+        named = shortened(source, 80)
     return DataError(
         f"row {row} (from 0, of the rows that the run uses): "
         f"the sound in column {column!r} cannot be read ({named}): "
@@ -96,7 +98,9 @@ def read_sound(value: Any, rate: int) -> Samples:
         )
     mono = _scaled(samples)
     if not np.isfinite(mono).all():
-        raise ValueError("it has samples that are not finite")
+        raise ValueError(
+            "it has samples that are not finite (NaN or infinite); correct or remove it"
+        )
     if (peak := np.abs(mono).max(initial=0.0)) > _LOUDEST:
         raise ValueError(
             f"its samples range up to {peak:,.0f}, but must be fractions from -1 to 1; divide them "
@@ -115,6 +119,8 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
     """Return the sampling rate and the samples ``(n,)`` or ``(n, channels)`` of a WAV file."""
     from scipy.io import wavfile
 
+    if not content:
+        raise ValueError("there are no bytes; write the path of a WAV file that is not empty")
     if content[:4] not in (b"RIFF", b"RIFX", b"RF64"):
         raise ValueError(
             "it is not a WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
@@ -125,13 +131,19 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
         length = max(0, len(content) - 8)
         content = content[:4] + length.to_bytes(4, order) + content[8:]
     elif (missing := length + 8 - len(content)) > 1:  # one missing byte is padding
-        raise ValueError(f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing")
+        raise ValueError(
+            f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing; copy it again, "
+            "or remove it"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unknown chunks, such as titles of songs
         try:
             rate, samples = wavfile.read(io.BytesIO(content))
         except (ValueError, EOFError, struct.error) as error:
-            raise ValueError(f"a damaged WAV file, or one of an unknown kind: {error}") from error
+            raise ValueError(
+                f"a damaged WAV file, or one of an unknown kind ({error}); convert it, for example "
+                "with ffmpeg -i in.wav -c:a pcm_s16le out.wav"
+            ) from error
     return int(rate), samples
 
 
@@ -142,9 +154,15 @@ def _scaled(samples: NDArray[Any]) -> Samples:
     than samples, or contains 64-bit integers or values that are not real numbers.
     """
     if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
-        raise ValueError(f"it is not an array of samples: {samples.dtype}, {samples.ndim}-d")
+        raise ValueError(
+            "it is not an array of numbers with one or two dimensions, but has the type "
+            f"{samples.dtype} and {samples.ndim} dimension{'s' * (samples.ndim != 1)}"
+        )
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
-        raise ValueError(f"it has the shape {samples.shape}, not (samples,) or (samples, channels)")
+        raise ValueError(
+            f"it has the shape {samples.shape}, not (samples,) or (samples, channels); transpose "
+            "it if the channels come first"
+        )
     if samples.dtype.kind in "iu" and samples.dtype.itemsize > 4:
         raise ValueError(
             "its samples are integers without a known range; write fractions from -1 to 1, such as "

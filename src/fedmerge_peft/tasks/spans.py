@@ -48,7 +48,10 @@ class SpanTags(TagSource):
         if names is None:
             names = sorted({span.label for spans in self._rows(table) for span in spans})
         if not names:
-            raise DataError(f"task.spans: column {self.column!r} has no spans to infer labels from")
+            raise DataError(
+                f"task.spans: column {self.column!r} has no spans to infer labels from; add some, "
+                "or name another column"
+            )
         return ["O", *(f"{mark}-{name}" for name in names for mark in "BI")]
 
     def read(self, table: Dataset, labels: Sequence[str]) -> list[TaggedText]:
@@ -63,7 +66,7 @@ class SpanTags(TagSource):
                 name = str(error.args[0])[2:]
                 raise self._fault(row, unknown_label(name, entity_names(labels))) from None
             except ValueError as error:
-                raise self._fault(row, str(error)) from None
+                raise self._fault(row, f"{error}; correct or remove it") from None
         return rows
 
     def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
@@ -163,7 +166,7 @@ def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list
         if span.start < 0 or span.end > len(text):
             raise ValueError(
                 f"the span from {span.start} to {span.end} is not inside the text of {len(text)} "
-                "characters"
+                f"character{'s' * (len(text) != 1)}"
             )
         if span.start < end:
             raise ValueError(f"the span from {span.start} to {span.end} overlaps another one")
@@ -178,7 +181,7 @@ def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list
     for span in spans:
         own = [place for place, (begin, _) in enumerate(words) if span.start <= begin < span.end]
         if not own:
-            raise ValueError(f"the span from {span.start} to {span.end} has no word")
+            raise ValueError(f"the span from {span.start} to {span.end} has no word, only spaces")
         for place in own:
             tags[place] = f"{'B' if place == own[0] else 'I'}-{span.label}"
     return np.array(words, dtype=np.int64).reshape(-1, 2), tags

@@ -115,8 +115,9 @@ class ListedTags(TagSource):
             if len(own) != len(marks):
                 raise DataError(
                     f"row {row} (from 0, of the rows that the run uses): "
-                    f"{len(own)} words in column "
-                    f"{self.recipe.words!r}, but {len(marks)} tags in column {self.column!r}"
+                    f"{len(own)} word{'s' * (len(own) != 1)} in column {self.recipe.words!r}, but "
+                    f"{len(marks)} tag{'s' * (len(marks) != 1)} in column {self.column!r}; write "
+                    "one tag for each word"
                 )
         return [
             TaggedText(" ".join(own), joined_bounds(own), marks)

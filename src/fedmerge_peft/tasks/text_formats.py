@@ -50,7 +50,8 @@ def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
         if missing:
             raise DataError(
                 f"task.format: {recipe.format} needs the column {missing[0]!r}; "
-                f"the data have {join_values(table.column_names)}"
+                f"the data have {join_values(table.column_names)}; name the columns in the recipe, "
+                "or choose another format"
             )
         return recipe.format
     if chats:

@@ -103,7 +103,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         if not getattr(self.processor, "is_fast", False):
             raise BackboneError(
                 "token-classification needs a tokenizer that returns the places of its tokens in a "
-                "text; name a fast tokenizer of transformers in backbone.tokenizer"
+                "text; use a fast tokenizer of transformers (backbone.tokenizer, or tokenizer=... "
+                "for a model in memory)"
             )
         rows = tag_source(self.recipe).read(table, self.labels)
         tokens, truncated = self.tokenize([[row.text for row in rows]], offsets=True)

@@ -59,7 +59,8 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
         tokenizer = passed_processor(backbone.model)
         if not hasattr(tokenizer, "get_vocab"):
             raise BackboneError(
-                f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers"
+                f"tokenizer: found {type(passed.processor).__name__}, expected a tokenizer of "
+                "transformers, because the task reads texts; pass tokenizer=..."
             )
         return tokenizer, deepcopy(getattr(passed.model, "config", None))
     # The configuration is loaded first, because the tokenizer reads it too.
@@ -93,7 +94,7 @@ def load_pretrained(
         own_code = "custom code" in reason or "trust_remote_code" in reason
         advice = "read the code; if you trust it, set backbone.trust_remote_code=true"
         return BackboneError(
-            f"{key}: {part} of {source} cannot be loaded: {reason}; "
+            f"{key}: {part} of {source} cannot be loaded: {reason.rstrip('.')}; "
             f"{advice if own_code else remedy}"
         )
 
@@ -129,8 +130,9 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     length = tokenizer.model_max_length
     if length is not None and not (isinstance(length, int | float) and length >= 1):
         raise BackboneError(
-            f"backbone.tokenizer: model_max_length in tokenizer_config.json is {length!r}, "
-            "expected a number of tokens, at least 1; correct it"
+            f"backbone.tokenizer: model_max_length in the tokenizer's settings is {length!r}, "
+            "expected a number of tokens, at least 1; correct it (in a folder: in "
+            "tokenizer_config.json)"
         )
     limits = [int(length)] if length is not None and length < _NO_LIMIT else []
     positions = position_limit(config)
@@ -194,10 +196,11 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
             "%s: column %r has the type %s, and is read as text", key, column, values.type
         )
         values = as_text(values)
-    if not is_text(values.type) and len(values):
+    if not is_text(values.type) and values.null_count < len(values):
+        row = next(row for row, value in enumerate(values) if value.is_valid)
         raise DataError(
             f"{key}: column {column!r} has the type {values.type}, such as "
-            f"{values[0].as_py()!r} in row 0, and is not text; choose a column of text"
+            f"{values[row].as_py()!r} in row {row}, and is not text; choose a column of text"
         )
     reject_nulls(values, column)
     texts: list[str] = values.to_pylist()
@@ -237,7 +240,8 @@ def _tokenized_row(
     with library_errors(
         lambda reason: DataError(
             f"row {row} (from 0, of the rows that the run uses): "
-            f"the tokenizer fails on {texts[0][:80]!r}: {reason}"
+            f"the tokenizer fails on {texts[0][:80]!r}: {reason.rstrip('.')}; correct the text, or "
+            "remove it"
         )
     ):
         return dict(tokenizer(*texts, verbose=False, **options))

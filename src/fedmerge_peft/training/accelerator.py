@@ -44,13 +44,12 @@ def choose_device(requested: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DeviceError(
-                f"training.device: {requested} is not available: "
-                f"this machine has no CUDA GPU; {_HINT}"
+                f"training.device: {requested} is not available: PyTorch finds no CUDA GPU; {_HINT}"
             )
-        if (device.index or 0) >= torch.cuda.device_count():
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise DeviceError(
-                f"training.device: {requested} is not available: this machine has "
-                f"{torch.cuda.device_count()} GPU(s), numbered from 0; choose one of them, or auto"
+                f"training.device: {requested} is not available: PyTorch finds {_gpus(count)}, "
+                "numbered from 0; choose a smaller number, or auto"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"training.device: mps is not available on this machine; {_HINT}")
@@ -72,12 +71,17 @@ def _rank_device(requested: str) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= (count := torch.cuda.device_count()):
         error = DeviceError(
-            f"training.device: rank {distributed.rank()} has no separate GPU: this machine has "
-            f"{count} GPU(s); start at most one rank per GPU, or use training.device=cpu"
+            f"training.device: rank {distributed.rank()} has no separate GPU: PyTorch finds "
+            f"{_gpus(count)} on its machine; start at most one rank per GPU, or use "
+            "training.device=cpu"
         )
         error.rank = distributed.rank()
         raise error
     return torch.device("cuda", index)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count != 1)}"
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

@@ -65,11 +65,11 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
         )
     if small:
         log.warning(
-            "%d of %d clients have fewer than %d training examples to compare, so they learn "
-            "nothing: %s",
+            "this task compares the examples of a client, so clients with fewer than %d training "
+            "examples learn nothing (%d of %d): %s",
+            least,
             len(small),
             len(clients),
-            least,
             join_values(small),
         )
 

@@ -148,11 +148,15 @@ def estimate(
 
     def unknown(reason: str) -> RecipeError:
         return RecipeError(
-            f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}"
+            f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}; "
+            "start a run with rounds=1 and measure its memory"
         )
 
     if recipe.task.media_column is not None:
-        raise unknown("the examples are not texts")
+        raise RecipeError(
+            f"task: memory cannot be estimated for {recipe.task.name}, because its examples are "
+            "not texts; start a run with rounds=1 and measure its memory"
+        )
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
@@ -196,7 +200,10 @@ def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
     task.labels = [str(label) for label in range(count)] if recipe.task.label_column else []
     options = {} if backbone.attention is None else {"attn_implementation": backbone.attention}
     with library_errors(
-        lambda reason: BackboneError(f"backbone.model: {backbone.model} cannot be built: {reason}")
+        lambda reason: BackboneError(
+            f"backbone.model: {backbone.model} cannot be built: {reason}; choose another model"
+            f"{'' if backbone.attention is None else ' or another backbone.attention'}"
+        )
     ):
         for name, value in {"num_labels": max(len(task.labels), 1), **task.config_options}.items():
             setattr(config, name, value)

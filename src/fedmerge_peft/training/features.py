@@ -32,9 +32,10 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
         (features,) = inputs
         if features.ndim != 2:
             raise RecipeError(
-                "strategy, baselines: class centroids need one feature vector per example, but the "
-                f"head of this model reads a tensor of {features.ndim} dimensions; use an encoder "
-                "for classification in backbone.model, or another strategy"
+                "strategy, baselines: the class centroids of fedpac need one feature vector per "
+                "example, but the head of this model reads a batch as a tensor of "
+                f"{features.ndim} dimensions, expected 2; use an encoder for classification in "
+                "backbone.model, or another method instead of fedpac"
             )
         vectors.append(features)
 

@@ -74,8 +74,8 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         if task.labels and outputs.shape[1:] != (*positions, len(task.labels)):
             raise BackboneError(
                 f"backbone.model: {name} has logits of shape {tuple(outputs.shape)} for "
-                f"{len(rows)} example(s), but the data have {len(task.labels)} labels; the "
-                "model must return one logit per label"
+                f"{len(rows)} example{'s' * (len(rows) > 1)}, but the data have "
+                f"{len(task.labels)} labels; the model must return one logit per label"
                 f"{' for each token' if task.per_token else ''}"
             )
         return task.own_outputs(outputs, batch)
@@ -140,7 +140,8 @@ def _choose(
         try:
             together = run(company)
         except Exception as error:  # a model without support for padding may raise any error
-            log.info("padding=%s fails: %s: %s", padding, type(error).__name__, error)
+            kind = type(error).__name__
+            log.info("the model fails on a batch with padding=%s: %s: %s", padding, kind, error)
             continue
         expected = [alone[row] for row in company]
         pairs = zip(together, expected, strict=True)

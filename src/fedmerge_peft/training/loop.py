@@ -124,9 +124,8 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     backbone.eval()
     if overflowed := sum(state.steps > 0 and not state.stepped for state in states):
         log.warning(
-            "the gradients of %d of %d adapters overflowed in fp16 in each step, so that these "
-            "adapters did not change; use training.mixed_precision=bf16 or no, or more steps in a "
-            "round",
+            "%d of %d adapters did not change, because the gradients overflowed in fp16 in each "
+            "step; use training.mixed_precision=bf16 or no, or more steps in a round",
             overflowed,
             len(states),
         )

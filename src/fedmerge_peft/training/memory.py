@@ -53,8 +53,9 @@ def clients_that_fit(runtime: Runtime, recipe: Recipe, count: int) -> int:
         fitting //= 2
     if fitting < count:
         log.info(
-            "%d instead of %d clients share a training pass, because of the GPU's memory",
+            "a training pass has %d client%s instead of %d, because of the GPU's memory",
             fitting,
+            "s" * (fitting > 1),
             count,
         )
     return fitting

@@ -45,8 +45,8 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
     labels, inputs = runtime.to_device(runtime.collate(chunk))
     if set(inputs) != {"input_ids", "attention_mask"}:
         return (
-            f"the model's inputs are {', '.join(sorted(inputs))}, but only input_ids and "
-            "attention_mask can be packed"
+            f"the model's inputs are {', '.join(sorted(inputs))}, but packing needs input_ids and "
+            "attention_mask, and no others"
         )
     inside = inputs["attention_mask"].bool()
     runtime.backbone.eval()

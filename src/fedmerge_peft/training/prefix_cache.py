@@ -53,11 +53,11 @@ def prefix_cache(
     if training.prefix_cache == 0 or backbone.prefix is None:
         if training.prefix_dtype is not None:
             log.warning(
-                "training.prefix_dtype has no effect: %s",
-                "training.prefix_cache is 0"
+                "training.prefix_dtype has no effect, because %s, or remove training.prefix_dtype",
+                "training.prefix_cache is 0; raise it"
                 if training.prefix_cache == 0
-                else "no layers are known to precede the first trainable one "
-                "(lora.layers_to_transform)",
+                else "no layers are known to precede the first trainable one; list only upper "
+                "layers in lora.layers_to_transform",
             )
         return None
     dtype = None if training.prefix_dtype is None else getattr(torch, training.prefix_dtype)

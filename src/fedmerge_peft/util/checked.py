@@ -57,7 +57,7 @@ def damaged(path: Path, reason: str) -> DamagedError:
 
 
 def without_remedy(error: Exception) -> str:
-    """Return the text of an error, for messages that add their own remedy for a damaged file."""
+    """Return the text of an error, for messages that add their own remedy for a file."""
     return str(error).removesuffix(_REMEDY)
 
 
@@ -181,7 +181,7 @@ def _reading(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except FileNotFoundError as error:
-        raise RunError(f"{path} is missing") from error
+        raise RunError(f"{path} is missing{_REMEDY}") from error
     except (
         OSError,
         ValueError,
@@ -213,7 +213,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise RunError(f"{path} is missing") from error
+        raise RunError(f"{path} is missing{_REMEDY}") from error
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror})") from error
 

@@ -45,23 +45,28 @@ def translated_write_errors(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{path} cannot be written ({reason(error)}); finished rounds are intact. "
-            "Free disk space, or choose another folder (--out)"
+            f"{path} cannot be written ({reason(error)}); finished rounds of a run are intact. "
+            "Check disk space and permissions, or write to another folder"
         ) from error
 
 
 @contextmanager
-def locked_directory(path: Path) -> Iterator[None]:
+def locked_directory(path: Path, named: Path | None = None) -> Iterator[None]:
     """Create a directory, and lock it against other processes and threads inside the context.
 
     The lock is reentrant. If the operating system or the file system does not support locks, the
     directory is not locked.
 
+    Args:
+        path: Directory.
+        named: Path that errors name in its place; None for ``path``.
+
     Raises:
         RunBusyError: Another process or thread has locked the directory.
         RunError: The directory cannot be created or opened.
     """
-    with translated_write_errors(path):
+    named = named or path
+    with translated_write_errors(named):
         path.mkdir(parents=True, exist_ok=True)
         resolved = path.resolve()
         posix = os.name == "posix"  # other systems cannot open a folder
@@ -74,8 +79,8 @@ def locked_directory(path: Path) -> Iterator[None]:
         with suppress(OSError):  # the file system does not support locks
             if not lock_descriptor(descriptor, blocking=False):
                 raise RunBusyError(
-                    f"{path} is being written by another process; wait until it ends, or choose "
-                    "another folder (--out)"
+                    f"{named} is being written by another process or thread; wait until it ends, "
+                    "or write to another folder"
                 )
         token = _LOCKED.set(_LOCKED.get() | {resolved})
         try:

@@ -42,7 +42,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     with translated_write_errors(folder):
         if partial.is_symlink():
             partial.unlink()
-    with locked_directory(partial):
+    with locked_directory(partial, folder):
         try:
             with translated_write_errors(folder):
                 _clear(partial)

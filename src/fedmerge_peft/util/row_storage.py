@@ -62,10 +62,11 @@ class RowStorage:
                 file.truncate(length)
                 mapping = mmap.mmap(file.fileno(), length)
         except OSError as error:
-            other = "set TMPDIR to another folder" if folder is None else "choose another --out"
+            place = folder or "the folder for temporary files"
+            other = "set TMPDIR to another folder" if folder is None else "choose another folder"
             raise RunError(
-                f"{folder or 'TMPDIR'}: a soup of {length / 1e6:,.1f} MB cannot be stored "
-                f"({error.strerror}); free disk space, or {other}"
+                f"{place}: a soup of {length / 1e6:,.1f} MB cannot be stored ({error.strerror}); "
+                f"free disk space, or {other}"
             ) from error
         rows = torch.frombuffer(mapping, dtype=self.dtype).view(count, size)
         _MAPPINGS[rows.data_ptr()] = mapping

@@ -54,7 +54,7 @@ class Stateful:
                 setattr(self, attribute, checked_copy(name, value, state.get(name)))
         if unmatched := sorted(self.state_dict().keys() ^ state.keys()):
             raise ValueError(
-                f"{', '.join(unmatched)}: present only in the state or only in the object"
+                f"{', '.join(unmatched)}: only in the saved state or only in the current one"
             )
 
 

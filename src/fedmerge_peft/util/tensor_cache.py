@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedmerge_peft.util.private_folder import is_own, make_private
 from fedmerge_peft.util.stateful import describe
+from fedmerge_peft.util.text import reason
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class TensorCache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError) as error:
-            self._discard(path, str(error))
+            self._discard(path, reason(error))
             return None
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
             wanted = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
@@ -119,7 +120,11 @@ class TensorCache:
         try:
             if not self._has_room(stored.nbytes):
                 self._writes = False
-                log.info("%s or its disk is full, so no more tensors are stored in it", self.folder)
+                log.info(
+                    "the cache %s has reached its limit, or its disk is full, so nothing more is "
+                    "stored in it",
+                    self.folder,
+                )
                 return
             try:
                 save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})
@@ -151,17 +156,17 @@ class TensorCache:
     def _give_up(self, error: Exception) -> None:
         self._writes = False
         log.warning(
-            "%s cannot be written, so no more tensors are stored in it: %s; set FEDMERGE_CACHE to "
-            "another folder",
+            "the cache %s cannot be written, so nothing more is stored in it: %s; set "
+            "FEDMERGE_CACHE to another folder",
             self.folder,
-            error,
+            reason(error),
         )
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def _discard(self, path: Path, reason: str) -> None:
-        log.warning("%s is damaged or not trusted, and will be replaced: %s", path, reason)
+    def _discard(self, path: Path, fault: str) -> None:
+        log.warning("%s is damaged or not trusted, and will be replaced: %s", path, fault)
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -104,7 +104,7 @@ class FlareTransport:
             return f"it did not reply within {deadline:g} s"
         if not task.client_tasks and now - sent > fetch_timeout:
             self._fetch_timeouts[site] = _BUSY_FETCH_TIMEOUT
-            return f"it did not fetch its task within {fetch_timeout:g} s"
+            return f"it did not fetch the server's request within {fetch_timeout:g} s"
         return None
 
     def _send(

@@ -94,11 +94,15 @@ def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
             content = _outcome_in(archive)
             return None if content is None else JobOutcome.model_validate_json(content).model_dump()
         except ValidationError as invalid:
-            raise WireError(f"{OUTCOME_FILE} of job {job}: {first_fault(invalid)}") from None
+            raise WireError(
+                f"{OUTCOME_FILE} of job {job} is malformed: {first_fault(invalid)}; use the same "
+                "version of fedmerge-peft as the server"
+            ) from None
         except (*_MALFORMED, OSError) as error:
             reason = printable(shortened(f"{type(error).__name__}: {error}", 200))
             raise WireError(
-                f"the files of job {job} are missing or not readable ({reason})"
+                f"the files of job {job} are missing or not readable ({reason}); see "
+                "log.txt in the server's kit"
             ) from error
 
 
@@ -127,4 +131,7 @@ def read_status(reply: Any) -> dict[str, Any]:
     try:
         return JobStatus.model_validate(reply).model_dump()
     except ValidationError as invalid:
-        raise WireError(f"the job's status: {first_fault(invalid)}") from None
+        raise WireError(
+            f"the job's status is malformed: {first_fault(invalid)}; use the same version of "
+            "fedmerge-peft as the server"
+        ) from None

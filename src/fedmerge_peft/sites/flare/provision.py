@@ -91,9 +91,10 @@ def provision(federation: FederationFile, out: Path) -> None:
                     prepare_project(project)
                 )
         except (ValueError, RuntimeError, SystemExit) as error:
-            raise FederateError(
-                f"certificates cannot be created: {error or output.getvalue().strip()}"
-            ) from error
+            reason = str(error)
+            if isinstance(error, SystemExit):  # its text is only a number
+                reason = output.getvalue().strip() or "NVIDIA FLARE gives no reason"
+            raise FederateError(f"certificates cannot be created: {reason}") from error
         workspace = Path(scratch) / federation.project
         if context.get("build_error") or not (workspace / "prod_00").is_dir():
             reason = output.getvalue().strip() or "NVIDIA FLARE gives no reason"

@@ -94,7 +94,8 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
         (kit / "local").mkdir()
     except OSError as error:
         raise FederateError(
-            f"{kit / 'local'} cannot be written again ({error.strerror}); remove it"
+            f"{kit / 'local'} cannot be written again ({error.strerror}); remove it, or make {kit} "
+            "writable"
         ) from error
     _write(kit / "local" / "resources.json", _resources())
     _write(kit / "local" / "log_config.json", _logging())
@@ -159,4 +160,6 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise FederateError(f"{path} cannot be written ({error.strerror})") from error
+        raise FederateError(
+            f"{path} cannot be written ({error.strerror}); free disk space, or make it writable"
+        ) from error

@@ -105,7 +105,10 @@ def parse_reply(reply: bytes | str, kind: str) -> Message:
     if message.kind == "error":
         raise FederateError(_reason(read_fields(Failure, message).error))
     if message.kind != kind:
-        raise WireError(f"it sent a message of kind {message.kind!r}, expected {kind!r}")
+        raise WireError(
+            f"the site sent a message of kind {message.kind!r}, expected {kind!r}; install the "
+            "same version on the server and all sites"
+        )
     return message
 
 

@@ -168,9 +168,9 @@ class Roster:
             known = self.clients.get(client.name, entry)
             if known != entry:
                 raise WireError(
-                    f"client {client.name} differs from its first enrollment: "
-                    f"{'; '.join(_differences(known, entry))}; data must not change within a "
-                    "federation"
+                    f"the data of client {client.name} have changed since an earlier job: "
+                    f"{'; '.join(_differences(known, entry))}; restore the data, or start a new "
+                    "federation with new kits (federate prepare)"
                 )
             added[client.name] = entry
         self.clients |= added
@@ -280,7 +280,10 @@ def parse_label_counts(
         sum(row) == client.train if one_each else max(row) <= client.train
         for row, client in zip(counts, clients, strict=True)
     ):
-        raise WireError("its counts of labels do not fit its examples")
+        raise WireError(
+            "its counts of labels do not fit its examples; install the same version on the server "
+            "and all sites"
+        )
     return counts
 
 

@@ -52,7 +52,7 @@ def serve(trainer: MessageHandler, address: str) -> None:
                     log.warning(
                         "a request got no reply, because the job closed its connection or the "
                         "audit log cannot be written (%s)",
-                        type(error).__name__,
+                        str(error) or type(error).__name__,
                     )
 
 
@@ -100,7 +100,10 @@ class TrainerConnection:
                 connection.send_bytes(payload)
                 while not connection.poll(_POLL_INTERVAL):
                     if canceled():
-                        raise FederateError("the job has stopped waiting for the trainer's reply")
+                        raise FederateError(
+                            "the site's trainer did not reply before the deadline, or before the "
+                            "job was stopped"
+                        )
                 return connection.recv_bytes() if connection.recv_bytes() == _REPLY else None
             except (EOFError, OSError) as error:
                 raise FederateError(
@@ -115,6 +118,7 @@ class TrainerConnection:
             except OSError:  # the trainer is starting or restarting
                 if canceled():
                     raise FederateError(
-                        "the job has stopped waiting for the site's trainer to start"
+                        "the site's trainer did not start before the deadline, or before the job "
+                        "was stopped; see the trainer's output"
                     ) from None
                 time.sleep(_POLL_INTERVAL)

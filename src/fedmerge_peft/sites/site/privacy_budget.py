@@ -86,7 +86,7 @@ class PrivacyBudget:
                 f"the privacy budget of client {client} does not suffice: its updates so far "
                 f"({before.updates}) have ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and "
                 f"{after.updates - before.updates} more would make it {needed:.4g}; "
-                f"the site can raise privacy.epsilon in {SITE_FILE}"
+                f"the site can set a larger privacy.epsilon in {SITE_FILE}"
             )
 
     def _read(self) -> dict[str, Spent]:

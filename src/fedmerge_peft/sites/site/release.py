@@ -102,13 +102,13 @@ class ReleaseRules:
         if requested is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
-                "but the server's request does not clip the update"
+                "but the server's request does not clip the update; use the strategy of the kit's "
+                "recipe on the server"
             )
         if self.private and not isinstance(plan, Train | InTurn):
             raise RefusedError(
-                "this site sends only updates with noise, and no choices or weights that derive "
-                "from its losses; use a strategy whose clients train the adapters that they are "
-                "sent"
+                "this site adds noise to updates, and therefore sends no choices or weights that "
+                "depend on its losses; use another strategy on the server, such as fedavg"
             )
         return strictest_privacy(self.site, requested, agreed_privacy(self.agreed.privacy))
 
@@ -146,7 +146,7 @@ class ReleaseRules:
         if isinstance(outcome, ClientError):
             if not self.private:
                 raise outcome
-            log.error("%s; the site sends noise in place of its update", outcome)
+            log.error("%s; the site sends noise in place of the client's update", outcome)
             empty = torch.zeros(plan.returned_rows, plan.sent.shape[1])
             outcome = Reply(index, empty, size, 0.0, 0.0, round=outcome.round)
         if privacy is not None:

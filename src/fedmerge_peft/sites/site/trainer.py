@@ -142,7 +142,7 @@ class Trainer:
                 return Message("adapter_stored"), AuditEntry("adapter", fields.client)
             case other:
                 raise WireError(
-                    f"a message of unknown kind {other!r}; "
+                    f"the server sent a message of unknown kind {other!r}; "
                     "install the same version on the server and all sites"
                 )
 
@@ -158,9 +158,9 @@ class Trainer:
             raise RefusedError(reason)
         if fields.dtype != self.federation.wire_dtype:
             raise WireError(
-                f"the server sends numbers in {fields.dtype}, but the kit has "
-                f"{self.federation.wire_dtype}; use kits of one `federate prepare` on the server "
-                "and all sites"
+                f"the server sends numbers in {fields.dtype}, but the site's kit has "
+                f"{self.federation.wire_dtype} (wire_dtype); use kits of one `federate prepare` "
+                "on the server and all sites"
             )
         self._adds_to_backbone = _adds_to_backbone(requested)
         return Message("enrolled", asdict(self.release.summary(self.summary)))
@@ -208,7 +208,10 @@ class Trainer:
     @property
     def _engine(self) -> LocalEngine:
         if self._open is None:
-            raise WireError("a message that needs the model arrived before the message open")
+            raise WireError(
+                "the server's request needs the model, which the site has not loaded for this job; "
+                "see the output of the site"
+            )
         return self._open[1]
 
     # ---- rounds ----------------------------------------------------------------------------------
@@ -221,12 +224,15 @@ class Trainer:
         client, plan = assignment.client, assignment.plan
         names = [local.name for local in engine.clients]
         if client not in names:
-            raise WireError(f"an assignment for client {client!r}, which is not at this site")
+            raise WireError(
+                f"the server sent an assignment for client {client!r}, which is not at this site; "
+                "use kits of one `federate prepare` on the server and all sites"
+            )
         index = names.index(client)
         if assignment.base and not self._adds_to_backbone:
             raise RefusedError(
                 "the server sent an addition to the backbone, but no strategy of its recipe "
-                "makes one"
+                "makes one; install the same version on the server and all sites"
             )
         engine.backbone.set_base(assignment.base)
         if plan is None:
@@ -261,7 +267,10 @@ class Trainer:
 
     def _evaluate(self, engine: LocalEngine, index: int, assignment: RemoteAssignment) -> Message:
         if assignment.served is None:
-            raise WireError("an evaluate message without an adapter")
+            raise WireError(
+                "the server requests an evaluation without an adapter; install the same version "
+                "on the server and all sites"
+            )
         if self.release.private:
             return Message("evaluated", {"client": assignment.client, "scores": None})
         served = [(index, assignment.served)]
@@ -302,7 +311,8 @@ class Trainer:
         client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
             raise WireError(
-                f"the server sent an adapter for client {client!r}, which is not at this site"
+                f"the server sent an adapter for client {client!r}, which is not at this site; "
+                "use kits of one `federate prepare` on the server and all sites"
             )
         expected = {entry.key: entry.shape for entry in backbone.layout.entries}
         expected |= _shapes(backbone.shared)
@@ -349,9 +359,11 @@ def _check_tensors(
         )
     for name, value in tensors.items():
         if value.dtype != torch.float32:
-            raise WireError(f"{name} is {describe(value)}, expected float32")
+            raise WireError(
+                f"the server sent the tensor {name}, which is {describe(value)}, expected float32"
+            )
         if fault := norm_fault(value.reshape(1, -1)):
-            raise WireError(f"{name} is {fault}")
+            raise WireError(f"the server sent the tensor {name}, which is {fault}")
 
 
 def _adds_to_backbone(recipe: Recipe) -> bool:

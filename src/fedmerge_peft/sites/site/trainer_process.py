@@ -40,7 +40,8 @@ def main() -> None:
         print(printable_lines(str(error)), file=sys.stderr, flush=True)
         sys.exit(PERMANENT_FAILURE)
     sizes = ", ".join(
-        f"{client.name}: {client.size} training examples" for client in trainer.data.clients
+        f"{client.name}: {client.size} training example{'s' * (client.size != 1)}"
+        for client in trainer.data.clients
     )
     print(f"site {site} is ready ({sizes})", file=sys.stderr, flush=True)
     address = os.environ[ADDRESS_VARIABLE]

@@ -81,7 +81,7 @@ class Setting:
                     (*entry.get("overrides", []), *own.get("overrides_of", {}).get(method, [])),
                     tuple(_axis(**axes[axis]) for axis in entry.get("axes", [])),
                     tuple({**common["seeds"], **own.get("seeds", {})}[group]),
-                    entry.get("revision", 0),
+                    {**entry, **own.get("changed", {}).get(method, {})}.get("revision", 0),
                     group == "core",
                 )
                 for group in groups

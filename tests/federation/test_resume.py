@@ -58,7 +58,7 @@ VARIANTS = [
         "server_optimizer": "adam",
     },
     # with groups and heads that the run has decided on
-    {"name": "fedmerge", "warm_rounds": 1, "own_head": 0.5},
+    {"name": "fedmerge", "warm_rounds": 1, "own_head": True},
     {"name": "fedmerge", "warm_rounds": 1, "head": "private"},
     *[
         {"name": "fedmerge", "server_momentum": 0.0, "soup": soup, **start}

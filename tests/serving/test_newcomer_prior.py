@@ -16,7 +16,7 @@ COUNTS = [[30, 1, 0], [1, 30, 0], [0, 1, 30], [15, 15, 0], [30, 0, 2], [0, 31, 1
 @pytest.fixture(scope="module")
 def run(smoke, tmp_path_factory):
     recipe = smoke(
-        "strategy={name: fedmerge, adapters: 2, groups: 2, warm_rounds: 1, own_head: 0}",
+        "strategy={name: fedmerge, adapters: 2, groups: 2, warm_rounds: 1, own_head: false}",
         "rounds=2",
         "training.logits=restricted",
         "serving.label_prior=true",

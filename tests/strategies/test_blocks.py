@@ -127,7 +127,7 @@ def test_two_adapters_serve_four_kinds_of_clients_if_body_and_head_are_grouped_a
         return float((served - clients.centers).norm() / clients.centers.norm())
 
     assert distance(blocks="head") < 1e-3
-    assert distance(own_head=0.0) > 0.3
+    assert distance(own_head=False) > 0.3
 
 
 def test_clients_that_come_later_join_a_group_in_each_block(clients):
@@ -244,7 +244,7 @@ def test_a_run_serves_predicts_and_exports_its_clients_by_block(tmp_path):
         {"rule": "paper"},
         {"rule": "gradient"},
         {"weights_columns": "head"},
-        {"own_head": 0.5},
+        {"own_head": True},
         {"balance_rounds": 3},
         {"reseed_after": 2},
     ],

@@ -117,7 +117,7 @@ def test_every_method_serves_the_prior_and_trains_without_it(smoke, smoke_engine
 
 def test_priors_and_own_heads_add_up(smoke, smoke_engine, tmp_path):
     """A run's exports load what its clients were scored with."""
-    strategy = {"name": "fedmerge", "warm_rounds": 1, "own_head": 0.5}
+    strategy = {"name": "fedmerge", "warm_rounds": 1, "own_head": True}
     recipe = smoke(f"strategy={json.dumps(strategy)}", "serving.label_prior=true", "rounds=2")
     run = federate(recipe, tmp_path / "run", engine=smoke_engine)
     federation = Federation(recipe, smoke_engine)

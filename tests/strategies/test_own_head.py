@@ -12,8 +12,9 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.runs.checkpoint import Checkpoint
 from fedmerge_peft.strategies import Reply, make_strategy
-from fedmerge_peft.strategies.own_head import own_shares
+from fedmerge_peft.strategies.own_head import own_labels_gain
 from fedmerge_peft.testing import FormulaClients, strategy_recipe
+from fedmerge_peft.training.plan import Trained
 
 CLIENTS = 6
 ONE = torch.zeros(CLIENTS, dtype=torch.int64)
@@ -38,7 +39,7 @@ def play(strategy, clients, rounds):
         strategy.update([clients.reply(c, strategy.plan(c)) for c in range(CLIENTS)])
 
 
-# ---- the share of an own head --------------------------------------------------------------------
+# ---- the need for own heads ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -47,61 +48,84 @@ def test_clients_with_the_same_distribution_share_their_head(classes, examples, 
     generator = torch.Generator().manual_seed(seed)
     distribution = torch.rand(classes, generator=generator)
     counts = drawn(distribution.repeat(CLIENTS, 1), examples, seed)
-    assert own_shares(counts, ONE)[0].tolist() == [0.0] * CLIENTS
+    assert own_labels_gain(counts, ONE) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_clients_with_their_own_distributions_have_heads_of_their_own(seed):
     torch.manual_seed(seed)
     distributions = torch.distributions.Dirichlet(torch.full((20,), 0.1)).sample((CLIENTS,))
-    shares, gain = own_shares(drawn(distributions, 50, seed), ONE)
-    assert gain > 100
-    assert 0.7 < float(shares.min()) <= float(shares.max()) < 1
+    assert own_labels_gain(drawn(distributions, 50, seed), ONE) > 100
 
 
 def test_groups_explain_the_labels_of_their_clients():
     kinds = torch.tensor([0, 0, 0, 1, 1, 1])
     distributions = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])[kinds]
     counts = drawn(distributions, 40)
-    assert own_shares(counts, ONE)[0].min() > 0.5
-    assert own_shares(counts, kinds)[0].max() == 0
-    alone = torch.arange(CLIENTS)
-    assert own_shares(counts, alone) == (pytest.approx(torch.zeros(CLIENTS)), 0.0)
+    assert own_labels_gain(counts, ONE) > 50
+    assert own_labels_gain(counts, kinds) == 0
+    assert own_labels_gain(counts, torch.arange(CLIENTS)) == 0
 
 
 # ---- the strategy --------------------------------------------------------------------------------
 
 
-def test_the_own_head_is_a_second_block_of_merging_weights():
-    """θ_i,head = (1 − s) Θ_head + s H_i, with Θ as in FedAvg, and H_i stepping along δ_i alone."""
-    strategy, clients = make(OWN_LABELS, warm_rounds=1, own_head=0.4, groups=1)
+def test_an_own_head_steps_along_the_second_update_and_the_soup_along_the_first():
+    """θ_i,head = Θ_head + U_i with U_i ← U_i − δ'_i,head; Θ as in FedAvg from merged adapters."""
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, own_head=True, groups=1, server_momentum=0)
     head = clients.layout.columns("head")
-    common, own = clients.fresh_row(0), clients.fresh_row(0).repeat(CLIENTS, 1)[:, head]
-    served = common.repeat(CLIENTS, 1)
-    for _ in range(3):
-        deltas = served - clients.centers
-        play(strategy, clients, 1)
-        common = common - clients.shares @ deltas
-        own = own - deltas[:, head]
+    common, own = clients.fresh_row(0), torch.zeros(CLIENTS, len(head))
+    for number in range(3):
         served = common.repeat(CLIENTS, 1)
-        served[:, head] = 0.6 * common[head] + 0.4 * own
+        served[:, head] += own
         for client in range(CLIENTS):
             assert_near(strategy.adapter(client), served[client], 0)
+        play(strategy, clients, 1)
+        if number:
+            own -= (served - clients.centers)[:, head]
+        common = common - clients.shares @ (common.repeat(CLIENTS, 1) - clients.centers)
+    served = common.repeat(CLIENTS, 1)
+    served[:, head] += own
     merged = strategy.soup.merge(strategy.weights, torch.eye(CLIENTS))
     assert_near(merged, served, 0)
     assert_near(strategy.soup.merge(strategy.weights), common.repeat(CLIENTS, 1), 0)
 
 
-def test_the_share_follows_from_the_labels_and_is_reported():
+@pytest.mark.parametrize(
+    ("settings", "momentum"),
+    [({}, 0.5), ({"server_momentum": 0.2}, 0.2), ({"groups": 2}, 0), ({"own_head": False}, 0)],
+)
+def test_one_adapter_with_own_heads_has_momentum(settings, momentum):
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, **{"groups": 1, **settings})
+    play(strategy, clients, 2)
+    (group,) = strategy.server.optimizer.param_groups
+    assert group["momentum"] == momentum
+
+
+def test_the_trained_model_of_a_client_with_an_own_head_has_both_updates():
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1)
+    play(strategy, clients, 2)
+    plan = strategy.plan(0)
+    head = clients.layout.columns("head")
+    outcomes = [Trained(job.row - number, 1.0, 1) for number, job in enumerate(plan.jobs, 1)]
+    outcomes[1].row[:] = plan.jobs[1].row
+    outcomes[1].row[head] -= 2
+    expected = strategy.adapter(0) - 1
+    expected[head] -= 2
+    result = plan.result(outcomes, [], 0)
+    assert_near(result.trained, expected, 1)
+    assert torch.equal(plan.validated_rows(result.trained)[0], strategy.adapter(0))
+    assert plan.jobs[1].phases[0].nonzero().flatten().tolist() == head.tolist()
+
+
+def test_the_decision_follows_from_the_labels_and_is_reported():
     strategy, clients = make(OWN_LABELS, warm_rounds=2, groups=1)
     play(strategy, clients, 1)
     assert strategy.decisions() == []
     play(strategy, clients, 1)
     groups, heads = strategy.decisions()
     assert groups == "1 group of clients: as set in the recipe"
-    assert heads.startswith(
-        f"own heads with a mean weight of {strategy.own_head.shares.mean():.2f}"
-    )
+    assert heads.startswith("own heads: the clients' own label distributions explain the labels")
     play(strategy, clients, 1)
     assert strategy.decisions() == []
 
@@ -110,7 +134,7 @@ def test_the_share_follows_from_the_labels_and_is_reported():
     ("counts", "settings"),
     [
         (None, {}),  # labels that the server must not or cannot know
-        (OWN_LABELS, {"own_head": 0.0}),
+        (OWN_LABELS, {"own_head": False}),
         (torch.full((CLIENTS, 3), 20), {}),
     ],
     ids=["unknown", "off", "alike"],
@@ -122,20 +146,17 @@ def test_heads_are_shared_without_a_reason(counts, settings):
     assert strategy.soup.own is None
 
 
-def test_clients_whose_labels_are_not_known_yet_get_the_mean_share():
+def test_clients_whose_labels_are_not_known_yet_do_not_hide_the_others():
     """A site that joins late has no counts when the server starts."""
     counts = OWN_LABELS.clone()
     counts[0] = 0
     strategy, clients = make(counts, warm_rounds=1, groups=1)
     play(strategy, clients, 1)
-    shares = strategy.own_head.shares
-    assert torch.isfinite(shares).all()
-    assert_near(shares[0], shares[1:].mean(), 0)
-    assert min(shares.tolist()) > 0.5
+    assert strategy.own_head is not None
 
 
 def test_heads_that_the_recipe_shares_are_not_explained_by_labels():
-    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=0.0)
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=False)
     play(strategy, clients, 1)
     assert strategy.decisions()[1] == "shared heads: as set in the recipe"
 
@@ -145,21 +166,20 @@ def test_an_own_head_needs_a_head_and_a_grouping():
         CLIENTS, AdapterLayout.from_tensors([("one.lora_A.weight", (2, 3), "lora")])
     )
     with pytest.raises(RecipeError, match="own_head: this adapter has no head"):
-        make(clients=headless, own_head=0.5)
-    make(clients=headless, own_head=0.0)
+        make(clients=headless, own_head=True)
+    make(clients=headless, own_head=False)
     with pytest.raises(ValidationError, match="own heads begin at the grouping of start: warm"):
-        strategy_recipe("fedmerge", own_head=0.5, start="independent")
+        strategy_recipe("fedmerge", own_head=True, start="independent")
 
 
 def test_a_client_has_no_own_head_before_its_first_reply():
-    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=1.0)
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=True)
     strategy.update([clients.reply(c, strategy.plan(c)) for c in range(CLIENTS - 1)])
     head = clients.layout.columns("head")
     assert_near(strategy.adapter(CLIENTS - 1)[head], strategy.soup.rows[0, head], 0)
-    sent = strategy.adapter(CLIENTS - 1)
     reply = clients.reply(CLIENTS - 1, strategy.plan(CLIENTS - 1))
     strategy.update([reply])
-    assert_near(strategy.adapter(CLIENTS - 1)[head], (sent - reply.delta)[head], 0)
+    assert_near(strategy.own_head.rows[CLIENTS - 1], -reply.deltas[1, head], 0)
 
 
 def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they_point_to():
@@ -180,7 +200,7 @@ def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, tmp_path):
-    settings = {"warm_rounds": 2, "own_head": 0.5, "server_momentum": 0.5}
+    settings = {"warm_rounds": 2, "own_head": True, "server_momentum": 0.5}
     clients = FormulaClients(CLIENTS)
     clients.centers = clients.centers[torch.arange(CLIENTS) % 2]
     whole, _ = make(clients=clients, **settings)
@@ -211,9 +231,9 @@ def test_without_groups_the_number_of_adapters_is_fixed():
 
 
 def test_a_reply_from_nowhere_changes_no_other_own_head():
-    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=0.5)
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=True)
     play(strategy, clients, 1)
     before = strategy.own_head.rows.clone()
-    strategy.update([Reply(0, torch.ones(1, clients.layout.size), 10, 1.0, 0.0)])
+    strategy.update([Reply(0, torch.ones(2, clients.layout.size), 10, 1.0, 0.0)])
     assert torch.equal(strategy.own_head.rows[1:], before[1:])
     assert not torch.equal(strategy.own_head.rows[0], before[0])

@@ -108,11 +108,11 @@ def test_a_strategy_with_other_plans_is_refused(formulas, monkeypatch):
         strategy.plan(0)
 
 
-def test_private_heads_rule_out_privacy_and_weighted_own_heads():
+def test_private_heads_rule_out_privacy_and_own_heads():
     with pytest.raises(RecipeError, match="head: private of the strategy fedavg, because"):
         Recipe.load("smoke", ["strategy={name: fedavg, head: private}", "privacy.mode=local"])
     with pytest.raises(ValidationError, match="own_head: needs a shared head"):
-        strategy_recipe("fedmerge", head="private", own_head=0.5)
+        strategy_recipe("fedmerge", head="private", own_head=True)
     with pytest.raises(ValidationError, match="head"):
         strategy_recipe("fedem", head="private")
 

@@ -31,7 +31,7 @@ SETTINGS = [
     {"adapters": 3, "start": "independent", "rule": "gradient", "server_lr": 0.5},
     {"adapters": 3, "start": "independent", "rule": "paper"},
     {"adapters": 3, "start": "independent", "rule": "adam", "weights_columns": "head"},
-    {"adapters": 3, "start": "warm", "warm_rounds": 2, "own_head": 0.5},
+    {"adapters": 3, "start": "warm", "warm_rounds": 2, "own_head": True},
     {"start": "warm", "warm_rounds": 2},
     {"start": "warm", "warm_rounds": 2, "rule": "gradient", "groups": 2},
 ]

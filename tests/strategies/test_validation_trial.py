@@ -139,7 +139,7 @@ def test_other_settings_have_no_trial():
         {"groups": 2},
         {"adapters": 3},
         {"start": "independent"},
-        {"own_head": 0.3},
+        {"own_head": True},
     ):
         strategy = clients.strategy("fedmerge", warm_rounds=1, **settings)
         clients.round(strategy)

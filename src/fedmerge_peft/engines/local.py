@@ -42,7 +42,7 @@ from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.memory import clients_that_fit
 from fedmerge_peft.training.packing_trial import require_packing
-from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
+from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import prefix_cache
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.digest import digest
@@ -365,12 +365,12 @@ class LocalEngine:
         return known.trained
 
     def _validate(self, trained: Sequence[tuple[ClientTurn, Served]]) -> None:
-        """Compute ``Reply.validation`` if the assignment asks for it and trains one adapter."""
+        """Compute ``Reply.validation`` if the assignment asks for it and the plan has rows."""
         asked = [
-            (turn, [row for row in (plan.row, model, plan.compared) if row is not None])
+            (turn, rows)
             for turn, model in trained
             if turn.assignment.validated and len(turn.client.validation)
-            if isinstance(plan := turn.assignment.plan, Train) and isinstance(model, Tensor)
+            if (rows := turn.assignment.plan.validated_rows(model))
         ]
         with shared_clock([turn for turn, _ in asked]):
             losses = self.scorer.losses([(rows, turn.client.validation) for turn, rows in asked])

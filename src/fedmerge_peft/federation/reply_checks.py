@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmerge_peft.strategies.base import Reply
-from fedmerge_peft.training.plan import Plan, Train
+from fedmerge_peft.training.plan import Plan
 from fedmerge_peft.util.ranges import MAX_SCORE, MAX_SECONDS
 from fedmerge_peft.util.vectors import norm_fault, row_norms, tensor_mismatch
 
@@ -47,7 +47,7 @@ def validate_reply(
             f"{MAX_SCORE:g}"
         )
     if reply.validation is not None:
-        number = 3 if isinstance(plan, Train) and plan.compared is not None else 2
+        number = 2 if getattr(plan, "compared", None) is None else 3
         if len(reply.validation) != number:
             return f"its number of validation losses is {len(reply.validation)}, expected {number}"
     if plan.statistics_shape is not None:

@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "rule": "paper",
             "weights_lr": 0.01,
             "start": "independent",
-            "own_head": 0.0,
+            "own_head": False,
         },
         "training": {
             "optimizer": "sgd",

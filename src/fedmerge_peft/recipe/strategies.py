@@ -76,12 +76,11 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     most. The key sets the mean of this weight over the clients. A client that resembles several
     groups starts with a mixture of their adapters. With more adapters than groups, each client has
     this weight for its group's adapter, and the other adapters share the rest evenly."""
-    own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    """Weight of a client's own head after the grouping of `start: warm`. An own head changes only
-    by its client's updates. The head that is merged from the soup has the remaining weight. auto:
-    an estimate of the share of a client's label distribution that differs from its group's. It is 0
-    if a group's clients have the same distribution, or if the server does not know their label
-    counts, as with differential privacy."""
+    own_head: bool | Literal["auto"] = "auto"
+    """Whether each client gets an own head after the grouping of `start: warm`. It is added to the
+    head that is merged from the soup, and changes only by its client's updates. In each round,
+    clients then train the merged adapter, and their own head after it. auto: true if the clients of
+    a group differ in their label distributions, and the server knows their label counts."""
     blocks: Literal["head", "layers", "modules", "classes"] | None = None
     """Separate merging weights for each block of an adapter's parameters. Default: no blocks.
     head: the head, and the rest. layers: each layer of the backbone, the head, and the rest.
@@ -114,7 +113,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
 
     @model_validator(mode="after")
     def _own_heads_follow_a_grouping(self) -> FedMergeRecipe:
-        if self.own_head not in ("auto", 0) and self.start != "warm":
+        if self.own_head is True and self.start != "warm":
             raise ValueError(
                 f"own_head: own heads begin at the grouping of start: warm, but start is "
                 f"{self.start}; remove one of them"
@@ -123,7 +122,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
 
     @model_validator(mode="after")
     def _private_heads_are_not_merged(self) -> FedMergeRecipe:
-        if self.private_head and self.own_head not in ("auto", 0):
+        if self.private_head and self.own_head is True:
             raise ValueError(
                 "own_head: needs a shared head, but head is private; remove one of them"
             )
@@ -134,7 +133,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         others = {
             f"rule: {self.rule}": self.rule in ("paper", "gradient"),
             f"weights_columns: {self.weights_columns}": self.weights_columns == "head",
-            f"own_head: {self.own_head}": self.own_head not in ("auto", 0),
+            f"own_head: {self.own_head}": self.own_head is True,
             f"balance_rounds: {self.balance_rounds}": self.balance_rounds > 0,
             f"reseed_after: {self.reseed_after}": self.reseed_after is not None,
         }
@@ -158,6 +157,8 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
                 f"strategy.{given[0]}, which central noise does not protect; "
                 "use privacy.mode=local, or change this setting"
             )
+        if mode != "none" and self.own_head is True:
+            return "strategy.own_head: own heads would be sent without noise; use own_head=false"
         return super().privacy_refusal(mode)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.util import checked, strict_json
 
-FORMAT = 3
+FORMAT = 4
 """Version that this package writes and reads, stored in ``environment.json``."""
 
 

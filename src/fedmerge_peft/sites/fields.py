@@ -129,6 +129,8 @@ class InTurnPlan(Fields):
 
     name: Literal["in_turn"]
     jobs: Annotated[list[TrainJob], Field(min_length=1, max_length=8)]
+    joined: bool
+    compared: TensorName | None
 
 
 class ChoosePlan(Fields):

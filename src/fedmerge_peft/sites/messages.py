@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites.fields import (
@@ -44,16 +42,6 @@ from fedmerge_peft.util.text import printable, shortened
 from fedmerge_peft.util.vectors import norm_fault
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 digest of the adapter layout, which must be equal at both ends.
-
-    The digest covers names, shapes, roles and order of an adapter's tensors, and names and shapes
-    of ``shared``, the tensors that all adapters share.
-    """
-    fixed = sorted((name, tuple(tensor.shape)) for name, tensor in shared.items())
-    return sha256(f"{layout.to_json()}{fixed}".encode()).hexdigest()
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -133,12 +121,17 @@ def assignment_message(
 def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
     if plan.statistics_shape is not None:
         raise _unsupported("return class statistics")
+
+    def compared(plan: Train | InTurn) -> str | None:
+        return None if plan.compared is None else table.add_adapters(plan.compared)
+
     match plan:
         case Train():
-            compared = None if plan.compared is None else table.add_adapters(plan.compared)
-            return {"name": "train", **_train(plan, table), "compared": compared}
+            return {"name": "train", **_train(plan, table), "compared": compared(plan)}
         case InTurn():
-            return {"name": "in_turn", "jobs": [_train(job, table) for job in plan.jobs]}
+            jobs = [_train(job, table) for job in plan.jobs]
+            facts = {"joined": plan.joined, "compared": compared(plan)}
+            return {"name": "in_turn", "jobs": jobs, **facts}
         case Choose():
             return {"name": "choose", "rows": table.add_adapters(plan.rows)}
         case Mixture():
@@ -366,14 +359,17 @@ class _Reader:
     def plan(self, fields: PlanFields) -> Plan:
         match fields:
             case TrainPlan():
-                compared = None if fields.compared is None else self.adapters(fields.compared, 1)
-                return replace(self._train(fields), compared=compared)
+                return replace(self._train(fields), compared=self._compared(fields))
             case InTurnPlan():
-                return InTurn(tuple(self._train(job) for job in fields.jobs))
+                jobs = tuple(self._train(job) for job in fields.jobs)
+                return InTurn(jobs, fields.joined, self._compared(fields))
             case ChoosePlan():
                 return Choose(self.adapters(fields.rows, 2))
             case MixturePlan():
                 return self._mixture(fields)
+
+    def _compared(self, fields: TrainPlan | InTurnPlan) -> Tensor | None:
+        return None if fields.compared is None else self.adapters(fields.compared, 1)
 
     def served(self, fields: ServedRow | ServedMixture) -> Served:
         if isinstance(fields, ServedMixture):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmerge_peft.errors import WireError
 from fedmerge_peft.util.text import printable, shortened
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the wire format; server and sites must use the same."""
 
 _HEADER = 8

@@ -20,7 +20,7 @@ from fedmerge_peft.strategies.block_logits import BlockLogits, make_blocks
 from fedmerge_peft.strategies.group_weights import group_logits, grouping_logits
 from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
-from fedmerge_peft.strategies.own_head import OwnHead, make_own_heads
+from fedmerge_peft.strategies.own_head import OwnHead, decide_own_heads
 from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.strategies.similarity import Grouping, group_by_direction, nearest_row
@@ -31,6 +31,9 @@ from fedmerge_peft.util.row_storage import read
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if clients are not grouped: the default of the authors' code."""
+_OWN_HEAD_MOMENTUM = 0.5
+"""Momentum of the server if clients have own heads and share one adapter. The mean of updates on
+different labels is small, so the adapter learns slowly without momentum."""
 
 
 class FedMerge(Strategy):
@@ -49,7 +52,8 @@ class FedMerge(Strategy):
     that round uses the new π and gives each group its own adapter.
 
     If the clients of a group have different distributions of labels, each client also gets an own
-    head (``own_head.py``): a second block of merging weights, for the columns of the head.
+    part of the head (``own_head.py``). If there is only one group, the server then also has a
+    momentum of 0.5, unless the recipe sets one.
 
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
@@ -79,7 +83,7 @@ class FedMerge(Strategy):
         self.context = context
         self.head = context.layout.columns("head")
         """Columns of the head, ``(h,)`` int64."""
-        if recipe.own_head not in ("auto", 0) and len(self.head) == 0:
+        if recipe.own_head is True and len(self.head) == 0:
             raise RecipeError(
                 "strategy.own_head: this adapter has no head; use auto, "
                 "or name the head in lora.modules_to_save"
@@ -99,7 +103,7 @@ class FedMerge(Strategy):
         automatic = (
             self._warming is not None
             and (recipe.adapters, recipe.groups) == ("auto", None)
-            and recipe.own_head in ("auto", 0)
+            and recipe.own_head is not True
             and context.validation
             and not context.aggregator.recipe.defends  # reported losses may be false
         )
@@ -135,11 +139,12 @@ class FedMerge(Strategy):
         self._set_weights(adapters)
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
-        if "own_head.shares" in state:
-            self.own_head = OwnHead(len(self.head), torch.zeros(self.context.clients))
+        if "own_head.rows" in state:
+            self.own_head = OwnHead(self.context.clients, self.head, self.soup.layout.size)
         if "by_block.logits" in state and self.blocks is not None:
             self._begin_blocks(self.blocks)
         super().load_state_dict(state)
+        self._set_momentum()
         self._store_parts()
 
     @property
@@ -153,10 +158,11 @@ class FedMerge(Strategy):
             return read(self.soup.rows[:1], slice(None))[0].clone()
         if self.by_block is not None:
             return self.by_block.merge(self.soup.rows, client)
-        merged = self.soup.merge(self._softmax(self.merging.logits[client]))
-        if self.soup.own is not None:
-            merged[self.soup.own.columns] += self.soup.own.residuals[client]
-        return merged
+        merged = self._merged(client)
+        return merged if self.own_head is None else self.own_head.added(merged, client)
+
+    def _merged(self, client: int) -> Tensor:
+        return self.soup.merge(self._softmax(self.merging.logits[client]))
 
     def decisions(self) -> list[str]:
         return self._decided
@@ -167,6 +173,8 @@ class FedMerge(Strategy):
 
     def plan(self, client: int) -> Plan:
         compared = self._common_adapter(client) if self._compares() else None
+        if self.own_head is not None:
+            return self.own_head.plan(self._merged(client), client, compared)
         return Train(self.adapter(client), compared=compared)
 
     def traffic(self, client: int) -> tuple[int, int]:
@@ -178,12 +186,9 @@ class FedMerge(Strategy):
         return self._warming is None and self.trials is not None and self.trials.common is not None
 
     def _common_adapter(self, client: int) -> Tensor:
-        """Return ``_mean_adapter``, mixed with the client's own head if it has one, ``(P,)``."""
-        common = self._mean_adapter().clone()
-        if self.own_head is not None:
-            one = slice(client, client + 1)
-            common[self.head] += self.own_head.residuals(common[self.head], one)[0]
-        return common
+        """Return ``_mean_adapter`` with the client's own head if it has one, ``(P,)``."""
+        common = self._mean_adapter()
+        return common if self.own_head is None else self.own_head.added(common, client)
 
     def _mean_adapter(self) -> Tensor:
         """Return the mean merged adapter, without own heads, of clients with a group, ``(P,)``."""
@@ -204,8 +209,8 @@ class FedMerge(Strategy):
         replies = list(replies)
         clients, deltas, sizes = stack_replies(replies)
         deltas = self.aggregator.clip(deltas)
-        own = self._warming is not None or self.own_head is not None
-        served = self._served_heads(clients) if own else None
+        if self.own_head is not None:
+            self.own_head.update(replies)
         self._decided = []
         self.rounds += 1
         if self.trials is not None and self._warming is None:
@@ -222,8 +227,6 @@ class FedMerge(Strategy):
         self._balance()
         gradient = partial(self._soup_gradient, clients, before, deltas, sizes)
         self.soup.rows = self.server.step_columns(self.soup.rows, gradient, self.rounds)
-        if self.own_head is not None and served is not None:
-            self.own_head.update(clients, served, deltas[:, self.head])
         self._mean = None
         self._store_parts()
 
@@ -313,10 +316,11 @@ class FedMerge(Strategy):
             self.trials.begin(number, blocks=self.blocks is not None)
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {grouping.reason}"]
         if self.blocks is None:
-            self.own_head, reason = make_own_heads(
-                self.recipe.own_head, len(self.head), self.context, updates.clients, grouping.groups
+            self.own_head, reason = decide_own_heads(
+                self.recipe.own_head, self.context, self.head, updates.clients, grouping.groups
             )
             self._decided += reason
+            self._set_momentum()
 
     def _try_groups(self, trials: GroupTrials, replies: Sequence[Reply]) -> None:
         """Run the trials on a round's replies, and apply their outcomes."""
@@ -331,6 +335,7 @@ class FedMerge(Strategy):
         """Replace the soup by one adapter for all clients, the mean of their merged adapters."""
         self.soup = replace(self.soup.with_rows(self._mean_adapter()[None], 1), own=None)
         self.server = make_server(self.recipe, self.context, self.soup)
+        self._set_momentum()
         self._set_weights(1)
 
     def _separate(self) -> None:
@@ -371,20 +376,15 @@ class FedMerge(Strategy):
             return self.recipe.temperature * group_logits(grouping, adapters, weight)
         return self.recipe.temperature * grouping_logits(grouping, adapters, weight)
 
-    def _served_heads(self, clients: Tensor) -> Tensor:
-        """Return the heads that these clients were sent, ``(k, h)``."""
-        if self._warming is not None:  # all clients were sent the same head
-            return read(self.soup.rows[:1], self.head).expand(len(clients), -1)
-        merged = self._weights_of(clients) @ read(self.soup.rows, self.head)
-        own = self.soup.own
-        return merged if own is None else merged + own.residuals[clients]
+    def _set_momentum(self) -> None:
+        if self.own_head is not None and len(self.soup) == 1:
+            self.server.set_default_momentum(_OWN_HEAD_MOMENTUM)
 
     def _store_parts(self) -> None:
         """Store the weights by block and the own parts in the soup, which saves them."""
         self.soup.blocks = None if self.by_block is None else self.by_block.offsets()
         if self.own_head is not None:
-            residuals = self.own_head.residuals(self.weights @ read(self.soup.rows, self.head))
-            self.soup.own = OwnParts(self.head, residuals)
+            self.soup.own = OwnParts(self.head, self.own_head.rows)
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":

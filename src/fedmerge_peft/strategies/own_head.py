@@ -1,105 +1,106 @@
-"""Own heads of clients, and the choice of their weights."""
+"""Own heads of clients, and the decision whether clients need them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.label_counts import fit_concentration
+from fedmerge_peft.training.plan import InTurn, Train
 from fedmerge_peft.util.stateful import Stateful
 
 
 class OwnHead(Stateful):
-    """Own heads of the clients, which are mixed with their merged heads.
+    """Own parts of the clients' heads, which are added to their merged heads.
 
-    The head of client i is merged from the heads of the soup and from its own head H_i:
+    The head of client i is the merged head plus U_i, which starts at 0:
 
-        θ_i,head = (1 − s_i) Σ_j π_ij Θ_j,head + s_i H_i,    H_i ← H_i − δ_i,head
+        θ_i,head = Σ_j π_ij Θ_j,head + U_i,    U_i ← U_i − δ'_i,head
 
-    In the columns of the head, H_i thus has the weight s_i, and adapter j has the weight
-    (1 − s_i) π_ij. An own head starts with the first update of the client that this object
-    receives; until then s_i counts as 0.
+    In each round a client trains twice: first the merged adapter Σ_j π_ij Θ_j, whose update δ_i
+    moves the soup and the weights, then the head of θ_i, whose update is δ'_i. The soup is thus
+    trained with the head that clients share, and U_i learns what they do not share.
     """
 
-    state_fields = ("rows", "shares", "started")
+    state_fields = ("rows",)
 
-    def __init__(self, size: int, shares: Tensor) -> None:
-        """Create own heads, none of which has started.
-
-        Args:
-            size: h, the number of parameters of a head.
-            shares: s, ``(m,)`` float32.
-        """
-        self.shares = shares
-        self.rows = torch.zeros(len(shares), size)
-        """H, ``(m, h)``."""
-        self.started = torch.zeros(len(shares), dtype=torch.bool)
-        """True for clients whose own head has started, ``(m,)``."""
-
-    def update(self, clients: Tensor, served: Tensor, deltas: Tensor) -> None:
-        """Step the own heads of these clients. A new own head starts from the served head.
+    def __init__(self, clients: int, columns: Tensor, size: int) -> None:
+        """Create own parts of 0.
 
         Args:
-            clients: Client indices, ``(k,)``.
-            served: The heads that these clients were sent, ``(k, h)``.
-            deltas: δ in the columns of the head, ``(k, h)``.
+            clients: m, the number of clients.
+            columns: Columns of the head, ``(h,)`` int64.
+            size: P, the number of parameters of an adapter.
         """
-        new = ~self.started[clients]
-        self.rows[clients[new]] = served[new]
-        self.started[clients] = True
-        self.rows[clients] -= deltas
+        self.columns = columns
+        self.rows = torch.zeros(clients, len(columns))
+        """U, ``(m, h)``."""
+        self._mask = torch.zeros(size, dtype=torch.bool)
+        self._mask[columns] = True
 
-    def residuals(self, merged: Tensor, clients: slice | Tensor = slice(None)) -> Tensor:
-        """Compute s_i (H_i − Σ_j π_ij Θ_j,head), ``(k, h)``, to add to the merged heads.
+    def plan(self, merged: Tensor, client: int, compared: Tensor | None) -> InTurn:
+        """Return the plan of a client.
 
         Args:
-            merged: Σ_j π_ij Θ_j,head, ``(k, h)`` or ``(h,)``.
-            clients: Indices of the k clients; all by default.
+            merged: The client's merged adapter, without its own part, ``(P,)``.
+            client: Index of the client.
+            compared: Another adapter ``(P,)`` whose validation loss the client reports, or None.
         """
-        shares = (self.shares * self.started)[clients]
-        return shares[:, None] * (self.rows[clients] - merged)
+        head = Train(self.added(merged, client), phases=(self._mask,))
+        return InTurn((Train(merged), head), joined=True, compared=compared)
+
+    def added(self, merged: Tensor, client: int) -> Tensor:
+        """Return a copy of an adapter ``(P,)`` with the client's own part."""
+        row = merged.clone()
+        row[self.columns] += self.rows[client]
+        return row
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        """Step the own parts of the clients that replied to a plan of this object."""
+        rows = self.rows.clone()
+        for reply in replies:
+            rows[reply.client] -= reply.deltas[1, self.columns]
+        self.rows = rows
 
 
-def make_own_heads(
-    share: float | Literal["auto"],
-    size: int,
+def decide_own_heads(
+    setting: bool | Literal["auto"],
     context: StrategyContext,
+    columns: Tensor,
     clients: Tensor,
     groups: Tensor,
 ) -> tuple[OwnHead | None, list[str]]:
-    """Create own heads with the recipe's share, or with shares that follow from the labels.
+    """Decide whether clients get own heads: as the recipe says, or as their labels do.
 
     Args:
-        share: s of all clients, or ``auto``.
-        size: h, the number of parameters of a head.
+        setting: ``strategy.own_head`` of the recipe.
         context: Context of the strategy, with the clients' label counts.
+        columns: Columns of the head, ``(h,)`` int64.
         clients: Clients that were grouped, ``(k,)``.
         groups: Their groups, ``(k,)``.
 
     Returns:
-        The own heads, or None if all s_i are 0, and a list with the decision and its reason. The
-        list is empty if ``auto`` lacks label counts or a head.
+        The own heads or None, and a list with the decision and its reason. The list is empty if
+        ``auto`` lacks label counts or a head.
     """
     counts = context.label_counts
-    if share != "auto":
-        shares, reason = torch.full((context.clients,), share), "as set in the recipe"
-    elif counts is None or size == 0 or not counts[clients].any():
+    if setting != "auto":
+        needed, reason = setting, "as set in the recipe"
+    elif counts is None or len(columns) == 0 or not counts[clients].any():
         return None, []
     else:
-        shares, reason = choose_shares(counts, clients, groups)
-    if not shares.any():
+        needed, reason = labels_differ(counts, clients, groups)
+    if not needed:
         return None, [f"shared heads: {reason}"]
-    weight = float(shares[clients].mean())
-    return OwnHead(size, shares), [f"own heads with a mean weight of {weight:.2f}: {reason}"]
+    return OwnHead(context.clients, columns, context.layout.size), [f"own heads: {reason}"]
 
 
-def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tensor, str]:
-    """Choose the weights of own heads, ``(m,)`` float32; return the weights and the reason.
-
-    Clients without known labels or without a group get the mean weight.
+def labels_differ(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[bool, str]:
+    """Return True if clients of a group differ in their label distributions, and the reason.
 
     Args:
         counts: Training examples of each client by label, ``(m, classes)``.
@@ -107,30 +108,24 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
         groups: Their groups, ``(k,)``.
     """
     known = counts[clients].sum(dim=1) > 0
-    clients = clients[known]
-    estimated, gain = own_shares(counts[clients], groups[known])
-    shares = estimated.mean().repeat(len(counts))
-    shares[clients] = estimated
-    if shares.any():
-        reason = (
+    groups = groups[known]
+    if gain := own_labels_gain(counts[clients[known]], groups):
+        return True, (
             "the clients' own label distributions explain the labels better than those of their "
             f"groups, by {gain:.0f} nats in total"
         )
-    elif len(set(groups[known].tolist())) == len(clients):
-        reason = "each group has only one client with known labels"
-    else:
-        reason = "within a group, clients have about the same labels"
-    return shares, reason
+    if len(set(groups.tolist())) == len(groups):
+        return False, "each group has only one client with known labels"
+    return False, "within a group, clients have about the same labels"
 
 
-def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
-    """Estimate to what extent a client's label distribution differs from that of its group.
+def own_labels_gain(counts: Tensor, groups: Tensor) -> float:
+    """Estimate how much better clients' own labels predict their labels than their groups' labels.
 
     ``fit_concentration`` predicts a client's labels from its own counts, with the weight
     n_i / (n_i + a), and from the counts of the other clients in its group. If all clients of a
     group have the same distribution, all examples count alike, so a is the number of examples of
-    the other clients. The share is the excess of the weight n_i / (n_i + a) over its value for this
-    a, divided by the largest possible excess. It is 0 for a client that is alone in its group.
+    the other clients.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)``; at least one for
@@ -138,21 +133,18 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
         groups: Group of each client, ``(m,)`` int64.
 
     Returns:
-        The shares ``(m,)`` float32, from 0 to 1, and their gain in log-likelihood (nats) over equal
-        distributions within each group. The shares are 0 if the gain is at most the logarithm of
-        the number of examples, as in the Bayesian information criterion with two parameters.
+        The gain in log-likelihood (nats) over equal distributions within each group. It is 0 if it
+        is at most the logarithm of the number of examples, as in the Bayesian information criterion
+        with two parameters, or if a gives no client's own counts more weight than an equal
+        distribution would.
     """
     counts = counts.double()
     sums = torch.zeros(int(groups.max()) + 1, counts.shape[1], dtype=torch.float64)
     sums.index_add_(0, groups, counts)
     others = sums[groups] - counts
-    size, amount = counts.sum(dim=1), others.sum(dim=1)
+    amount = others.sum(dim=1)
     shared = amount > 0
     if not shared.any():
-        return torch.zeros(len(counts)), 0.0
+        return 0.0
     concentration, gain = fit_concentration(counts[shared], others[shared])
-    size, amount = size[shared], amount[shared]
-    own, pooled = size / (size + concentration), size / (size + amount)
-    shares = torch.zeros(len(counts), dtype=torch.float64)
-    shares[shared] = ((own - pooled) / (1 - pooled)).clamp_min(0)
-    return shares.float(), gain
+    return gain if bool((amount[shared] > concentration).any()) else 0.0

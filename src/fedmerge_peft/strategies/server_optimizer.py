@@ -28,6 +28,7 @@ class ServerOptimizer(Stateful):
     """
 
     def __init__(self, recipe: ServerRecipe, rows: Tensor) -> None:
+        self._recipe = recipe
         self._rows = nn.Parameter(rows.clone())
         self.optimizer: torch.optim.Optimizer
         if recipe.server_optimizer == "adam":
@@ -39,6 +40,11 @@ class ServerOptimizer(Stateful):
             )
         else:
             self.optimizer = torch.optim.SGD([self._rows], lr=recipe.lr, momentum=recipe.momentum)
+
+    def set_default_momentum(self, momentum: float) -> None:
+        """Set the momentum of SGD, unless the recipe sets one."""
+        if self._recipe.server_optimizer == "sgd" and self._recipe.server_momentum is None:
+            self.optimizer.param_groups[0]["momentum"] = momentum
 
     def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """Return the new rows ``(d, P)``. The argument ``rows`` ``(d, P)`` is not changed."""

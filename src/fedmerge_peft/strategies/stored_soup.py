@@ -89,5 +89,8 @@ class StoredSGD(Stateful):
             write(stepped, columns, new)
         return stepped
 
+    def set_default_momentum(self, momentum: float) -> None:
+        """Do nothing, because there are no moments."""
+
     def repeat(self, adapters: int) -> None:
         """Do nothing, because there are no moments to repeat."""

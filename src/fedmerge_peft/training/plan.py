@@ -108,6 +108,17 @@ class Plan(ABC):
         """
         return slice(None)
 
+    def validated_rows(self, trained: Served) -> Sequence[Tensor]:
+        """Return the adapters ``(P,)`` whose validation losses a reply may have; none by default.
+
+        They are the served adapter, the adapter after training and, if the plan has one, another
+        adapter to compare (``Reply.validation``).
+
+        Args:
+            trained: The client's model after training (``ClientResult.trained``).
+        """
+        return ()
+
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
         """Return the reason why a reply's choice or weights do not fit this plan, or None."""
         return None
@@ -139,6 +150,11 @@ class Plan(ABC):
         self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
     ) -> ClientResult:
         """Return the client's result, given the outcomes of the requests in their order."""
+
+
+def _adapters(*models: Served | None) -> Sequence[Tensor]:
+    """Return the models that are single adapters, ``(P,)`` each."""
+    return [model for model in models if isinstance(model, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -189,6 +205,9 @@ class Train(Plan):
             delta = apply_update_privacy(delta, self.privacy, self.phases, noise_seed)
         return ClientResult(delta[None], outcome.loss, outcome.row)
 
+    def validated_rows(self, trained: Served) -> Sequence[Tensor]:
+        return _adapters(self.row, trained, self.compared)
+
 
 @dataclass(frozen=True)
 class MeasuredTrain(Train):
@@ -206,10 +225,20 @@ class InTurn(Plan):
     """Train several adapters, each from its own row. The first adapter is shared."""
 
     jobs: tuple[Train, ...]
+    joined: bool = False
+    """True if the client's trained model has the updates of all jobs: the row of the last job minus
+    the sum of all δ. Otherwise, it is the adapter that the last job trained."""
+    compared: Tensor | None = None
+    """Another adapter ``(P,)`` whose validation loss the client also reports, or None."""
 
     @property
     def sent(self) -> Tensor:
-        return torch.stack([job.row for job in self.jobs])
+        rows = [job.row for job in self.jobs]
+        return torch.stack(rows if self.compared is None else [*rows, self.compared])
+
+    @property
+    def returned_rows(self) -> int:
+        return len(self.jobs)
 
     def shared_rows(self, choice: int) -> slice:
         return slice(1)
@@ -225,7 +254,11 @@ class InTurn(Plan):
     ) -> ClientResult:
         pairs = zip(self.jobs, trained, strict=True)
         deltas = torch.stack([job.row - outcome.row for job, outcome in pairs])
-        return ClientResult(deltas, trained[0].loss, trained[-1].row)
+        model = self.jobs[-1].row - deltas.sum(dim=0) if self.joined else trained[-1].row
+        return ClientResult(deltas, trained[0].loss, model)
+
+    def validated_rows(self, trained: Served) -> Sequence[Tensor]:
+        return _adapters(self.jobs[-1].row, trained, self.compared) if self.joined else ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.layout import layout_digest
 from fedmerge_peft.data import Client
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.assignments import Assignment, Assignments
@@ -23,7 +24,7 @@ from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.fields import Enrolled, Evaluated, read_fields
-from fedmerge_peft.sites.messages import assignment_message, layout_digest, read_reply
+from fedmerge_peft.sites.messages import assignment_message, read_reply
 from fedmerge_peft.sites.server.enrollment import (
     agree_and_load,
     broadcast,

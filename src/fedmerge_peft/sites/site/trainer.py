@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.layout import layout_digest
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
@@ -29,7 +30,6 @@ from fedmerge_peft.sites.config import (
 from fedmerge_peft.sites.fields import Enroll, Open, StoreAdapter, read_fields
 from fedmerge_peft.sites.messages import (
     RemoteAssignment,
-    layout_digest,
     read_assignment,
     reply_message,
     scores_in_range,

@@ -77,7 +77,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     groups starts with a mixture of their adapters. With more adapters than groups, each client has
     this weight for its group's adapter, and the other adapters share the rest evenly."""
     own_head: bool | Literal["auto"] = "auto"
-    """Whether each client gets an own head after the grouping of `start: warm`. It is added to the
+    """True for an own head of each client after the grouping of `start: warm`. It is added to the
     head that is merged from the soup, and changes only by its client's updates. In each round,
     clients then train the merged adapter, and their own head after it. auto: true if the clients of
     a group differ in their label distributions, and the server knows their label counts."""

@@ -14,7 +14,7 @@ from fedmerge_peft.runs.checkpoint import Checkpoint
 from fedmerge_peft.strategies import Reply, make_strategy
 from fedmerge_peft.strategies.own_head import own_labels_gain
 from fedmerge_peft.testing import FormulaClients, strategy_recipe
-from fedmerge_peft.training.plan import Trained
+from fedmerge_peft.training.plan import InTurn, Train, Trained
 
 CLIENTS = 6
 ONE = torch.zeros(CLIENTS, dtype=torch.int64)
@@ -100,6 +100,26 @@ def test_one_adapter_with_own_heads_has_momentum(settings, momentum):
     play(strategy, clients, 2)
     (group,) = strategy.server.optimizer.param_groups
     assert group["momentum"] == momentum
+
+
+def test_a_momentum_of_zero_is_another_setting_than_none():
+    recipes = [strategy_recipe("fedmerge", server_momentum=value) for value in (None, 0.0)]
+    assert recipes[0].effective_values() != recipes[1].effective_values()
+    shared = [
+        strategy_recipe("fedmerge", server_momentum=value, own_head=False) for value in (None, 0.0)
+    ]
+    assert shared[0].effective_values() == shared[1].effective_values()
+
+
+def test_a_client_alone_in_its_group_trains_once():
+    clients = FormulaClients(CLIENTS)
+    clients.centers = clients.centers[torch.tensor([0, 1, 1, 1, 1, 1])]
+    strategy, _ = make(OWN_LABELS, clients=clients, warm_rounds=1, groups=2)
+    play(strategy, clients, 3)
+    assert isinstance(strategy.plan(0), Train)
+    assert isinstance(strategy.plan(1), InTurn)
+    assert not strategy.own_head.rows[0].any()
+    assert strategy.own_head.rows[1:].any(dim=1).all()
 
 
 def test_the_trained_model_of_a_client_with_an_own_head_has_both_updates():
@@ -198,9 +218,11 @@ def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they
     assert chosen[0] != chosen[1]
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, tmp_path):
-    settings = {"warm_rounds": 2, "own_head": True, "server_momentum": 0.5}
+@pytest.mark.parametrize("momentum", [0.5, None])
+@pytest.mark.parametrize("groups", [1, None])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, groups, momentum, tmp_path):
+    settings = {"warm_rounds": 2, "own_head": True, "server_momentum": momentum, "groups": groups}
     clients = FormulaClients(CLIENTS)
     clients.centers = clients.centers[torch.arange(CLIENTS) % 2]
     whole, _ = make(clients=clients, **settings)

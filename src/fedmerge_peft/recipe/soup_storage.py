@@ -20,7 +20,7 @@ class SoupRecipe(Section):
     storage: Literal["memory", "disk"] = "memory"
     """Place of the soup. memory: all of it in memory. disk: a temporary file in the run directory,
     for a soup larger than memory. Only a part of the file is in memory at a time, and each merge
-    reads the whole file."""
+    reads the whole file. Such a soup, and one in bfloat16, has no server momentum."""
 
     @property
     def plain(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -94,6 +94,12 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     def rounds_with_one_adapter(self) -> int:
         return self.warm_rounds if self.start == "warm" else 0
 
+    def effective_values(self) -> dict[str, Any]:
+        own = self.start == "warm" and self.own_head is not False
+        if own and self.server_optimizer == "sgd":  # the run may choose the momentum
+            return {"server_lr": self.lr, "server_momentum": self.server_momentum}
+        return super().effective_values()
+
     @property
     def merged_blocks(self) -> str | None:
         return self.blocks
@@ -112,20 +118,14 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         return self
 
     @model_validator(mode="after")
-    def _own_heads_follow_a_grouping(self) -> FedMergeRecipe:
+    def _own_heads_follow_a_grouping_of_shared_heads(self) -> FedMergeRecipe:
         if self.own_head is True and self.start != "warm":
             raise ValueError(
                 f"own_head: own heads begin at the grouping of start: warm, but start is "
                 f"{self.start}; remove one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _private_heads_are_not_merged(self) -> FedMergeRecipe:
-        if self.private_head and self.own_head is True:
-            raise ValueError(
-                "own_head: needs a shared head, but head is private; remove one of them"
-            )
+        if self.own_head is True and self.private_head:
+            raise ValueError("own_head: needs a shared head, but head is private; remove one")
         return self
 
     @model_validator(mode="after")

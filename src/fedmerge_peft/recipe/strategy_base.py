@@ -4,7 +4,7 @@ read without importing torch.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fedmerge_peft.recipe.section import Fraction, Rate, Section
 
@@ -79,7 +79,7 @@ class StrategyRecipe(Section):
         """
         return False
 
-    def effective_values(self) -> dict[str, float]:
+    def effective_values(self) -> dict[str, Any]:
         """Return effective values, by key, for keys with a default that depends on another key."""
         return {}
 
@@ -114,7 +114,8 @@ class ServerRecipe(StrategyRecipe):
     server_lr: Rate | None = None
     """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
     server_momentum: Fraction | None = None
-    """Momentum of sgd (FedAvgM), default 0; or beta_1 of adam, default 0.9."""
+    """Momentum of sgd (FedAvgM), default 0; for fedmerge, 0.5 from the round on in which clients
+    with own heads share one adapter. For adam, beta_1, default 0.9."""
 
     @property
     def lr(self) -> float:
@@ -134,7 +135,7 @@ class ServerRecipe(StrategyRecipe):
             else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
         )
 
-    def effective_values(self) -> dict[str, float]:
+    def effective_values(self) -> dict[str, Any]:
         return {"server_lr": self.lr, "server_momentum": self.momentum}
 
 

@@ -32,8 +32,9 @@ from fedmerge_peft.util.row_storage import read
 _ADAPTERS = 5
 """d with ``adapters: auto`` if clients are not grouped: the default of the authors' code."""
 _OWN_HEAD_MOMENTUM = 0.5
-"""Momentum of the server if clients have own heads and share one adapter. The mean of updates on
-different labels is small, so the adapter learns slowly without momentum."""
+"""Momentum of the server if clients have own heads and share one adapter. It is not set by a recipe
+with a momentum or a defense. The mean of updates on different labels is small, so that the adapter
+learns slowly without momentum."""
 
 
 class FedMerge(Strategy):
@@ -52,8 +53,7 @@ class FedMerge(Strategy):
     that round uses the new π and gives each group its own adapter.
 
     If the clients of a group have different distributions of labels, each client also gets an own
-    part of the head (``own_head.py``). If there is only one group, the server then also has a
-    momentum of 0.5, unless the recipe sets one.
+    part of the head (``own_head.py``), and the server of a single adapter has momentum.
 
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
@@ -140,7 +140,7 @@ class FedMerge(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if "own_head.rows" in state:
-            self.own_head = OwnHead(self.context.clients, self.head, self.soup.layout.size)
+            self.own_head = OwnHead.empty(self.context, self.head)
         if "by_block.logits" in state and self.blocks is not None:
             self._begin_blocks(self.blocks)
         super().load_state_dict(state)
@@ -339,7 +339,7 @@ class FedMerge(Strategy):
         self._set_weights(1)
 
     def _separate(self) -> None:
-        """Give each client its own adapter, which starts as the adapter that it was sent."""
+        """Give each client its own adapter, which starts as the one that it is served."""
         everyone = range(self.context.clients)
         soup = self.soup.with_rows(map(self.adapter, everyone), len(everyone))
         self.soup = replace(soup, own=None, blocks=None)
@@ -377,7 +377,7 @@ class FedMerge(Strategy):
         return self.recipe.temperature * grouping_logits(grouping, adapters, weight)
 
     def _set_momentum(self) -> None:
-        if self.own_head is not None and len(self.soup) == 1:
+        if self.own_head and len(self.soup) == 1 and not self.context.aggregator.recipe.defends:
             self.server.set_default_momentum(_OWN_HEAD_MOMENTUM)
 
     def _store_parts(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.label_counts import fit_concentration
-from fedmerge_peft.training.plan import InTurn, Train
+from fedmerge_peft.training.plan import InTurn, Plan, Train
 from fedmerge_peft.util.stateful import Stateful
 
 
@@ -23,26 +23,34 @@ class OwnHead(Stateful):
 
     In each round a client trains twice: first the merged adapter Σ_j π_ij Θ_j, whose update δ_i
     moves the soup and the weights, then the head of θ_i, whose update is δ'_i. The soup is thus
-    trained with the head that clients share, and U_i learns what they do not share.
+    trained with the head that clients share, and U_i learns what they do not share. A client alone
+    in its group has U_i = 0 and trains once.
     """
 
-    state_fields = ("rows",)
+    state_fields = ("rows", "alone")
 
-    def __init__(self, clients: int, columns: Tensor, size: int) -> None:
+    def __init__(self, alone: Tensor, columns: Tensor, size: int) -> None:
         """Create own parts of 0.
 
         Args:
-            clients: m, the number of clients.
+            alone: True for clients that are alone in their group, ``(m,)`` bool.
             columns: Columns of the head, ``(h,)`` int64.
             size: P, the number of parameters of an adapter.
         """
+        self.alone = alone
         self.columns = columns
-        self.rows = torch.zeros(clients, len(columns))
+        self.rows = torch.zeros(len(alone), len(columns))
         """U, ``(m, h)``."""
         self._mask = torch.zeros(size, dtype=torch.bool)
         self._mask[columns] = True
 
-    def plan(self, merged: Tensor, client: int, compared: Tensor | None) -> InTurn:
+    @classmethod
+    def empty(cls, context: StrategyContext, columns: Tensor) -> Self:
+        """Return own parts of 0 for clients none of which is alone, before a state is loaded."""
+        alone = torch.zeros(context.clients, dtype=torch.bool)
+        return cls(alone, columns, context.layout.size)
+
+    def plan(self, merged: Tensor, client: int, compared: Tensor | None) -> Plan:
         """Return the plan of a client.
 
         Args:
@@ -50,6 +58,8 @@ class OwnHead(Stateful):
             client: Index of the client.
             compared: Another adapter ``(P,)`` whose validation loss the client reports, or None.
         """
+        if self.alone[client]:
+            return Train(merged, compared=compared)
         head = Train(self.added(merged, client), phases=(self._mask,))
         return InTurn((Train(merged), head), joined=True, compared=compared)
 
@@ -60,10 +70,11 @@ class OwnHead(Stateful):
         return row
 
     def update(self, replies: Iterable[Reply]) -> None:
-        """Step the own parts of the clients that replied to a plan of this object."""
+        """Step the own parts of the clients that have replied."""
         rows = self.rows.clone()
         for reply in replies:
-            rows[reply.client] -= reply.deltas[1, self.columns]
+            if not self.alone[reply.client]:
+                rows[reply.client] -= reply.deltas[1, self.columns]
         self.rows = rows
 
 
@@ -96,7 +107,9 @@ def decide_own_heads(
         needed, reason = labels_differ(counts, clients, groups)
     if not needed:
         return None, [f"shared heads: {reason}"]
-    return OwnHead(context.clients, columns, context.layout.size), [f"own heads: {reason}"]
+    own = OwnHead.empty(context, columns)
+    own.alone[clients] = torch.bincount(groups)[groups] == 1
+    return own, [f"own heads: {reason}"]
 
 
 def labels_differ(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[bool, str]:

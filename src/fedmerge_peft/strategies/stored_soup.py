@@ -90,7 +90,7 @@ class StoredSGD(Stateful):
         return stepped
 
     def set_default_momentum(self, momentum: float) -> None:
-        """Do nothing, because there are no moments."""
+        """Do nothing, because a soup in bfloat16 or on disk has no moments."""
 
     def repeat(self, adapters: int) -> None:
         """Do nothing, because there are no moments to repeat."""

@@ -189,11 +189,15 @@ def federate(
         The run of the recipe's strategy; ``run.baselines`` contains the runs of its baselines.
 
     Raises:
-        RunExistsError: The directory is not empty. Nothing was changed.
+        RunExistsError: The path is a file, or a directory that is not empty. Nothing was changed.
         RunBusyError: Another process is writing the directory. Nothing was changed.
-        BackboneError: The model cannot be loaded, or the passed model cannot be used.
-        FedMergeError: Any other error. If the run had begun, its finished rounds are kept, and
-            ``resume`` continues it.
+        BackboneError: The model or its processor cannot be loaded or used, or does not suit the
+            recipe.
+        TypeError: An object in ``callbacks`` is not a ``Callback``.
+        FedMergeError: The run fails for another reason. If it had begun, its finished rounds are
+            kept, and ``resume`` continues it.
+
+    An exception of a callback ends the run in the same way.
     """
     passed = take_model(model, tokenizer, processor)
     path = running.run_recipe(

@@ -4,7 +4,7 @@
     ├── RecipeError        the recipe has invalid or contradictory settings
     ├── PluginError        a plugin cannot be imported, fails, or violates its interface
     ├── DataError          the data are missing, or do not match the recipe
-    ├── BackboneError      the model is missing, or does not support the adapter
+    ├── BackboneError      the model cannot be loaded or used, or does not suit the recipe
     ├── DeviceError        the device, the precision or the number of processes is not available
     ├── RunError           a run cannot be read or written, or does not have what is requested
     │   ├── RunExistsError the directory already contains a run or other files
@@ -68,7 +68,7 @@ class DataError(FedMergeError):
 
 
 class BackboneError(FedMergeError):
-    """Model that cannot be loaded, or does not support the adapter of the recipe."""
+    """Model, tokenizer or processor that cannot be loaded or used, or does not suit the recipe."""
 
 
 class DeviceError(FedMergeError):

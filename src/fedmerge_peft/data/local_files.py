@@ -55,7 +55,7 @@ def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, D
         if recipe.config is not None:
             raise DataError(
                 f"data.config: {path} has no README.md that names the files of the configuration "
-                f"{recipe.config!r}; remove data.config, or name the files in data.path"
+                f"{recipe.config!r}; remove data.config, or name the files in README.md (configs)"
             )
         return _read_folder(path, recipe, media)
 

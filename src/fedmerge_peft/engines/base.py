@@ -59,7 +59,9 @@ class TaskInfo(Protocol):
 
     @property
     def padding(self) -> Padding:
-        """Padding of batches, such as the side on which shorter examples are padded."""
+        """Side on which the shorter examples of a batch are padded; ``none`` or ``alone`` if the
+        model cannot use padding.
+        """
 
 
 class Engine(Protocol):

@@ -259,7 +259,11 @@ def _is_convolution(layer: Any) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Return True if the configuration, one nested in it, or a module's class names experts."""
+    """Return True if the model has experts.
+
+    Its configuration, or one nested in it, then sets a number of experts, or the name of a module's
+    class contains ``Experts``.
+    """
     from transformers import PretrainedConfig
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -347,13 +347,13 @@ class _Reader:
             size = f"{dimensions} dimension{'s' * (dimensions > 1)}"
             size += "" if columns is None else f" and {columns} columns"
             raise WireError(
-                f"{name} is {describe(tensor)}, expected a {str(dtype).removeprefix('torch.')} "
-                f"tensor that is not empty, with {size}"
+                f"the tensor {name} is {describe(tensor)}, expected a tensor of "
+                f"{str(dtype).removeprefix('torch.')} that is not empty, with {size}"
             )
         if tensor.is_floating_point() and (
             fault := norm_fault(tensor.reshape(-1, tensor.shape[-1]))
         ):
-            raise WireError(f"{name} is {fault}")
+            raise WireError(f"the tensor {name} of the {self.message.kind} message is {fault}")
         return tensor
 
     def plan(self, fields: PlanFields) -> Plan:

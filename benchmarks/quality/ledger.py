@@ -52,6 +52,8 @@ def effective(recipe: Recipe, inputs: Mapping[str, Any]) -> Effective:
     """
     values = {**flat(recipe), **{f"input.{name}": value for name, value in inputs.items()}}
     left_out = [*_IRRELEVANT, *(["backbone.model"] if "backbone" in inputs else [])]
+    if values.get("strategy.server_momentum", 0) is None:
+        values["strategy.server_momentum"] = 0.0  # in all lines, an unset momentum counts as 0
     written = json.dumps({key: value for key, value in values.items() if key not in left_out})
     return dict(json.loads(written))
 

@@ -65,13 +65,17 @@ def rows_of(found: Iterable[Progress], reference: str) -> list[Row]:
 def write_pages(parts: Iterable[tuple[Setting, Ledger]], folder: Path, *, overview: bool) -> None:
     """Write ``comparison_SETTING.md`` and ``.csv`` for each setting with runs.
 
-    With ``overview``, ``comparison.md`` compares these settings.
+    With ``overview``, ``comparison.md`` compares these settings, and settings in which core methods
+    have not finished are left out.
     """
     listed = []
     for setting, ledger in parts:
         if not ledger.lines:
             continue
         found = [progress(setting, method, ledger) for method in setting.methods.values()]
+        if overview and any(each.method.core and each.missing for each in found):
+            print(f"{setting.name}: left out, because runs of core methods are missing")
+            continue
         if rows := rows_of(found, setting.reference):
             listed.append((setting, rows, found))
             write(folder / f"comparison_{setting.name}.md", setting_page(setting, rows, found))

@@ -156,6 +156,6 @@ def test_an_unfinished_run_is_not_started_again(fedmerge, signals, monkeypatch):
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (
-        "resume it: fedmerge resume runs/smoke. "
-        "Or choose another directory, such as runs/smoke-2\n  fedmerge run smoke " in err
+        "Resume the unfinished run with fedmerge resume runs/smoke, or choose another directory, "
+        "such as runs/smoke-2\n  fedmerge run smoke " in err
     )

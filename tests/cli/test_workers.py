@@ -74,7 +74,7 @@ def test_bad_numbers_are_one_message(command, no_launcher, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         main([command, given, "--workers", "none"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("--workers none: give a number")
+    assert capsys.readouterr().err.startswith("--workers none: give a whole number")
 
 
 def start(*arguments):

@@ -70,7 +70,7 @@ def test_lists_and_objects_one_after_the_other_are_rows(read, suffix, text):
     ],
 )
 def test_mixed_columns_are_one_error_with_file_row_and_column(read, values, expected):
-    with pytest.raises(DataError, match=r"^data\.path: ") as raised:
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: the column") as raised:
         read(lines(values))
     assert expected in str(raised.value)
     with pytest.raises(DataError, match=r"rows\.json, row [23]: the column 'x'"):

@@ -133,4 +133,4 @@ def test_the_reference_shows_signatures_and_docstrings(site):
     html = (site / "api" / "running.html").read_text(encoding="utf-8")
     assert 'id="fedmerge_peft.federate"' in html
     assert "Run a recipe and its baselines." in html
-    assert "The directory is not empty. Nothing was changed." in html
+    assert "The path is a file, or a directory that is not empty. Nothing was changed." in html

@@ -64,5 +64,5 @@ def test_any_text_survives_the_tokenizer(kind: str, tiny_models: Path):
 
 
 def test_an_unknown_kind_is_refused_with_the_list(tmp_path: Path):
-    with pytest.raises(ValueError, match="bert, llama, gpt2, vit"):
+    with pytest.raises(ValueError, match="tiny:bert, tiny:llama, tiny:gpt2, tiny:vit"):
         tiny.write("opt", tmp_path)

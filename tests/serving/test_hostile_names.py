@@ -56,7 +56,7 @@ def test_names_of_clients_inject_no_markup_into_cards_and_notebooks(renamed, nam
 @pytest.mark.parametrize("value", ["--trust-remote-code", "a\n# b", "a\x1b[2J", "a\u202e"])
 def test_names_of_models_are_one_printable_line_and_not_options(key, value):
     """Exports put them into cards, code and the command of a server."""
-    with pytest.raises(RecipeError, match=f"backbone.{key}: .*does not begin"):
+    with pytest.raises(RecipeError, match=f"backbone.{key}: .*no hyphen at the beginning"):
         Recipe.load("smoke").replace([f"backbone.{key}={json.dumps(value)}"])
 
 

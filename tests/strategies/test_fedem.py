@@ -141,7 +141,9 @@ def test_a_mixture_has_no_single_adapter(smoke, smoke_engine, tmp_path):
         lambda: run.save_adapter("Harbour Clinic", tmp_path / "adapter"),
         lambda: run.save_adapter("Harbour Clinic", tmp_path / "adapter", exact=True),
     ):
-        with pytest.raises(RunError, match=r"no single adapter. Load each row of run\.soup\.rows"):
+        with pytest.raises(
+            RunError, match=r"single adapter. In Python, load each row of run\.soup"
+        ):
             ask()
     assert not (tmp_path / "adapter").exists()
 

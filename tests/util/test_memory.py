@@ -32,7 +32,7 @@ def test_soups_that_do_not_fit_are_refused_before_they_are_made(name, key, monke
         raise AssertionError("an adapter was made")
 
     context = StrategyContext(5, layout, fresh_row)
-    with pytest.raises(RecipeError, match=rf"strategy.{key}: 1000 adapters of 6 numbers need"):
+    with pytest.raises(RecipeError, match=rf"strategy.{key}: .*\(1000 of 6 numbers each\) need"):
         make_strategy(strategy_recipe(name, **{key: 1000}), context)
 
 
@@ -44,7 +44,7 @@ def test_adapters_of_all_clients_that_do_not_fit_are_refused(name, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * 24 * 50)
     many, few = (StrategyContext(m, layout, lambda _: torch.zeros(24)) for m in (100, 10))
     make_strategy(strategy_recipe(name), few)
-    with pytest.raises(RecipeError, match=f"{name} keeps .* 24 numbers for each of 100 clients"):
+    with pytest.raises(RecipeError, match=rf"{name} keeps .* 24 numbers for each client \(100"):
         make_strategy(strategy_recipe(name), many)
 
 

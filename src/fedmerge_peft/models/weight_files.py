@@ -42,8 +42,9 @@ def _files(name: str, folder: Path) -> list[Path]:
         return [folder / _SINGLE]
     if not (folder / _INDEX).is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        place = "" if name == str(folder) else f" in {folder.absolute()}"
         raise BackboneError(
-            f"backbone.model: {name} has neither {_SINGLE} nor {_INDEX} in {folder.absolute()} "
+            f"backbone.model: {name} has neither {_SINGLE} nor {_INDEX}{place} "
             f"(but {others}); download the missing file, or save the model again with "
             "save_pretrained of transformers"
         )

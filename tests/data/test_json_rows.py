@@ -70,7 +70,7 @@ def test_lists_and_objects_one_after_the_other_are_rows(read, suffix, text):
     ],
 )
 def test_mixed_columns_are_one_error_with_file_row_and_column(read, values, expected):
-    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: the column") as raised:
+    with pytest.raises(DataError, match=r"^data\.path: ") as raised:
         read(lines(values))
     assert expected in str(raised.value)
     with pytest.raises(DataError, match=r"rows\.json, row [23]: the column 'x'"):
@@ -109,11 +109,17 @@ def test_keys_that_an_object_lacks_are_missing_values(read):
     [
         ('{"a": 1}\n{"a": 2\n{"a": 3}\n', "rows.jsonl:3: invalid JSON: Expecting ',' delimiter"),
         ('{"a": 1}\n{"a": 2},\n', "rows.jsonl:2: invalid JSON"),
-        ('{"a": 1, "a": 2}\n', "rows.jsonl:1: invalid JSON in the value that begins here: an "),
+        (
+            '{"a": 1, "a": 2}\n',
+            "rows.jsonl:1: invalid JSON in the value that begins here: an object",
+        ),
         ('{"a": 1}\n[1]\n', "rows.jsonl:2: a row is a list, not an object"),
         ("[1, 2]", "rows.jsonl, row 1: a row is a number, not an object"),
-        ("[" * 100_000, "invalid JSON in the value that begins here: nested too deeply"),
-        ('{"a": ' + "1" * 5000 + "}", "value that begins here: Exceeds the limit"),
+        ("[" * 100_000, "rows.jsonl:1: invalid JSON in the value that begins here: nested"),
+        (
+            '{"a": ' + "1" * 5000 + "}",
+            "rows.jsonl:1: invalid JSON in the value that begins",
+        ),
     ],
 )
 def test_other_texts_are_one_error_with_the_line(read, text, expected):

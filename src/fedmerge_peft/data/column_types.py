@@ -36,7 +36,9 @@ def type_texts(texts: Any) -> Any:
     return texts
 
 
-def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -> Any:
+def json_column(
+    values: Sequence[Any], name: str, place: Callable[[int], str], key: str = ""
+) -> Any:
     """Convert the JSON values of a column to an Arrow array of one type.
 
     If the values are lists or objects that Arrow cannot represent, such as lists of different
@@ -47,6 +49,7 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
         name: Name of the column, for error messages.
         place: Function that returns the place of a row, such as ``rows.jsonl:7``, for error
             messages. Its argument is the number of the row, from 0.
+        key: Beginning of error messages, such as ``data.path: ``.
 
     Raises:
         DataError: Values have different types; a number is too large to be exact; or a text has
@@ -59,7 +62,7 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
     for row, value in enumerate(values):
         if value is not None and kind(value) != expected:
             raise DataError(
-                f"{place(row)}: the column {name!r} is {kind(value)} "
+                f"{key}{place(row)}: the column {name!r} is {kind(value)} "
                 f"({_shown(value)}), but {expected} ({_shown(values[known])}) in {place(known)}; "
                 "write one type in all rows"
             )
@@ -78,10 +81,10 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
         else:
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string())
-        raise DataError(f"{place(row)}: the column {name!r} {fault}") from error
+        raise DataError(f"{key}{place(row)}: the column {name!r} {fault}") from error
 
 
-def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
+def plain_column(column: Any, name: str, place: Callable[[int], str], key: str = "") -> Any:
     """Convert a ``pyarrow.ChunkedArray`` of an uncommon type to a type that the package supports.
 
     String, binary and list views, and dictionary-encoded and run-end-encoded columns become columns
@@ -96,7 +99,7 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
     if isinstance(column.type, pa.JsonType):
         texts = column.cast(column.type.storage_type).to_pylist()
         values = [None if text is None else json.loads(text) for text in texts]
-        return pa.chunked_array([json_column(values, name, place)])
+        return pa.chunked_array([json_column(values, name, place, key)])
     if getattr(column.type, "extension_name", "") == "pandas.period":  # stored as numbers
         return pa.chunked_array([pa.array(column.to_pandas().astype(str), pa.string())])
     if pa.types.is_float16(column.type):
@@ -106,7 +109,7 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
         return pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_run_end_encoded(column.type):
         decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
-        return plain_column(pa.chunked_array(decoded, column.type.value_type), name, place)
+        return plain_column(pa.chunked_array(decoded, column.type.value_type), name, place, key)
     plain = _plain_type(column.type)
     if plain == column.type:
         return column

@@ -132,7 +132,10 @@ def _json(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[pa
         sizes.append(len(read))
     columns = {
         name: json_column(
-            [row.values.get(name) for row in rows], name, lambda number: rows[number].place
+            [row.values.get(name) for row in rows],
+            name,
+            lambda number: rows[number].place,
+            key="data.path: ",
         )
         for name in dict.fromkeys(name for row in rows for name in row.values)
     }
@@ -195,7 +198,10 @@ def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
 
     for number, field in enumerate(table.schema):
         column = plain_column(
-            table.column(number), field.name, lambda row: f"{path}, row {row + 1}"
+            table.column(number),
+            field.name,
+            lambda row: f"{path}, row {row + 1}",
+            key="" if _in_memory(path) else "data.path: ",
         )
         if column.type != field.type:
             table = table.set_column(number, pa.field(field.name, column.type), column)

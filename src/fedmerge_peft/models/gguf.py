@@ -176,5 +176,12 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+    except OSError:
+        raise
     except SafetensorError as error:  # safetensors does not raise OSError if the disk is full
         raise OSError(None, reason_of(error)) from error
+    except Exception as error:
+        raise BackboneError(
+            f"backbone.model: {path.name} cannot be saved after it was dequantized: "
+            f"{reason_of(error)}"
+        ) from error

@@ -10,6 +10,7 @@ from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.registered import OneOf
 from fedmerge_peft.recipe.section import (
     Adapters,
+    Boolean,
     Coefficient,
     Count,
     CountOrZero,
@@ -76,7 +77,7 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     most. The key sets the mean of this weight over the clients. A client that resembles several
     groups starts with a mixture of their adapters. With more adapters than groups, each client has
     this weight for its group's adapter, and the other adapters share the rest evenly."""
-    own_head: bool | Literal["auto"] = "auto"
+    own_head: Boolean | Literal["auto"] = "auto"
     """True for an own head of each client after the grouping of `start: warm`. It is added to the
     head that is merged from the soup, and changes only by its client's updates. In each round,
     clients then train the merged adapter, and their own head after it. auto: true if the clients of
@@ -95,10 +96,9 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
         return self.warm_rounds if self.start == "warm" else 0
 
     def effective_values(self) -> dict[str, Any]:
-        own = self.start == "warm" and self.own_head is not False
-        if own and self.server_optimizer == "sgd":  # the run may choose the momentum
-            return {"server_lr": self.lr, "server_momentum": self.server_momentum}
-        return super().effective_values()
+        own = self.start == "warm" and self.own_head is not False and self.server_optimizer == "sgd"
+        chosen = {"server_momentum": self.server_momentum} if own else {}  # None: the run decides
+        return super().effective_values() | chosen
 
     @property
     def merged_blocks(self) -> str | None:

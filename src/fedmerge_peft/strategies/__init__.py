@@ -12,6 +12,7 @@ from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.strategies.partly_shared import PrivateHeads
 from fedmerge_peft.strategies.server_step import fedmerge_step
+from fedmerge_peft.strategies.wrapping import WrappedStrategy
 from fedmerge_peft.util.memory import shortage
 from fedmerge_peft.util.vectors import tensor_mismatch
 
@@ -94,7 +95,7 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
     clients, (adapters, size) = len(strategy.weights), strategy.soup.rows.shape
     with entry.named_in_errors("strategy"):
         strategy.update(replies)
-        if type(strategy).resize is not Strategy.resize:
+        if type(_innermost(strategy)).resize is not Strategy.resize:
             adapters = len(strategy.soup)
     for part, value, shape in (
         ("soup.rows", strategy.soup.rows, (adapters, size)),
@@ -104,6 +105,13 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
             raise PluginError(
                 f"the strategy {name!r} of {entry.module}: after update, {part} is {mismatch}"
             )
+
+
+def _innermost(strategy: Strategy) -> Strategy:
+    """Return the strategy without its wrappers."""
+    while isinstance(strategy, WrappedStrategy):
+        strategy = strategy.inner
+    return strategy
 
 
 def _interface_fault(strategy: object, context: StrategyContext) -> str | None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedmerge_peft import ClientError, Recipe, RecipeError, TooFewClientsError
 from fedmerge_peft.federation.reply_checks import validate_reply
 from fedmerge_peft.recipe.strategies import STRATEGIES
-from fedmerge_peft.training.plan import Choose, Mixture, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train
 
 SKIP = "clients.failures=skip"
 
@@ -178,6 +178,22 @@ def test_a_minimum_above_the_cohort_is_refused(formulas):
         RecipeError, match=r"clients\.min_clients: 4 exceeds the number of clients in a round, 2;"
     ):
         formulas(4).federation("clients.min_clients=4", "clients.fraction=0.5")
+
+
+def test_validation_losses_are_those_that_the_plan_asks_for(formulas):
+    case = formulas(1)
+    row = case.fresh_row(0)
+    apart = InTurn((Train(row), Train(row)))
+    plans = {
+        0: apart,
+        2: dataclasses.replace(apart, joined=True),
+        3: dataclasses.replace(apart, joined=True, compared=row),
+    }
+    for number, plan in plans.items():
+        reply = dataclasses.replace(case.reply(0, plan), validation=(1.0, 1.0))
+        fault = validate_reply(reply, plan, 1, 10)
+        assert (fault is None) == (number == 2)
+        assert number == 2 or f"is 2, expected {number}" in fault
 
 
 def test_a_choice_and_a_mixture_must_be_among_the_sent_adapters(formulas):

@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from fedmerge_peft.cli import main
 from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.sites.config import FederationFile, SiteSettings
+from fedmerge_peft.sites.server.job import run_job
 from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.sites.supervisor import child_environment
 from fedmerge_peft.sites.wire import Message
@@ -31,6 +34,36 @@ def test_the_servers_recipe_names_no_file_of_the_site(smoke, federation_of, tmp_
     assert reply.kind == "error"
     assert "names no file" in reply.fields["error"]
     assert "password" not in reply.fields["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda value: value.half(), "which is a float16 tensor"),
+        (lambda value: value * torch.nan, "not finite"),
+        (lambda value: torch.full_like(value, 1e10), "too large"),
+        (lambda value: value[None], "name or shape"),
+    ],
+)
+def test_a_site_stores_no_adapter_that_is_out_of_range(
+    smoke, federation_of, connect, change, fault
+):
+    kit, trainers = federation_of(smoke("strategy=fedavg", "rounds=1", "baselines=[]"), 2)
+    transport, received = connect(trainers), {}
+
+    def listen(site, payload, reply):
+        message = Message.from_bytes(payload)
+        received[site, message.kind] = message
+        return reply
+
+    transport.alter = listen
+    assert run_job(kit, transport, lambda: None, lambda line: None).state == "ended"
+    trainer, message = trainers["site-1"], received["site-1", "adapter"]
+    assert Message.from_bytes(trainer.handle(message.to_bytes())).kind == "adapter_stored"
+    tensors = {name: change(value) for name, value in message.tensors.items()}
+    reply = Message.from_bytes(trainer.handle(replace(message, tensors=tensors).to_bytes()))
+    assert reply.kind == "error"
+    assert fault in reply.fields["error"]
 
 
 # ---- plugins of a kit's recipe -------------------------------------------------------------------

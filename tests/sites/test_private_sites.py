@@ -83,25 +83,6 @@ def noisy(message):
     return float(update.std()) == pytest.approx(2.0, rel=six_errors)
 
 
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (lambda value: value.half(), "a float16 tensor (2, 32), expected float32"),
-        (lambda value: value * torch.nan, "not finite"),
-        (lambda value: torch.full_like(value, 1e10), "too large"),
-        (lambda value: value[None], "name or shape"),
-    ],
-)
-def test_a_site_refuses_an_adapter_that_is_out_of_range(local_site, change, fault):
-    trainer, received = local_site()
-    message = received["adapter"]
-    assert Message.from_bytes(trainer.handle(message.to_bytes())).kind == "adapter_stored"
-    tensors = {name: change(value) for name, value in message.tensors.items()}
-    reply = Message.from_bytes(trainer.handle(replace(message, tensors=tensors).to_bytes()))
-    assert reply.kind == "error"
-    assert fault in reply.fields["error"]
-
-
 # ---- what leaves a site --------------------------------------------------------------------------
 
 

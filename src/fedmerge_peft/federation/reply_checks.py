@@ -47,7 +47,7 @@ def validate_reply(
             f"{MAX_SCORE:g}"
         )
     if reply.validation is not None:
-        number = 2 if getattr(plan, "compared", None) is None else 3
+        number = len(plan.validated_rows(plan.sent[0]))
         if len(reply.validation) != number:
             return f"its number of validation losses is {len(reply.validation)}, expected {number}"
     if plan.statistics_shape is not None:

@@ -90,26 +90,28 @@ def load_splits(
         several = len(splits) > 1
         part = f"the split {recipe.train_split} of " if several else ""
         remedy = ", or name another split in data.train_split" if several else ""
+        key = "data" if is_in_memory(recipe.path) else "data.path"
         raise DataError(
-            f"{'data' if _is_in_memory(recipe) else 'data.path'}: {part}{_source(recipe)} has no "
+            f"{key}: {part}{_source(recipe)} has no "
             f"rows (its columns: {shortened(columns, 120)}); add some{remedy}"
         )
     return chosen
 
 
-def _is_in_memory(recipe: DataRecipe) -> bool:
-    return recipe.path.partition(":")[0] == IN_MEMORY
+def is_in_memory(path: str) -> bool:
+    """Return True if ``data.path`` stands for data that a Python program passed."""
+    return path.partition(":")[0] == IN_MEMORY
 
 
 def _source(recipe: DataRecipe) -> str:
-    return "the data set in memory" if _is_in_memory(recipe) else recipe.path
+    return "the data set in memory" if is_in_memory(recipe.path) else recipe.path
 
 
 def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     """Load all splits by name. A single table is the split ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
-    if _is_in_memory(recipe):
+    if is_in_memory(recipe.path):
         raise DataError(
             f"data.path: {recipe.path}: the examples came from a Python program and are not "
             "stored; pass them again: federate(recipe, data=...), resume(run, data=...)"

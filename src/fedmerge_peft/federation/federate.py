@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft import distributed
 from fedmerge_peft.data.in_memory import take_data
-from fedmerge_peft.data.loading import IN_MEMORY
+from fedmerge_peft.data.loading import is_in_memory
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import DataError, PluginError, RecipeError, ResumeError
@@ -38,6 +38,7 @@ from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.runs.record import Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
+from fedmerge_peft.tasks.in_memory import is_passed
 from fedmerge_peft.util.files import locked_directory
 from fedmerge_peft.util.profiling import timed
 
@@ -156,7 +157,7 @@ def _same_data(
             passed to a run that reads them from ``data.path``.
         DataError: Both ``data`` and ``engine`` are passed, or the examples cannot be used.
     """
-    in_memory = recipe.data.path.partition(":")[0] == IN_MEMORY
+    in_memory = is_in_memory(recipe.data.path)
     if data is None and engine is None and in_memory:
         raise ResumeError(
             f"{run.path} cannot be resumed without its examples, which a Python program passed and "
@@ -197,8 +198,7 @@ def _check_unfinished(run: RunDirectory, recipe: Recipe) -> None:
         if more:
             advice = f"stop.patience=null, and rounds=N for more than {recipe.rounds}"
     command = f"fedmerge resume {run.path} {advice}"
-    sources = (recipe.data.path, recipe.backbone.model)
-    if any(source.partition(":")[0] == IN_MEMORY for source in sources):
+    if is_in_memory(recipe.data.path) or is_passed(recipe.backbone.model):
         command = f"in Python, resume it again with {advice}"
     raise ResumeError(f"{run.path} has ended: {done}. For more rounds: {command}")
 

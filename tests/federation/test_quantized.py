@@ -77,6 +77,11 @@ def test_predictions_and_plain_peft_read_the_adapter_on_4_bits(finished, tmp_pat
     assert (own - found).norm() <= tolerance(torch.bfloat16) * moved
 
 
+def test_a_pipeline_generates_on_4_bits(finished):
+    pipeline = finished.client("bank").pipeline("cpu", max_new_tokens=2, do_sample=False)
+    assert pipeline("say parcel")[0]["generated_text"].startswith("say parcel")
+
+
 def test_eight_bits_run_too(tiny_models, tmp_path):
     run = run_of(tmp_path / "run", ROWS, TASK, **quantized(tiny_models, "8bit", steps=1))
     assert len(run.metrics) >= 2

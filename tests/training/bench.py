@@ -14,6 +14,7 @@ from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.runtime import Runtime
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
+TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 
 
 class Bench:
@@ -46,7 +47,7 @@ class Bench:
                 "backbone": {"model": str(folder / kind)},
                 "lora": {
                     "r": 2,
-                    "target_modules": ["query", "value"] if kind == "bert" else ["c_attn"],
+                    "target_modules": TARGETS[kind],
                 },
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
                 "training": {

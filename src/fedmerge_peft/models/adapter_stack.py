@@ -26,7 +26,7 @@ class AdapterStack:
 
     Args:
         backbone: Model for which ``stacking_obstacle`` returns None.
-        rows: K adapters, ``(K, P)``, on the model's device. The stack copies them.
+        rows: K adapters, ``(K, P)``, on the backbone's device. The stack copies them.
     """
 
     def __init__(self, backbone: Backbone, rows: Tensor) -> None:
@@ -137,6 +137,7 @@ class AdapterStack:
         """Return a forward pass: W_k x + b_k. ``Conv1D`` stores W_kᵀ."""
 
         def forward(x: Tensor) -> Tensor:
+            x = x.to(layer.weight.device)
             weight = self._stacked(layer.weight)
             weight = weight.transpose(1, 2) if isinstance(layer, nn.Linear) else weight
             if layer.bias is None:
@@ -151,6 +152,7 @@ class AdapterStack:
 
     def _layer_norm(self, layer: nn.LayerNorm) -> Forward:
         def forward(x: Tensor) -> Tensor:
+            x = x.to(layer.weight.device)
             normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             scaled = (
                 normal.reshape(len(self), -1, *layer.normalized_shape)
@@ -163,9 +165,14 @@ class AdapterStack:
         return forward
 
     def _stacked(self, parameter: Tensor) -> Tensor:
-        """Return the K versions ``(K, *shape)`` of a tensor. A frozen tensor is expanded."""
+        """Return the K versions ``(K, *shape)`` of a tensor, on its device.
+
+        A frozen tensor is expanded.
+        """
         leaf = self._leaves.get(id(parameter))
-        return parameter.expand(len(self), *parameter.shape) if leaf is None else leaf
+        if leaf is None:
+            return parameter.expand(len(self), *parameter.shape)
+        return leaf.to(parameter.device)
 
     def _by_adapter(self, x: Tensor) -> Tensor:
         """Reshape the batch to ``(K, positions, width)``."""

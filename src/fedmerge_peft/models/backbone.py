@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fedmerge_peft.models.peft_model import (
     prepare_heads,
     reinitialize,
 )
+from fedmerge_peft.models.placement import RemoteTensors, is_remote
 from fedmerge_peft.models.pretrained import load_model
 from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
@@ -36,6 +37,7 @@ class Backbone:
         layout: Order, names and shapes of the trainable tensors.
         trainable: Trainable tensors in the order of the layout.
         shared: Frozen tensors that all adapters share, by the name under which PEFT saves them.
+        device: Device of the adapter, and of the model's inputs and outputs.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Backbone:
         layout: AdapterLayout,
         trainable: Sequence[nn.Parameter],
         shared: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
         self.model = model
         """PEFT model. Only ``set_base`` and ``load_shared`` change its frozen tensors."""
@@ -58,12 +61,18 @@ class Backbone:
         self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self.as_pretrained = True
         """True if the frozen weights are the pretrained ones, without updates by ``set_base``."""
-        row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
+        row = torch.cat(
+            [parameter.detach().flatten().to(device).float() for parameter in trainable]
+        )
         self._initial = row.to("cpu", copy=True)
         self.flat = nn.Parameter(row)
         """Adapter in the slot, ``(P,)`` float32. ``flat.grad`` is its gradient."""
         self.flat.grad = torch.zeros_like(row)
-        self._bind(self.flat.data, self.flat.grad)
+        pairs = list(zip(trainable, layout.entries, strict=True))
+        remote = [pair for pair in pairs if is_remote(pair[0], row.device)]
+        self._near = [pair for pair in pairs if not is_remote(pair[0], row.device)]
+        self._remote = RemoteTensors(model, remote, self.flat.data, self.flat.grad)
+        self._bind_slot()
 
     @property
     def config(self) -> Any:
@@ -83,7 +92,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Device of the model."""
+        """Device of the adapter, and of the model's inputs and outputs."""
         return self.flat.device
 
     def load_row(self, row: Tensor) -> None:
@@ -102,10 +111,12 @@ class Backbone:
         drawn on the CPU, so they are the same for all devices.
         """
         row = self._initial.clone()
-        self._bind(row, None)
+        for parameter, entry in zip(self.trainable, self.layout.entries, strict=True):
+            parameter.grad = None
+            parameter.data = row[entry.columns].view(entry.shape)
         with seeded(seed), torch.no_grad():
             reinitialize(self.model)
-        self._bind(self.flat.data, self.flat.grad)
+        self._bind_slot()
         return row
 
     def load_shared(self, shared: Mapping[str, Tensor]) -> None:
@@ -186,16 +197,14 @@ class Backbone:
         """Put the model into evaluation mode."""
         self.model.eval()
 
-    def _bind(self, values: Tensor, gradient: Tensor | None) -> None:
-        """Make the trainable tensors and their gradients views of these vectors ``(P,)``.
-
-        If ``gradient`` is None, the tensors have no gradients.
-        """
-        for parameter, entry in zip(self.trainable, self.layout.entries, strict=True):
+    def _bind_slot(self) -> None:
+        """Make the trainable tensors and their gradients views of the adapter in the slot."""
+        values, gradient = self.flat.data, cast(Tensor, self.flat.grad)
+        for parameter, entry in self._near:
             parameter.grad = None
             parameter.data = values[entry.columns].view(entry.shape)
-            if gradient is not None:
-                parameter.grad = gradient[entry.columns].view(entry.shape)
+            parameter.grad = gradient[entry.columns].view(entry.shape)
+        self._remote.bind()
 
 
 def load_backbone(
@@ -213,7 +222,7 @@ def load_backbone(
         lora: Section of the adapter.
         task: Task, which determines model class, labels and padding token.
         folder: Folder or hub id from ``model_folder``.
-        device: Device of the model.
+        device: Device of the model, or of its adapter with ``backbone.device_map``.
         seed: Seed of the LoRA factors, and of tensors that the pretrained model lacks.
 
     Raises:
@@ -234,10 +243,10 @@ def load_backbone(
                 parameter.requires_grad_(False)
     peft_model.eval()
     check_reload(peft_model)
-    return _with_layout(peft_model)
+    return _with_layout(peft_model, device)
 
 
-def _with_layout(model: Any) -> Backbone:
+def _with_layout(model: Any, device: torch.device) -> Backbone:
     """Create the backbone. Find the name under which PEFT saves a tensor by its memory address."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora.layer import ParamWrapper
@@ -284,4 +293,4 @@ def _with_layout(model: Any) -> Backbone:
     layout = AdapterLayout.from_tensors(
         (saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable
     )
-    return Backbone(model, layout, [parameter for _, parameter in trainable], shared)
+    return Backbone(model, layout, [parameter for _, parameter in trainable], shared, device)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.backbone import BackboneRecipe
     from fedmerge_peft.tasks.in_memory import PassedModel
 
-_NEEDS_TRANSFORMERS = ("attention", "quantization", "gradient_checkpointing")
+_NEEDS_TRANSFORMERS = ("attention", "quantization", "device_map", "gradient_checkpointing")
 
 
 def save_stock(model: nn.Module, folder: Path) -> None:

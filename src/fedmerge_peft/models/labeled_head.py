@@ -38,7 +38,7 @@ class LabeledHead:
         Args:
             labeled: ``(batch, length)`` bool with n True.
         """
-        with self._reading(lambda states: states[labeled][None]):
+        with self._reading(lambda states: states[labeled.to(states.device)][None]):
             yield
 
     @contextmanager
@@ -54,7 +54,7 @@ class LabeledHead:
         kept: list[Tensor] = []
 
         def keep(states: Tensor) -> Tensor:
-            kept.append(states[labeled])
+            kept.append(states[labeled.to(states.device)].to(labeled.device))
             return states[:, :0]
 
         with self._reading(keep):
@@ -117,7 +117,8 @@ class _TokenLosses(torch.autograd.Function):
         for part, ids in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True):
             leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.enable_grad():
-                own = functional.cross_entropy(layer(leaf).float(), ids, reduction="none")
+                logits = layer(leaf).float().to(ids.device)
+                own = functional.cross_entropy(logits, ids, reduction="none")
             if leaf.requires_grad:
                 gradients += torch.autograd.grad(own, leaf, torch.ones_like(own))
             losses.append(own.detach())

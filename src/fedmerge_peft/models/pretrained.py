@@ -16,6 +16,7 @@ from fedmerge_peft.models.checkpoint import adapter_found, check_folder, missing
 from fedmerge_peft.models.gguf import dequantized_folder
 from fedmerge_peft.models.head_order import label_names, order_head
 from fedmerge_peft.models.in_memory import copy_module, save_stock
+from fedmerge_peft.models.placement import check_placement, device_map
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.tasks.in_memory import passed_model
@@ -163,7 +164,7 @@ def load_model(
         backbone: Number format, revision, attention and quantization.
         task: Model class and labels.
         folder: Folder or hub id from ``model_folder``.
-        device: Device to move the model to.
+        device: Device to move the model to, unless ``backbone.device_map`` distributes it.
 
     Returns:
         The model, and the names of its tensors that are not pretrained.
@@ -193,6 +194,9 @@ def load_model(
             "quantization_config": _quantization(backbone, device, task.heads),
             "device_map": {"": device},
         }
+    placement = device_map(backbone, device)
+    if placement is not None:
+        options["device_map"] = placement
     if task.labels:
         options |= {
             "num_labels": len(task.labels),
@@ -237,7 +241,8 @@ def load_model(
     if task.labels:
         order_head(model, label_names(held), task.labels)
     _keep_packing(model)
-    if not backbone.quantization:
+    check_placement(model, backbone.model)
+    if "device_map" not in options:
         model = model.to(device)
     return _prepared(model, task), missing
 

@@ -31,7 +31,20 @@ class BackboneRecipe(Section):
     double_quantization: Boolean = True
     """With `quantization: 4bit`, quantize the scales of the weights as well, which saves about
     0.4 bits per weight."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Distribute the layers over all GPUs of one process, as `device_map` of transformers does. A
+    pass runs on one GPU after another, so this saves memory, not time. Without a GPU, it has no
+    effect."""
     gradient_checkpointing: Boolean = False
     """Recompute activations in the backward pass: less memory, but about a third more time."""
     trust_remote_code: Boolean = False
     """Run Python code that comes with the model. Enable it only for code that you have read."""
+
+    def device_refusal(self, device: str) -> str | None:
+        """Return the reason why ``device_map`` rules out a ``training.device``, or None."""
+        if self.device_map is None or device in ("auto", "cpu", "cuda"):
+            return None
+        return (
+            "backbone.device_map: distributes the model over all GPUs, but training.device is "
+            f"{device}; use training.device: cuda, or remove backbone.device_map"
+        )

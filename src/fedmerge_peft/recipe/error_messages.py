@@ -243,12 +243,14 @@ def explain(error: ValidationError, document: Document, root: type[BaseModel]) -
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
     """Split a validator's message ``key: text`` into the place of the key and the text.
 
-    A message that does not begin with a key of the section is returned whole, with ``where``.
+    The key may have parts, as in ``privacy.mode``. A message that does not begin with a key of the
+    section is returned whole, with ``where``.
     """
-    key, colon, rest = text.partition(": ")
+    path, colon, rest = text.partition(": ")
+    keys = path.split(".")
     return (
-        ((*where, key), rest)
-        if colon and any(key in kind.model_fields for kind in variants(section))
+        ((*where, *keys), rest)
+        if colon and any(keys[0] in kind.model_fields for kind in variants(section))
         else (where, text)
     )
 

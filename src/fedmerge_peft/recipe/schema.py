@@ -290,7 +290,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _strategies_suit_the_other_sections(self) -> Recipe:
+    def _sections_suit_each_other(self) -> Recipe:
+        if (reason := self.backbone.device_refusal(self.training.device)) is not None:
+            raise ValueError(reason)
         for strategy in (self.strategy, *self.baselines):
             reason = self.privacy.refusal(strategy) or self.robustness.refusal(strategy)
             reason = reason or strategy.quantization_refusal(self.backbone.quantization)

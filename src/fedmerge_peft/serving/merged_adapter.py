@@ -16,6 +16,7 @@ from fedmerge_peft.adapters.exact_merge import add_base_update, concat
 from fedmerge_peft.adapters.peft_folder import highest_rank, write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.models.placement import is_distributed
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.runs.confusion import client_confusion
@@ -214,10 +215,10 @@ class MergedAdapter:
                 defaults["eos_token_id"] = end_tokens(defaults["tokenizer"], model) or None
                 base = model.get_base_model()
                 base.generation_config = special_tokens(base.generation_config)
+            if not is_distributed(model):  # transformers refuses a device for several GPUs
+                defaults["device"] = model.device
             with quiet_transformers():
-                return transformers.pipeline(
-                    kind.pipeline, model=model, device=model.device, **{**defaults, **options}
-                )
+                return transformers.pipeline(kind.pipeline, model=model, **{**defaults, **options})
 
     @contextmanager
     def _folder(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.models.placement import is_distributed
 from fedmerge_peft.recipe.evaluation import EvaluationRecipe
 from fedmerge_peft.recipe.schema import Recipe, TrainingRecipe
 from fedmerge_peft.tasks.base import Task
@@ -84,9 +85,8 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         training: ``clients_per_batch`` and the batch size.
         rows: Rows of the table that belong to clients.
     """
-    count = requested_clients(
-        training, runtime.device.type, quantized=is_quantized(runtime.backbone)
-    )
+    large = is_quantized(runtime.backbone) or is_distributed(runtime.backbone.model)
+    count = requested_clients(training, runtime.device.type, large=large)
     if count == 1:
         return 1
     if (reason := sharing_obstacle(runtime, rows)) is not None:
@@ -121,15 +121,15 @@ def evaluated_together(runtime: Runtime, evaluation: EvaluationRecipe, rows: Ind
     return count
 
 
-def requested_clients(training: TrainingRecipe, device: str, *, quantized: bool = False) -> int:
+def requested_clients(training: TrainingRecipe, device: str, *, large: bool = False) -> int:
     """Return the number of adapters in one pass that a recipe requests for a type of device.
 
-    With ``auto``, it is 1 for quantized weights, because runs that need quantization usually lack
-    memory for activations, too.
+    With ``auto``, it is 1 for a large model, whose weights are quantized or on several GPUs:
+    there is usually little memory for activations.
     """
     if training.clients_per_batch != "auto":
         return training.clients_per_batch
-    if quantized:
+    if large:
         return 1
     count = min(_MOST, _EXAMPLES.get(device, 8) // training.batch_size)
     return count if count >= _FEWEST else 1

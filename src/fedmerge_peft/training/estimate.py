@@ -161,9 +161,10 @@ def estimate(
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
     shareable = recipe.backbone.quantization != "8bit" and not recipe.lora.use_dora
-    quantized = recipe.backbone.quantization is not None
+    on_several = recipe.backbone.device_map is not None and device == "cuda"
+    large = recipe.backbone.quantization is not None or on_several
     if clients is None:
-        clients = requested_clients(training, device, quantized=quantized) if shareable else 1
+        clients = requested_clients(training, device, large=large) if shareable else 1
     with quiet_transformers(), torch.device("meta"):
         base, peft = _model(recipe, config, task)
     with FakeTensorMode(), quiet_transformers(), library_errors(unknown):

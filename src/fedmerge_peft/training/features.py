@@ -20,7 +20,8 @@ from fedmerge_peft.training.runtime import Runtime
 def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
     """Append the features of each forward pass inside the context to a list.
 
-    A pass over n examples appends one tensor ``(n, d)``, in the order of the examples.
+    A pass over n examples appends one tensor ``(n, d)`` on the backbone's device, in the order of
+    the examples.
 
     Raises:
         RecipeError: The adapter does not contain the model's last layer, or this layer does not
@@ -37,7 +38,7 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
                 f"{features.ndim} dimensions, expected 2; use an encoder for classification in "
                 "backbone.model, or another method instead of fedpac"
             )
-        vectors.append(features)
+        vectors.append(features.to(backbone.device))
 
     handle = last_layer(backbone).register_forward_pre_hook(keep)
     try:

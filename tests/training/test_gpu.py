@@ -48,6 +48,17 @@ def test_float32_on_the_gpu_equals_the_cpu_alone_and_together(
             assert found.loss == pytest.approx(expected.loss, rel=tolerance(torch.float32))
 
 
+def test_a_model_on_all_gpus_trains_as_on_one(make_stack):
+    """With one GPU, all layers are on it."""
+    bench = make_stack("llama", backbone={"device_map": "balanced"}, mixed_precision="no", **SGD)
+    assert all(parameter.is_cuda for parameter in bench.backbone.model.parameters())
+    jobs = bench.jobs()
+    on_one = make_stack("llama", mixed_precision="no", **SGD).alone(jobs)
+    for trained in (bench.alone(jobs), bench.together(jobs)):
+        for job, found, expected in zip(jobs, trained, on_one, strict=True):
+            assert_near(found.row, expected.row, job.train.row)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "vit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_together_equals_bf16_alone(make_stack, kind, dtype):

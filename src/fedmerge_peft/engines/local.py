@@ -32,6 +32,7 @@ from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
+from fedmerge_peft.tasks.equal_targets import warn_of_equal_targets
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import check_task, clients_per_batch
 from fedmerge_peft.training.evaluation import example_losses
@@ -107,7 +108,11 @@ class LocalEngine:
             recipe.task.media_column,
             splits=splits,
         )
-        return cls.from_data(recipe, data)
+        engine = cls.from_data(recipe, data)
+        if (targets := engine.runtime.examples.columns.get("labels")) is not None:
+            train = [row for client in data.clients for row in client.train]
+            warn_of_equal_targets([targets[row] for row in train], recipe.task.name)
+        return engine
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:

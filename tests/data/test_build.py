@@ -358,12 +358,26 @@ def test_names_that_look_alike_are_warned_about(column, kind, tmp_path, caplog):
     assert f"{kind} that look alike are counted as different ones: {found}" in caplog.text
 
 
-def test_rows_of_clients_without_training_examples_are_counted(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("partition", "column"),
+    [
+        ({"scheme": "natural", "by": "task"}, "task"),
+        ({"scheme": "dirichlet", "clients": 1, "alpha": 1, "min_examples": 1}, "label"),
+        ({"scheme": "shards", "clients": 1, "shards_per_client": 1}, "label"),
+        ({"scheme": "iid", "clients": 1}, None),
+    ],
+    ids=["natural", "dirichlet", "shards", "iid"],
+)
+def test_rows_of_classes_without_training_examples_are_counted(partition, column, tmp_path, caplog):
     (tmp_path / "train.csv").write_text("label,task\na,x\nb,x\na,y\nb,y\n")
-    (tmp_path / "test.csv").write_text("label,task\na,x\nb,z\n")
-    partition = {"scheme": "natural", "by": "task"}
-    federate_data(DataRecipe(path=str(tmp_path), partition=partition), "label", 0)
-    assert "1 of 2 test examples belongs to no client, because no training example" in caplog.text
+    (tmp_path / "test.csv").write_text("label,task\na,x\nc,z\n")
+    data = federate_data(DataRecipe(path=str(tmp_path), partition=partition), "label", 0)
+    lost = (
+        "1 of 2 test examples belongs to no client, because no training example has the same value "
+        f"in the column {column}"
+    )
+    assert (lost in caplog.text) == (column is not None)
+    assert sum(len(client.test) for client in data.clients) == (2 if column is None else 1)
 
 
 def test_data_that_leave_nothing_to_score_are_warned_about(tmp_path, caplog):

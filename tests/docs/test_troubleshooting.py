@@ -9,6 +9,7 @@ import pytest
 
 from fedmerge_peft import Recipe, federate
 from fedmerge_peft.cli import main
+from fedmerge_peft.util import checked
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 SHOWN = re.findall(r"^```text\n\$ (.*?)\n(.*?)\n```$", PAGE.read_text("utf-8"), re.DOTALL | re.M)
@@ -58,6 +59,8 @@ def folder(tmp_path_factory):
     federate(Recipe.load("smoke", small), folder / "runs" / "first")
     federate(Recipe.load("smoke", [*small, "strategy=fedavg"]), folder / "runs" / "fedavg")
     shutil.copytree(folder / "runs" / "first", folder / "runs" / "edited")
+    shutil.copytree(folder / "runs" / "first", folder / "runs" / "changed")
+    checked.write_document(folder / "runs" / "changed" / "examples.json", {"digest": "of others"})
     with (folder / "runs" / "edited" / "recipe.yaml").open("a") as file:
         file.write("# edited\n")
     return folder

@@ -201,8 +201,17 @@ def faulty(**changes):
         (lambda: tickets()[:0], "data: there are no rows"),
         ({}, "the dictionary is empty"),
         (lambda: {1: tickets(), "1": tickets()}, "the keys 1 and '1' name the same client, 1; "),
-        (lambda: {"a": nameless(), None: nameless()}, "a client has no name (None or NaN)"),
+        (lambda: {"a": nameless(), None: nameless()}, "a client has no name (None, NaN or blank)"),
         (lambda: {"a": nameless(), float("nan"): nameless()}, "a client has no name"),
+        (lambda: {"a": nameless(), " ": nameless()}, "a client has no name"),
+        (
+            lambda: {"a": nameless(), "\ud800": nameless()},
+            "the client name '\\ud800' has half of a character",
+        ),
+        (
+            lambda: {"a": Dataset.from_pandas(nameless()).with_transform(dict)},
+            "data['a']: the data set has a transform (set_transform, with_transform)",
+        ),
         (
             lambda: {"train": tickets(), "test": tickets()},
             "the keys of a dictionary are clients, but here they are names of splits (test, train)",

@@ -45,6 +45,9 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(loaded):
         ),
         ("name=a=b", "name", "a=b"),
         (" seed = 5 ", "seed", 5),
+        ("name=issue#5", "name", "issue#5"),
+        ('name="issue #5"', "name", "issue #5"),
+        ("name='two\n\n  lines #5'", "name", "two\nlines #5"),
     ],
 )
 def test_values_are_yaml_at_dotted_keys(text, place, value, loaded):
@@ -52,6 +55,21 @@ def test_values_are_yaml_at_dotted_keys(text, place, value, loaded):
     for step in place.split("."):
         found = getattr(found, step)
     assert found == value
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("issue #5", "a comment"),
+        ("#5", "a comment"),
+        ("[a, # b\n c]", "a comment"),
+        ("'a' # b", "a comment"),
+        ("two\nlines", "a line break in unquoted text"),
+    ],
+)
+def test_values_of_which_yaml_drops_a_part_are_refused(value, part, loaded):
+    with pytest.raises(RecipeError, match=f"command line: name: YAML would drop {part}.*; write"):
+        loaded("", f"name={value}")
 
 
 def test_later_overrides_win(loaded):

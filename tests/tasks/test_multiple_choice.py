@@ -255,7 +255,6 @@ def test_labels_that_may_be_several_choices_are_refused(task_of, choices, label)
             {"choices": ["a", "b"]},
             r"row 1 .*1 choice in the columns a, b",
         ),
-        ({"a": ["x", "y"]}, {"choices": ["a", "a"]}, r"task.choices: column 'a' is named twice"),
         ({"context": ["x", None]}, {}, r"row 1 .*'context' is empty"),
         ({}, {"start": "sent2"}, r"task.start: there is no column 'sent2'"),
     ],

@@ -1,10 +1,13 @@
 """Runs of each task are exported, served and reported."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from equality import assert_near
 from fedmerge_peft import Recipe, federate
@@ -131,6 +134,38 @@ def test_predictions_are_those_of_transformers_pipeline(finished):
             assert mine[key] == theirs[key]
         for key in mine.keys() & {"score", "scores"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_probabilities_do_not_depend_on_the_problem_type_of_the_checkpoint(
+    kind, other, tiny_models, tmp_path
+):
+    folder = shutil.copytree(tiny_models / kind, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "problem_type": other}))
+    inputs = pictures(12) if kind == "vit" else [f"the parcel {n}" for n in range(12)]
+    medium, task = (
+        ("image", "image-classification") if kind == "vit" else ("text", "sequence-classification")
+    )
+    table = Dataset.from_dict({medium: inputs, "label": ["a", "b", "c"] * 4, "by": ["x"] * 12})
+    recipe = Recipe(
+        name="mine",
+        rounds=1,
+        task={"name": task},
+        backbone={"model": str(folder)},
+        lora={"r": 2, "target_modules": TARGETS[kind]},
+        data={"path": "memory", "partition": {"scheme": "natural", "by": "by"}},
+        training={"learning_rate": 0.01, "epochs": 1, "device": "cpu"},
+    )
+    run = federate(recipe, tmp_path / "run", data=table)
+    (found,) = run.predict({"x": inputs[:1]}, device="cpu")["x"]
+    best = run.client("x").pipeline(device="cpu")(inputs[0], top_k=None)[0]
+    assert (best["label"], best["score"]) == (found["label"], pytest.approx(found["score"], 1e-3))
+    card = (run.save_adapter("x", tmp_path / "out") / "README.md").read_text()
+    scope = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], scope)
+    assert scope["model"].config.problem_type == "single_label_classification"
 
 
 def test_a_server_without_data_agrees_with_its_sites(finished):

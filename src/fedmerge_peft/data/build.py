@@ -135,10 +135,10 @@ def _partition(
             f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}; "
             "correct the plugin"
         )
-    if by is not None:
-        _count_without_client(tables.classes, by)
     if per_split.keys() != splits.keys():
         per_split = {**partition_alike(tables, per_split["train"]), **per_split}
+    if (column := label if by is None else by) is not None:
+        _count_without_client(tables.classes, per_split, column)
     shifted: dict[str, list[ClientRows]] = {}
     start = 0
     for split, dataset in splits.items():
@@ -147,9 +147,12 @@ def _partition(
     return shifted
 
 
-def _count_without_client(classes: Mapping[str, Indices], by: str) -> None:
+def _count_without_client(
+    classes: Mapping[str, Indices], per_split: Mapping[str, Sequence[ClientRows]], column: str
+) -> None:
     for split, numbers in classes.items():
-        if unseen := int((numbers < 0).sum()):
+        held = np.concatenate([client.rows for client in per_split[split]])
+        if unseen := len(np.setdiff1d(np.flatnonzero(numbers < 0), held)):
             logger.warning(
                 "%d of %d %s examples %s to no client, because no training example has the same "
                 "value in the column %s",
@@ -157,7 +160,7 @@ def _count_without_client(classes: Mapping[str, Indices], by: str) -> None:
                 len(numbers),
                 split,
                 "belongs" if unseen == 1 else "belong",
-                by,
+                column,
             )
 
 

@@ -26,6 +26,7 @@ from fedmerge_peft.data.tables import check_names, plain_table, reading
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
 from fedmerge_peft.recipe.error_messages import found
+from fedmerge_peft.util.text import is_encodable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +58,9 @@ def take_data(
 
     Raises:
         DataError: A table has an unsupported type or invalid columns; there are no rows, or a
-            client has no training rows; a mapping is empty; a key is None or NaN, two keys are the
-            same as text, or all keys are names of splits; the tables of clients differ in columns
+            client has no training rows; a data set has a transform; a mapping is empty; a key is
+            None, NaN, blank or not valid Unicode, two keys are the same as text, or all keys are
+            names of splits; the tables of clients differ in columns
             or splits, or name other clients; labels are missing. If the fault is in the table of
             one client, the message names this client.
     """
@@ -119,6 +121,12 @@ def _read(table: Any, source: str, alternatives: str = "") -> Dataset:
 
     if isinstance(table, Dataset):
         check_names(source, table.column_names)
+        if table.format["type"] == "custom":
+            raise DataError(
+                f"{source}: the data set has a transform (set_transform, with_transform), which "
+                "would not be applied, because only stored values are read; apply it with map, or "
+                "remove it with reset_format"
+            )
         return table.with_format(None)
     if not isinstance(table, pd.DataFrame | pa.Table):
         raise DataError(
@@ -161,14 +169,23 @@ def client_name(key: Any) -> str:
     return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
+def _is_missing(key: Any) -> bool:
+    return key is None or (isinstance(key, float) and isnan(key))
+
+
 def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
     keys: list[Any] = list(data)
-    if any(key is None or (isinstance(key, float) and isnan(key)) for key in keys):
-        raise DataError(
-            "data: a client has no name (None or NaN); groupby(..., dropna=False) makes such a "
-            "client from rows without a name; name the client, or leave it out"
-        )
     texts = [client_name(key) for key in keys]
+    if any(_is_missing(key) or not text.strip() for key, text in zip(keys, texts, strict=True)):
+        raise DataError(
+            "data: a client has no name (None, NaN or blank); groupby(..., dropna=False) makes "
+            "such a client from rows without a name; name the client, or leave it out"
+        )
+    if (invalid := next((text for text in texts if not is_encodable(text)), None)) is not None:
+        raise DataError(
+            f"data: the client name {invalid!a} has half of a character (an unpaired surrogate); "
+            "correct the name"
+        )
     names = set(texts)
     splits = {"train", "validation", "test", recipe.train_split}
     if not names:

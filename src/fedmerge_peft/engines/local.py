@@ -20,6 +20,7 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices, held_parts, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
+from fedmerge_peft.engines.examples_digest import examples_digest
 from fedmerge_peft.engines.scoring import Scorer
 from fedmerge_peft.engines.training_cache import TrainingCache
 from fedmerge_peft.engines.turn import ClientTurn, client_error, shared_clock
@@ -31,6 +32,7 @@ from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
+from fedmerge_peft.tasks.equal_targets import warn_of_equal_targets
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import check_task, clients_per_batch
 from fedmerge_peft.training.evaluation import example_losses
@@ -45,7 +47,6 @@ from fedmerge_peft.training.packing_trial import require_packing
 from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import prefix_cache
 from fedmerge_peft.training.runtime import Runtime
-from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
 
@@ -78,18 +79,8 @@ class LocalEngine:
 
     @cached_property
     def examples_digest(self) -> str:
-        """Digest of the clients' encoded examples, independent of their positions in the table."""
-        columns = self.runtime.examples.columns
-        return digest(
-            part
-            for client in self.clients
-            for split in (client.train, client.validation, client.test)
-            for part in (
-                client.name,
-                len(split),
-                *(columns[name][row] for name in sorted(columns) for row in split),
-            )
-        ).hex()
+        """Digest of the clients' encoded examples (``engines/examples_digest.py``)."""
+        return examples_digest(self.clients, self.runtime.examples)
 
     def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
         """Add the metrics that a function computes to every evaluation."""
@@ -117,7 +108,11 @@ class LocalEngine:
             recipe.task.media_column,
             splits=splits,
         )
-        return cls.from_data(recipe, data)
+        engine = cls.from_data(recipe, data)
+        if (targets := engine.runtime.examples.columns.get("labels")) is not None:
+            train = [row for client in data.clients for row in client.train]
+            warn_of_equal_targets([targets[row] for row in train], recipe.task.name)
+        return engine
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:

@@ -303,6 +303,10 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
         reason = error.faults[0].removeprefix(f"{COMMAND_LINE}: ")
         document.faults.append(Fault(COMMAND_LINE, where, reason))
         return
+    if part := yaml_document.dropped(value_text):
+        text = f"YAML would drop {part}; write the value in double quotes, inside the shell's own"
+        document.faults.append(Fault(COMMAND_LINE, where, text))
+        return
     document.faults += [
         Fault(COMMAND_LINE, where + fault.where, fault.text) for fault in value.faults
     ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe import metrics as _  # noqa: F401 (registered before the sections below)
@@ -84,6 +84,21 @@ class TaskRecipe(Section):
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares this field itself."""
+
+    @model_validator(mode="after")
+    def _distinct_columns(self) -> Self:
+        """Refuse a column that is read twice, such as the label as the text."""
+        seen: dict[str, str] = {}
+        for key in (*self.usual_columns, "text_pair", "negative"):
+            value = getattr(self, key, None)
+            for column in value if isinstance(value, list) else [value] if value else []:
+                if column in seen:
+                    first = seen[column]
+                    both = f"{key} names" if key == first else f"{first} and {key} both name"
+                    twice = " twice" if key == first else ""
+                    raise ValueError(f"{both} the column {column}{twice}; name another column")
+                seen[column] = key
+        return self
 
     @property
     def sequences(self) -> int:

@@ -179,6 +179,22 @@ def parse(text: str, mark: Mark) -> Document:
     return document
 
 
+def dropped(text: str) -> str | None:
+    """Return what YAML drops from a valid text: a comment, a line break in unquoted text, or None.
+
+    In a file, this is intended. A value on the command line loses a part of its content.
+    """
+    end = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return "a comment, which begins with #"
+        end = token.end_mark.index
+        plain = isinstance(token, yaml.ScalarToken) and token.plain
+        if plain and "\n" in text[token.start_mark.index : end]:
+            return "a line break in unquoted text"
+    return None
+
+
 def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
     here = document.marks.setdefault(where, mark.at(node.start_mark.line + 1))
     if isinstance(node, yaml.ScalarNode) and node.tag.removeprefix(_TAG) in {"str", *_CORE}:

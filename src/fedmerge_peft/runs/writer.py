@@ -73,11 +73,11 @@ class RunWriter(RunDirectory):
 
     def _reopen(self, engine: Engine, strategy: Strategy) -> None:
         path, recipe = self.path, self.recipe
-        expected = metadata(recipe, engine)
-        for name in ("clients.json", "task.json"):
-            if (path / name).is_file() and checked.read_document(path / name) != strict_json.loads(
-                strict_json.dumps(expected[name])
-            ):
+        compared = ("clients.json", "task.json", "examples.json")
+        for name, document in metadata(recipe, engine).items():
+            if name not in compared or not (path / name).is_file():
+                continue
+            if checked.read_document(path / name) != strict_json.loads(strict_json.dumps(document)):
                 raise ResumeError(
                     f"{path} cannot be resumed: the data or the model have changed and no longer "
                     f"match {name}; restore them, or start a new run"
@@ -284,8 +284,8 @@ class RunWriter(RunDirectory):
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """Return the documents of clients, task, adapter, examples and labels, by file name.
 
-    ``examples.json`` is included only if the recipe has baselines and the engine has a digest, and
-    ``labels.json`` only if the engine counts labels.
+    ``examples.json`` is included only if the engine has a digest, and ``labels.json`` only if it
+    counts labels.
     """
     config = {
         key: sorted(value) if isinstance(value, set) else value
@@ -315,7 +315,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
         },
     }
     digest = getattr(engine, "examples_digest", None)  # across sites, there is none
-    if engine.recipe.baselines and digest is not None:
+    if digest is not None:
         documents["examples.json"] = {"digest": digest}
     if (counts := engine.label_counts()) is not None:
         documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}

@@ -14,7 +14,7 @@ parts of tasks, most of which several tasks share:
 - generated text: ``text_generation``, ``generation``
 - images and sounds: ``media``, ``media_files``, ``images``, ``pictures``, ``pixels``, ``sound``
 - metrics: ``metrics``, ``calibration``, and the modules ``..._metrics`` for some kinds of output
-- rows after tokenization and truncation: ``shown``, ``cuts``
+- rows after tokenization and truncation: ``shown``, ``cuts``, ``equal_targets``
 - division of batches into passes of the model: ``passes``
 """
 

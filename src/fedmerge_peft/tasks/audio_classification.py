@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples, Padding
-from fedmerge_peft.tasks.classification import Classification
+from fedmerge_peft.tasks.classification import PROBLEM_TYPE, Classification
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
@@ -47,7 +47,9 @@ class AudioClassificationTask(Classification, MediaTask):
     medium: ClassVar[str] = "audio"
     auto_processor: ClassVar[str] = "AutoFeatureExtractor"
     pipeline_argument: ClassVar[str] = "feature_extractor"
-    loading_code: ClassVar[str] = loading_code(auto_model, auto_processor)
+    loading_code: ClassVar[str] = loading_code(
+        auto_model, auto_processor, problem_type=PROBLEM_TYPE
+    )
 
     @property
     def _input_name(self) -> str:

@@ -13,7 +13,7 @@ from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.metrics import compares
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
-from fedmerge_peft.tasks.chat_template import resolve_template, set_chat_template
+from fedmerge_peft.tasks.chat_template import set_chat_template, set_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import TextGenerator, generation_options
 from fedmerge_peft.tasks.inputs import reject_inputs
@@ -110,8 +110,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a "
                 f"prompt; the model's limit is {limit} tokens; lower task.max_new_tokens"
             )
-        if recipe.chat_template is not None:
-            self.processor.chat_template = resolve_template(self.processor, recipe.chat_template)
+        set_template(self.processor, recipe)
         self._generator = TextGenerator(self.processor, self.pad_token_id, recipe)
         self.loss = infer_loss(recipe, self.format, table)
         # Chat templates write special tokens, which must be read as tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
@@ -16,12 +17,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CLOCK = "strftime_now"
+"""Function of templates that returns the current date. Llama 3.1's template calls it."""
+_DATE = datetime(2024, 7, 26)
+"""Date that it returns in a run, the default of Llama 3.1. Tokens would else depend on the day."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Message keys for the assistant's reasoning before its answer."""
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise ``DataError`` if a tokenizer has no chat template, or several but none as default."""
+    """Check that a tokenizer has a chat template; warn if it writes the current date (``_CLOCK``).
+
+    Raises ``DataError`` if there is no template, or if there are several but none as default.
+    """
     templates = tokenizer.chat_template
     if not templates:
         raise DataError(
@@ -34,6 +42,13 @@ def check_template(tokenizer: Any) -> None:
             "task.chat_template: the tokenizer has several chat templates "
             f"({join_values(sorted(templates))}) and none is called default; set "
             "task.chat_template to the name of one of them"
+        )
+    if _CLOCK in (templates["default"] if isinstance(templates, dict) else templates):
+        logger.warning(
+            "task.chat_template: the chat template writes the current date; training, evaluation "
+            "and predictions of a run write %s instead, so that they do not depend on the day; "
+            "for another date, set task.chat_template to a template with this date",
+            f"{_DATE:%Y-%m-%d}",
         )
 
 
@@ -60,12 +75,10 @@ def resolve_template(tokenizer: Any, template: str) -> str:
     return str(named[template])
 
 
-def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
-    """Set a tokenizer's chat template to the recipe's, and add the recipe's system prompt to it.
+def set_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
+    """Set a tokenizer's chat template to the recipe's, and its current date to ``_DATE``.
 
-    The tokenizer then renders chats as the task does, without the recipe. If the recipe sets no
-    template, the tokenizer keeps its own. Chats that begin with a message of the system or the
-    developer do not get the recipe's prompt.
+    If the recipe sets no template, the tokenizer keeps its own, with this date.
 
     Raises:
         DataError: ``recipe.chat_template`` is a name, and the tokenizer has no template of this
@@ -73,7 +86,20 @@ def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
     """
     if recipe.chat_template is not None:
         tokenizer.chat_template = resolve_template(tokenizer, recipe.chat_template)
-    if recipe.system_prompt is None or not (template := tokenizer.chat_template):
+    _begin_templates(tokenizer, lambda text: _fixed_clock() if _CLOCK in text else "")
+
+
+def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
+    """Set a tokenizer's chat template (``set_template``), and add the recipe's system prompt to it.
+
+    The tokenizer then renders chats as the task does, without the recipe. Chats that begin with a
+    message of the system or the developer do not get the recipe's prompt.
+
+    Raises:
+        DataError: See ``set_template``.
+    """
+    set_template(tokenizer, recipe)
+    if recipe.system_prompt is None:
         return
     prompt = json.dumps(recipe.system_prompt)
     begin = (
@@ -81,11 +107,26 @@ def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
         "{% set messages = [{'role': 'system', 'content': " + prompt + "}] + messages %}"
         "{% endif %}"
     )
+    _begin_templates(tokenizer, lambda _: begin)
+
+
+def _begin_templates(tokenizer: Any, begin: Callable[[str], str]) -> None:
+    """Write ``begin(text)`` before the text of a tokenizer's chat template, or of each of them."""
+    if not (template := tokenizer.chat_template):
+        return
     tokenizer.chat_template = (
-        {name: begin + text for name, text in template.items()}
+        {name: begin(text) + text for name, text in template.items()}
         if isinstance(template, dict)
-        else begin + template
+        else begin(template) + template
     )
+
+
+def _fixed_clock() -> str:
+    """Return the definition of a ``strftime_now`` that formats ``_DATE``, in Jinja."""
+    replaced = "".join(
+        f".replace('%{letter}', '{_DATE:%{letter}}')" for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"
+    )
+    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def check_contents(

@@ -49,14 +49,12 @@ def read_choices(
             has nulls in the last columns.
 
     Raises:
-        DataError: A column does not exist, has an unsuitable type or is listed twice; a list or a
-            value in it is missing; a row has fewer than two choices, lacks a choice before its
+        DataError: A column does not exist or has an unsuitable type; a list or a value in it is
+            missing; a row has fewer than two choices, lacks a choice before its
             last, or has more or fewer names than choices.
     """
     names = None
     if not isinstance(columns, str):
-        if twice := [name for place, name in enumerate(columns) if name in columns[:place]]:
-            raise DataError(f"task.choices: column {twice[0]!r} is named twice; name it once")
         texts = zip(*(_texts(table, column, "task.choices") for column in columns), strict=True)
         rows = [_without_missing(row, own, columns) for row, own in enumerate(texts)]
     elif {f"{columns}.text", f"{columns}.label"} <= {*_parts(table, columns).column_names}:

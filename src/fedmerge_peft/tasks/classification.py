@@ -19,6 +19,10 @@ from fedmerge_peft.tasks.predictions import Compared
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PROBLEM_TYPE = "single_label_classification"
+"""Name of the loss in transformers' configurations. It makes pipelines return the softmax, whatever
+the model's ``config.json`` has."""
+
 
 class Classification(WeightedClasses):
     """Task with one label per example. The loss is the cross-entropy without label smoothing.
@@ -27,6 +31,7 @@ class Classification(WeightedClasses):
     """
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    config_options: ClassVar[Mapping[str, Any]] = {"problem_type": PROBLEM_TYPE}
 
     @classmethod
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:

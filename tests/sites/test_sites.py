@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedmerge_peft import Run
 from fedmerge_peft.errors import FederateError, RefusedError
+from fedmerge_peft.models import tiny
 from fedmerge_peft.sites.config import (
     SITE_FILE,
     SiteLimits,
@@ -139,11 +141,24 @@ def test_a_site_with_another_layout_is_refused_and_the_others_continue(
     # a different layout, as from another version of PEFT
     other.recipe = other.recipe.replace(["lora.r=4"])
     outcome, _ = run_federation(kit, connect(trainers))
-    assert "the server's adapters have layout" in outcome.absent["site-2"]
+    assert "the server's model and adapters have the digest" in outcome.absent["site-2"]
     assert outcome.state == "ended"
     assert set(Run.open(kit / "run").records[-1]["clients"]) == {
         client.name for client in trainers["site-1"].data.clients
     }
+
+
+def test_a_site_with_other_weights_is_refused(smoke, federation_of, connect, tmp_path):
+    kit, trainers = federation_of(smoke("clients.failures=skip"), 2)
+    tiny.write("bert", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: 1.01 * tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    other = trainers["site-2"]
+    other.recipe = other.recipe.replace([f"backbone.model={tmp_path / 'model'}"])
+    outcome, _ = run_federation(kit, connect(trainers))
+    assert "the weights, PEFT or fedmerge-peft differ" in outcome.absent["site-2"]
+    assert outcome.state == "ended"
 
 
 def test_a_federation_without_sites_fails_with_each_sites_reason(smoke, federation_of, connect):

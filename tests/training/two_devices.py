@@ -95,7 +95,7 @@ _setup_privateuseone_for_python_backend("second")
 with FakeTensorMode(allow_non_fake_inputs=True):
     place(held.model, PARTS[kind])
     trainable = [tensor for tensor in held.model.parameters() if tensor.requires_grad]
-    backbone = Backbone(held.model, held.layout, trainable, {}, torch.device("cpu"))
+    backbone = Backbone(held.model, held.layout, trainable, {}, torch.device("cpu"), "")
     runtime = Runtime(backbone, bench.task, bench.accelerator, bench.examples)
     rows, alignment = np.arange(4), Alignment(torch.zeros(3, 32), 0.1)
     for adapters in (

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 from typing import Literal
 
 import torch
@@ -166,13 +165,3 @@ class AdapterLayout:
             raise ValueError(
                 f"an adapter of this layout has shape ({self.size},), got {tuple(row.shape)}"
             )
-
-
-def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 digest of the adapter layout, which must be equal at both ends.
-
-    The digest covers names, shapes, roles and order of an adapter's tensors, and names and shapes
-    of ``shared``, the tensors that all adapters share.
-    """
-    fixed = sorted((name, tuple(tensor.shape)) for name, tensor in shared.items())
-    return sha256(f"{layout.to_json()}{fixed}".encode()).hexdigest()

@@ -34,6 +34,10 @@ class Model(Protocol):
     def device(self) -> torch.device:
         """Device of the weights."""
 
+    @property
+    def weights_digest(self) -> str:
+        """Digest of the pretrained weights (``models/weights_digest.py``)."""
+
     def set_base(self, base: Mapping[str, Tensor]) -> None:
         """Set the ΔW that is added to the pretrained weights for training and scoring.
 

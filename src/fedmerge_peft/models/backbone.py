@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from fedmerge_peft.models.peft_model import (
 )
 from fedmerge_peft.models.placement import RemoteTensors, is_remote
 from fedmerge_peft.models.pretrained import load_model
+from fedmerge_peft.models.weights_digest import weights_digest
 from fedmerge_peft.recipe.backbone import BackboneRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.tasks.base import Task
@@ -38,6 +40,7 @@ class Backbone:
         trainable: Trainable tensors in the order of the layout.
         shared: Frozen tensors that all adapters share, by the name under which PEFT saves them.
         device: Device of the adapter, and of the model's inputs and outputs.
+        digest: Digest of the pretrained weights (``weights_digest.py``).
     """
 
     def __init__(
@@ -47,7 +50,10 @@ class Backbone:
         trainable: Sequence[nn.Parameter],
         shared: Mapping[str, Tensor],
         device: torch.device,
+        digest: str,
     ) -> None:
+        self.weights_digest = digest
+        """Digest of the pretrained weights, for comparison with those of a run or a site."""
         self.model = model
         """PEFT model. Only ``set_base`` and ``load_shared`` change its frozen tensors."""
         self.layout = layout
@@ -78,6 +84,16 @@ class Backbone:
     def config(self) -> Any:
         """PEFT's LoraConfig."""
         return self.model.peft_config["default"]
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 digest of all that must be equal at the server and at sites.
+
+        It covers the sampled weights, names, shapes, roles and order of an adapter's tensors, and
+        names and shapes of the tensors that all adapters share.
+        """
+        shared = sorted((name, tuple(tensor.shape)) for name, tensor in self.shared.items())
+        return sha256(f"{self.layout.to_json()}{shared}{self.weights_digest}".encode()).hexdigest()
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -230,6 +246,7 @@ def load_backbone(
     """
     with seeded(derive(seed, "backbone"), device):
         model, missing = load_model(backbone, task, folder, device)
+        weights = weights_digest(model, missing)
         peft_model = add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -243,10 +260,10 @@ def load_backbone(
                 parameter.requires_grad_(False)
     peft_model.eval()
     check_reload(peft_model)
-    return _with_layout(peft_model, device)
+    return _with_layout(peft_model, device, weights)
 
 
-def _with_layout(model: Any, device: torch.device) -> Backbone:
+def _with_layout(model: Any, device: torch.device, weights: str) -> Backbone:
     """Create the backbone. Find the name under which PEFT saves a tensor by its memory address."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora.layer import ParamWrapper
@@ -293,4 +310,6 @@ def _with_layout(model: Any, device: torch.device) -> Backbone:
     layout = AdapterLayout.from_tensors(
         (saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable
     )
-    return Backbone(model, layout, [parameter for _, parameter in trainable], shared, device)
+    return Backbone(
+        model, layout, [parameter for _, parameter in trainable], shared, device, weights
+    )

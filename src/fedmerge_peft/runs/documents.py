@@ -181,8 +181,8 @@ class ConfusionDocument:
 
 
 @dataclass(frozen=True)
-class ExamplesDigest:
-    """``examples.json``."""
+class DigestDocument:
+    """``examples.json`` and ``backbone.json``."""
 
     digest: Text
 
@@ -194,7 +194,8 @@ SCHEMAS: Mapping[str, Any] = {
     "task.json": TaskDocument,
     "labels.json": LabelCounts,
     "confusion.json": ConfusionDocument,
-    "examples.json": ExamplesDigest,
+    "examples.json": DigestDocument,
+    "backbone.json": DigestDocument,
     "summary.json": Summary,
     "scores.json": State,
     "privacy.json": Releases,

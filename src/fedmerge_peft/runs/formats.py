@@ -7,7 +7,7 @@ from pathlib import Path
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.util import checked, strict_json
 
-FORMAT = 4
+FORMAT = 5
 """Version that this package writes and reads, stored in ``environment.json``."""
 
 

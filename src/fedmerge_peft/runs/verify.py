@@ -12,7 +12,7 @@ from fedmerge_peft.runs.directory import RunDirectory, round_of
 from fedmerge_peft.util import checked
 from fedmerge_peft.util.folders import SUMS, faults
 
-_ALWAYS = ("environment.json", "clients.json", "task.json", "adapter_config.json")
+_ALWAYS = ("environment.json", "clients.json", "task.json", "backbone.json", "adapter_config.json")
 """Documents that every run with a finished round must have."""
 
 

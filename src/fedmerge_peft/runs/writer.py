@@ -73,7 +73,7 @@ class RunWriter(RunDirectory):
 
     def _reopen(self, engine: Engine, strategy: Strategy) -> None:
         path, recipe = self.path, self.recipe
-        compared = ("clients.json", "task.json", "examples.json")
+        compared = ("clients.json", "task.json", "examples.json", "backbone.json")
         for name, document in metadata(recipe, engine).items():
             if name not in compared or not (path / name).is_file():
                 continue
@@ -282,7 +282,7 @@ class RunWriter(RunDirectory):
 
 
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
-    """Return the documents of clients, task, adapter, examples and labels, by file name.
+    """Return the documents of clients, task, backbone, adapter, examples and labels, by file name.
 
     ``examples.json`` is included only if the engine has a digest, and ``labels.json`` only if it
     counts labels.
@@ -308,6 +308,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
             "format": engine.task.format,
             "padding": engine.task.padding,
         },
+        "backbone.json": {"digest": engine.backbone.weights_digest},
         "adapter_config.json": {
             **config,
             "base_model_name_or_path": recipe.backbone.model,

@@ -19,6 +19,8 @@ from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.placement import is_distributed
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
+from fedmerge_peft.models.weights_digest import weights_digest
+from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.confusion import client_confusion
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import generation_writer
@@ -237,7 +239,8 @@ class MergedAdapter:
             else None
         )
         head = _ModelHead(kind.auto_model, labels, kind.heads, kind.config_options, pad)
-        base, _ = load_model(recipe.backbone, head, folder, device)
+        base, missing = load_model(recipe.backbone, head, folder, device)
+        check_weights(self.run, weights_digest(base, missing))
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             folder = str(write_adapter(Path(adapter), *self.peft_state()))
             with quiet_transformers():
@@ -318,6 +321,17 @@ def mixed_adapter(
     )
 
 
+def check_weights(run: RunDirectory, digest: str) -> None:
+    """Raise ``RunError`` unless ``digest`` is that of the run's pretrained weights."""
+    if documents.read(run.path / "backbone.json")["digest"] != digest:
+        backbone = run.recipe.backbone
+        raise RunError(
+            f"{run.path}: the weights of {backbone.model} have changed since the run, so its "
+            "adapters no longer fit; restore the weights (backbone.revision names a version on the "
+            "hub), or run the recipe again"
+        )
+
+
 def load_shared_state(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) -> None:
     """Load the tensors that all adapters of a run's soup share into a backbone.
 
@@ -325,8 +339,9 @@ def load_shared_state(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) 
     ``soup.base`` (flora, fedex_lora).
 
     Raises:
-        RunError: The adapters do not fit this model.
+        RunError: The adapters do not fit this model, or its pretrained weights have changed.
     """
+    check_weights(run, backbone.weights_digest)
     expected, shapes = (
         {key: tuple(value.shape) for key, value in shared.items()}
         for shared in (backbone.shared, soup.shared)

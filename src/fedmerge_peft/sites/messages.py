@@ -94,7 +94,7 @@ def assignment_message(
         client: Name of the client.
         work: The assignment, or the adapter or mixture to evaluate.
         base: Additions of the strategy to the backbone, ΔW ``(out, in)`` by module name.
-        layout: The ``layout_digest``.
+        layout: The ``Backbone.model_digest``.
         dtype: Number format of the adapters.
 
     Raises:
@@ -241,7 +241,7 @@ def read_assignment(
 
     Args:
         message: A message of kind ``train`` or ``evaluate``.
-        layout: The ``layout_digest`` at this end.
+        layout: The ``Backbone.model_digest`` at this end.
         columns: P, the number of values of an adapter at this end.
         dtype: The agreed number format.
 
@@ -270,7 +270,7 @@ def read_reply(
         message: A message of kind ``trained``.
         index: Index of the client in the federation.
         client: Name of the client that received the assignment.
-        layout: The ``layout_digest`` at this end.
+        layout: The ``Backbone.model_digest`` at this end.
         columns: P, the number of values of an adapter at this end.
         dtype: The agreed number format.
 

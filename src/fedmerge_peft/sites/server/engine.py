@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.layout import layout_digest
 from fedmerge_peft.data import Client
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.assignments import Assignment, Assignments
@@ -58,6 +57,7 @@ class ServerModel:
 
     config: Any
     device: torch.device
+    weights_digest: str
     base: Mapping[str, Tensor]
     """Additions to the backbone, ΔW by module name; sent with every plan and served model."""
 
@@ -88,11 +88,11 @@ class RemoteEngine:
         self.federation = federation
         self.transport = transport
         self.task = task
-        self.layout = layout_digest(backbone.layout, backbone.shared)
+        self.layout = backbone.model_digest
         self.accelerator: Accelerator = make_accelerator(
             recipe.training.model_copy(update={"device": "cpu"})
         )
-        self.backbone = ServerModel(backbone.config, backbone.device, {})
+        self.backbone = ServerModel(backbone.config, backbone.device, backbone.weights_digest, {})
         self.absent = absent
         """Sites that do not take part in this job, with the reasons."""
         self._model = backbone
@@ -130,7 +130,7 @@ class RemoteEngine:
             {
                 "labels": roster.labels,
                 "format": roster.format,
-                "layout": layout_digest(backbone.layout, backbone.shared),
+                "layout": backbone.model_digest,
             },
             backbone.shared,
         )

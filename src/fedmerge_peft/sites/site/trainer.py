@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.layout import layout_digest
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
@@ -186,12 +185,12 @@ class Trainer:
                 f"lora: an update has {backbone.layout.size} values, "
                 f"and allow.max_parameters in {SITE_FILE} is {limit}; raise it to allow this job"
             )
-        ours = layout_digest(backbone.layout, backbone.shared)
+        ours = backbone.model_digest
         if layout != ours:
             raise WireError(
-                f"the server's adapters have layout {layout[:12]}, and this site's have "
-                f"{ours[:12]}: model, PEFT or fedmerge-peft differ; use the same model and the "
-                "same versions on the server and all sites"
+                f"the server's model and adapters have the digest {layout[:12]}, and this site's "
+                f"have {ours[:12]}: the weights, PEFT or fedmerge-peft differ; use the same "
+                "weights and the same versions on the server and all sites"
             )
         shared = {name: value for name, value in message.tensors.items() if name in backbone.shared}
         _check_tensors(shared, _shapes(backbone.shared), "tensors shared by all adapters")
@@ -218,7 +217,7 @@ class Trainer:
 
     def _train_or_evaluate(self, message: Message) -> tuple[Message, AuditEntry]:
         engine = self._engine
-        layout = layout_digest(engine.backbone.layout, engine.backbone.shared)
+        layout = engine.backbone.model_digest
         dtype = self.federation.wire_dtype
         assignment = read_assignment(message, layout, engine.backbone.layout.size, dtype)
         client, plan = assignment.client, assignment.plan

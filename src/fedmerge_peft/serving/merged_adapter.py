@@ -48,6 +48,7 @@ class _ModelHead(NamedTuple):
     auto_model: str
     labels: tuple[str, ...]
     heads: tuple[str, ...]
+    unused: tuple[str, ...]
     config_options: Mapping[str, Any]
     pad_token_id: int | None
 
@@ -235,7 +236,9 @@ class MergedAdapter:
             if kind.reads_last_token
             else None
         )
-        head = _ModelHead(kind.auto_model, labels, kind.heads, kind.config_options, pad)
+        head = _ModelHead(
+            kind.auto_model, labels, kind.heads, kind.unused, kind.config_options, pad
+        )
         base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             folder = str(write_adapter(Path(adapter), *self.peft_state()))

@@ -140,14 +140,9 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
     """
     own = metadata(recipe, engine) if reused else {}
     if reused and "examples.json" not in own:
-        cause = (
-            "the engine was loaded for a recipe without baselines; load it for this recipe"
-            if hasattr(type(engine), "examples_digest")
-            else "they are at sites; remove baselines_from"
-        )
         raise RecipeError(
             "baselines_from: the examples cannot be compared with those of the earlier run, "
-            f"because {cause}"
+            "because the engine does not hold them, as across sites; remove baselines_from"
         )
     for run in reused.values():
         for name, document in own.items():

@@ -6,7 +6,7 @@ environment.json        format version, start time, versions, git commit, device
 decisions.json          values for keys of training that are auto, with reasons and the range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, text format, and padding
-examples.json           digest of the examples, if the recipe has baselines (not across sites)
+examples.json           digest of the examples (not across sites)
 labels.json             training examples of each client by label, if examples have labels
 confusion.json          after the end: test examples of each client by true and predicted class
 adapter_config.json     PEFT's configuration of the adapters

@@ -284,7 +284,7 @@ class RunWriter(RunDirectory):
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """Return the documents of clients, task, adapter, examples and labels, by file name.
 
-    ``examples.json`` is included only if the recipe has baselines and the engine has a digest, and
+    ``examples.json`` is included only if the engine has a digest of the examples, and
     ``labels.json`` only if the engine counts labels.
     """
     config = {
@@ -315,7 +315,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
         },
     }
     digest = getattr(engine, "examples_digest", None)  # across sites, there is none
-    if engine.recipe.baselines and digest is not None:
+    if digest is not None:
         documents["examples.json"] = {"digest": digest}
     if (counts := engine.label_counts()) is not None:
         documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}

@@ -217,13 +217,17 @@ def _below_local(
         and not limits[client][0] <= other_values[client] <= limits[client][1]
     ]
     certain = f" (beyond the 95 % interval for {len(clear)} of them)" if limits else ""
-    private = [each for each in ("ditto", "fedrep") if each != run.recipe.strategy.name]
+    methods = ("ditto", "fedrep") if run.adapter_config.get("modules_to_save") else ("ditto",)
+    others = [f"strategy={each}" for each in methods if each != run.recipe.strategy.name]
+    action = f"serve these clients their {name} adapters"
+    if others:
+        action += ", or use another strategy that keeps a part of the model private: "
+        action += " or ".join(others)
     yield Advice(
         f"the {readable(own['metric'])} of {len(worse)} of {len(own_values)} clients is worse than "
         f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
         "their data differ from the data of clients that share their adapters, or suffice alone",
-        f"serve these clients their {name} adapters, or use another strategy that keeps a part of "
-        f"the model private: {' or '.join(f'strategy={each}' for each in private)}",
+        action,
     )
 
 

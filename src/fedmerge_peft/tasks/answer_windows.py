@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ class AnswerWindows:
         """
         with library_errors(
             lambda reason: DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"the tokenizer fails on the question {question[:80]!r} or the context "
-                f"{context[:80]!r}: {reason}"
+                f"{row_name(row)}: the tokenizer fails on the question {question[:80]!r} or the "
+                f"context {context[:80]!r}: {reason}"
             )
         ):
             question = question.lstrip()
@@ -215,9 +215,7 @@ def read_answers(
     check_column(table, column, "task.answers")
     answers = []
     for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
-        own = _parsed(
-            value, f"row {row} (from 0, of the rows that the run uses): column {column!r}"
-        )
+        own = _parsed(value, f"{row_name(row)}: column {column!r}")
         for answer in own:
             if (
                 context[answer.start : answer.start + len(answer.text)] != answer.text
@@ -230,16 +228,14 @@ def read_answers(
                 begin = max(same - 40, 0)  # the message shows the first difference
                 part = f" (shown from character {begin} of the answer on)" if begin else ""
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    "the context does not have the answer "
+                    f"{row_name(row)}: the context does not have the answer "
                     f"{answer.text[begin:][:80]!r} at answer_start {answer.start}"
                     f"{f', but {there[begin:][:80]!r}' if answer.start >= 0 else ''}{part}; "
                     "correct the row"
                 )
         if not own and not recipe.no_answer:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"there is no answer in column {column!r}; set "
+                f"{row_name(row)}: there is no answer in column {column!r}; set "
                 "task.no_answer: true for questions without one, or remove the row"
             )
         answers.append(own)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
     entries = table.select_columns([*read, *([_SYSTEM] * systems)]).with_format(None)[:]
     chats = []
     for row in range(len(table)):
-        where = f"row {row} (from 0, of the rows that the run uses): "
+        where = f"{row_name(row)}: "
         parts = [parse_messages(entries[column][row], column, where) for column in columns]
         messages = [message for part in parts for message in part]
         own = entries[_SYSTEM][row] if systems else None

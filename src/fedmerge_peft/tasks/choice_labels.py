@@ -13,6 +13,7 @@ from fedmerge_peft.data.column_types import whole_numbers
 from fedmerge_peft.data.columns import join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -130,10 +131,7 @@ def _only(
                 )
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
-            raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"{shown} in column {column!r} {fault}; {remedy}"
-            )
+            raise DataError(f"{row_name(row)}: {shown} in column {column!r} {fault}; {remedy}")
     return [place for (place,) in rows]
 
 

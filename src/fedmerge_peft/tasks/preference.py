@@ -34,6 +34,7 @@ from fedmerge_peft.tasks.causal_lm import CausalLMTask
 from fedmerge_peft.tasks.chat_messages import parse_messages
 from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:
@@ -291,14 +292,13 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
     rows: dict[str, list[Any]] = {"prompt": [], "completion": []}
     for row, pair in enumerate(zip(*(table[columns[key]] for key in _SIDES), strict=True)):
         chats = [
-            parse_messages(chat, column, f"row {row} (from 0, of the rows that the run uses): ")
+            parse_messages(chat, column, f"{row_name(row)}: ")
             for chat, column in zip(pair, columns.values(), strict=True)
         ]
         shared = _common(*chats)
         if not 0 < shared < min(map(len, chats)):
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                "the chosen and the rejected chat must begin with "
+                f"{row_name(row)}: the chosen and the rejected chat must begin with "
                 "the same messages and end with different ones; correct the row, or give the "
                 "prompt in a column (task.prompt)"
             )

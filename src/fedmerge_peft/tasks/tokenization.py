@@ -21,6 +21,7 @@ from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.in_memory import passed_model, passed_processor
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.vocabulary import position_limit, special_strings
 from fedmerge_peft.util.library_errors import STOPS, library_errors
 
@@ -239,9 +240,8 @@ def _tokenized_row(
 ) -> dict[str, Any]:
     with library_errors(
         lambda reason: DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"the tokenizer fails on {texts[0][:80]!r}: {reason.rstrip('.')}; correct the text, or "
-            "remove it"
+            f"{row_name(row)}: the tokenizer fails on {texts[0][:80]!r}: {reason.rstrip('.')}; "
+            "correct the text, or remove it"
         )
     ):
         return dict(tokenizer(*texts, verbose=False, **options))
@@ -282,8 +282,7 @@ def truncated(
         written = next(filter(None, map(special.first_in, texts)), None)
         if written and special.count(encoded["input_ids"]) > usual:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"the tokenizer takes {written!r} in the text "
+                f"{row_name(row)}: the tokenizer takes {written!r} in the text "
                 "for a special token; remove it from the text"
             )
         for name, values in encoded.items():
@@ -295,9 +294,8 @@ def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: st
     """Raise ``DataError`` for the first text that has no tokens."""
     if (row := next((row for row, ids in enumerate(rows) if not ids), None)) is not None:
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"the text in column {column!r} has no "
-            f"tokens: {texts[row]!r}; change the text, or remove the row"
+            f"{row_name(row)}: the text in column {column!r} has no "
+            f"tokens: {texts[row]!r}; change the text, or remove it"
         )
 
 

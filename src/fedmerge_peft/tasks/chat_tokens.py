@@ -315,7 +315,7 @@ class ChatTokens:
         """Apply the chat template. Raises ``DataError`` if it rejects the messages."""
 
         def rejected(reason: str) -> DataError:
-            fault = f"the chat template rejects the messages: {reason.rstrip('.')}"
+            fault = f"the chat template rejects the messages: {reason}"
             return self.error(row, f"{fault}; change them, or set another task.chat_template")
 
         def apply(written: list[Message]) -> Any:

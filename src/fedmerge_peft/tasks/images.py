@@ -89,7 +89,7 @@ class ImageTask(MediaTask):
             with library_errors(
                 lambda reason: BackboneError(
                     f"backbone.model: {self._processor_name} does not process images: "
-                    f"{reason.rstrip('.')}; name another image processor in backbone.tokenizer or, "
+                    f"{reason}; name another image processor in backbone.tokenizer or, "
                     "for a model in memory, pass another one (processor=...)"
                 )
             ):
@@ -157,7 +157,7 @@ class ImageTask(MediaTask):
         with library_errors(
             lambda reason: DataError(
                 f"{row_name(row)}: {self._processor_name} fails on the "
-                f"image of {image.width} × {image.height} pixels: {reason.rstrip('.')}; replace "
+                f"image of {image.width} × {image.height} pixels: {reason}; replace "
                 "the image, or remove it"
             )
         ):

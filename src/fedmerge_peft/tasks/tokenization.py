@@ -95,7 +95,7 @@ def load_pretrained(
         own_code = "custom code" in reason or "trust_remote_code" in reason
         advice = "read the code; if you trust it, set backbone.trust_remote_code=true"
         return BackboneError(
-            f"{key}: {part} of {source} cannot be loaded: {reason.rstrip('.')}; "
+            f"{key}: {part} of {source} cannot be loaded: {reason}; "
             f"{advice if own_code else remedy}"
         )
 
@@ -240,7 +240,7 @@ def _tokenized_row(
 ) -> dict[str, Any]:
     with library_errors(
         lambda reason: DataError(
-            f"{row_name(row)}: the tokenizer fails on {texts[0][:80]!r}: {reason.rstrip('.')}; "
+            f"{row_name(row)}: the tokenizer fails on {texts[0][:80]!r}: {reason}; "
             "correct the text, or remove it"
         )
     ):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.row_names import row_name
+from fedmerge_peft.tasks.tokenization import more_tokens
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ class AnswerWindows:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
         length: Maximum length of a window in tokens.
         stride: Number of tokens of the context that consecutive windows share.
+        limit: Limit of the model in tokens, if any.
         with_types: True if the model reads token types.
 
     Raises:
         DataError: ``stride`` is not less than ``longest_question``.
     """
 
-    def __init__(self, tokenizer: Any, length: int, stride: int, *, with_types: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, length: int, stride: int, limit: int | None, *, with_types: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self.length = length
         self._stride = stride
@@ -78,9 +82,10 @@ class AnswerWindows:
         if stride >= self.longest_question:
             room = self.longest_question
             lower = f"set task.stride to less than {room}, or " if room > 0 else ""
+            more = more_tokens(2 * stride + special + 1, limit)
             raise DataError(
                 f"task.stride: windows of {length} tokens have too little room for a question and "
-                f"{stride} shared tokens of the context; {lower}raise task.max_length"
+                f"{stride} shared tokens of the context; {lower}{more}"
             )
 
     def of_row(

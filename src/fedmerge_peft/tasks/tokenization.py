@@ -180,6 +180,12 @@ def resolve_max_length(
     return min((length for length in (limit, default) if length is not None), default=None)
 
 
+def more_tokens(length: int, limit: int | None) -> str:
+    """Return advice on texts that need more than ``length`` tokens, given the model's limit."""
+    may_raise = limit is None or length < limit
+    return "raise task.max_length" if may_raise else "use a model with a higher limit"
+
+
 def read_texts(table: Dataset, column: str, key: str) -> list[str]:
     """Read a column of text. Integers and booleans are converted to text, with a warning.
 

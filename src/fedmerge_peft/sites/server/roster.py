@@ -20,6 +20,7 @@ from fedmerge_peft.sites.fields import (
     MAX_LABELS,
     Enrolled,
     EnrolledClient,
+    LabelCounts,
     Labels,
     Opened,
     TextFormat,
@@ -42,7 +43,7 @@ class RosterEntry(TypedDict):
     train: Count
     validation: Count
     test: Count
-    counts: list[Count] | None
+    counts: LabelCounts | None
     """Number of training examples with each label; None with ``privacy.mode: local``, or if the
     task counts no labels."""
 
@@ -67,7 +68,7 @@ class Roster:
     """Text format of the federation. None before the first job, and if the task has no formats."""
     columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
     """Column names of the data; empty before the first job."""
-    clients: dict[str, RosterEntry] = field(default_factory=dict)
+    clients: dict[Name, RosterEntry] = field(default_factory=dict)
     """Entries of the clients whose sites have enrolled, by client name."""
 
     @classmethod

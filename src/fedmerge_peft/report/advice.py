@@ -15,6 +15,7 @@ from fedmerge_peft.report.learning_figures import losses
 from fedmerge_peft.report.methods import final_scores, readable
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_score_is_better
+from fedmerge_peft.util.text import count_of
 
 _MIN_TEST_EXAMPLES = 30
 """Number of test examples below which one example changes an accuracy by over three points."""
@@ -224,8 +225,9 @@ def _below_local(
         action += ", or use another strategy that keeps a part of the model private: "
         action += " or ".join(others)
     yield Advice(
-        f"the {readable(own['metric'])} of {len(worse)} of {len(own_values)} clients is worse than "
-        f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
+        f"the {readable(own['metric'])} of {len(worse)} of "
+        f"{count_of(len(own_values), 'client')} is worse than with {name} training alone{certain}: "
+        + join_values(clear or worse, _MAX_LISTED),
         "their data differ from the data of clients that share their adapters, or suffice alone",
         action,
     )
@@ -293,8 +295,8 @@ def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
         else "a few unusual examples decide a client's score"
     )
     yield Advice(
-        f"{len(few)} of {len(run.clients)} clients {have} fewer than {_MIN_TEST_EXAMPLES} test "
-        f"examples (minimum {least})",
+        f"{len(few)} of {count_of(len(run.clients), 'client')} {have} fewer than "
+        f"{_MIN_TEST_EXAMPLES} test examples (minimum {least})",
         effect,
         "do not rely on single clients; compare means over several seeds with fedmerge sweep",
     )

@@ -28,6 +28,7 @@ from fedmerge_peft.sites.fields import (
 )
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.tasks import task_type
 from fedmerge_peft.util import checked
 from fedmerge_peft.util.files import write_json
 from fedmerge_peft.util.ranges import Count, Name, first_fault
@@ -106,7 +107,7 @@ class Roster:
             The reason for each site that does not match, by site.
 
         Raises:
-            FederateError: In the first job, all examples have the same label.
+            FederateError: In the first job, the task has classes and all examples the same one.
         """
         task = recipe.task
         refused: dict[str, str] = {}
@@ -128,7 +129,8 @@ class Roster:
                 named = {site: summary.labels or [] for site, summary in fitting.items()}
                 refused |= (excess := sites_beyond(named, number))
                 kept = [labels for site, labels in named.items() if site not in excess]
-                self.labels = agree_on_labels(kept, number) if kept else None
+                one_each = task_type(task).names_classes
+                self.labels = agree_on_labels(kept, number, one_each=one_each) if kept else None
         for site, summary in fitting.items():
             if site in refused:
                 continue

@@ -31,7 +31,7 @@ from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
-from fedmerge_peft.tasks.chat_messages import parse_messages
+from fedmerge_peft.tasks.chat_messages import have_messages, parse_messages
 from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.row_names import row_name
@@ -280,6 +280,7 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
         reject_nulls(table.select_columns([column]).with_format("arrow")[:].column(column), column)
     own = columns[side]
     if recipe.prompt in table.column_names:
+        have_messages(table, [recipe.prompt, own], f"task.{side}")
         both = table.select_columns([recipe.prompt, own])
         return both.rename_columns({recipe.prompt: "prompt", own: "completion"})
     if not hasattr(table.features[own], "feature"):

@@ -269,6 +269,7 @@ class LabelTask:
     auto_model = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     heads = ("classifier", "score")
+    unused = ()
     config_options = {}
     labels = ("a", "b", "c")
     pad_token_id = 0
@@ -283,6 +284,7 @@ class TextTask:
     auto_model = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
     heads = ()
+    unused = ()
     config_options = {}
     labels = ()
     pad_token_id = 0

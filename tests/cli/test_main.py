@@ -162,9 +162,9 @@ def test_bad_input_ends_with_code_2_and_a_message(arguments, fedmerge):
 def test_every_error_has_a_line_of_its_own(fedmerge):
     _, _, err = fedmerge("validate", "smoke", "seed=x", "rounds=0")
     assert err.splitlines() == [
-        "command line: seed: found text 'x', expected a whole number at least 0 and below "
+        "overrides: seed: found text 'x', expected a whole number at least 0 and below "
         "9223372036854775808",
-        "command line: rounds: found 0, expected a whole number above 0 and at most 1000000",
+        "overrides: rounds: found 0, expected a whole number above 0 and at most 1000000",
     ]
 
 
@@ -209,7 +209,7 @@ def test_the_installed_program_reports_errors_without_a_traceback():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "command line: seed: found text 'x', expected a whole number at least 0 and below "
+        "overrides: seed: found text 'x', expected a whole number at least 0 and below "
         "9223372036854775808\n"
     )
 
@@ -220,7 +220,7 @@ def test_the_installed_program_reports_errors_without_a_traceback():
         (
             ["validate", b"smoke", b"name=\xff"],
             2,
-            b"command line: found 'name=\\udcff', expected key=value",
+            b"overrides: found 'name=\\udcff', expected key=value",
         ),
         (["validate", "smoke", "name=für"], 0, b"f\\xfcr is valid: "),
         (["show", "smoke", "name=für"], 0, "name: für\n".encode()),

@@ -86,7 +86,7 @@ def test_options(run, file, personalize, tmp_path):
         "--test-fraction",
         0,
         "--max-train",
-        5,
+        1,
         "--no-local",
         "--seed",
         1,
@@ -95,7 +95,7 @@ def test_options(run, file, personalize, tmp_path):
     ]
     code, out, _ = personalize(run.path, "--data", file, *options)
     assert code == 0
-    assert "[red]: 5 training examples, 0 test examples" in out
+    assert "[red]: 1 training example, 0 test examples" in out
     assert "local training" not in out
     assert "accuracy" not in out
     assert (out_folder / "adapter_config.json").is_file()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -88,6 +89,17 @@ def test_class_numbers_without_a_name_become_missing_values(tmp_path):
     read = load_splits(recipe(tmp_path / "*"))
     assert read["train"]["label"][:] == ["ann", "bob", "ann"] * 2
     assert read["train"]["by"][:] == ["bob", None, None] * 2
+
+
+def test_errors_of_files_have_the_key_whatever_the_name_of_a_file(write, monkeypatch):
+    monkeypatch.chdir(write(**{"data[1]_csv": ROWS, "data[2]_csv": "client,text,queue\nz,a,b\n"}))
+    files = recipe("*.csv")
+    with pytest.raises(DataError, match=r"^data\.path: data\[2\]\.csv and data\[1\]\.csv have"):
+        load_splits(files)
+    for name in ("data[1].csv", "data[2].csv"):
+        Path(name).write_text("client,text\nz,x\n")
+    with pytest.raises(DataError, match=r"^data\.path: data\[1\]\.csv: the column client names"):
+        load_splits(files)
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,19 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         load_run(tmp_path)
 
 
-def test_a_baseline_that_cannot_start_is_refused_before_the_first_round(smoke, tmp_path):
-    with pytest.raises(RecipeError, match=r"the baseline femam: lora\.r: femam splits the ranks"):
-        federate(smoke("lora.r=2", "baselines=[fedavg, femam]"), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ("femam", r"^the baseline femam: lora\.r: femam splits the ranks"),
+        (
+            "{name: flexlora, ranks: [1, 9]}",
+            r"^baselines\[2\]\.ranks: 9 exceeds the adapter's rank",
+        ),
+    ],
+)
+def test_a_baseline_that_cannot_start_is_refused_before_the_first_round(
+    smoke, tmp_path, baseline, message
+):
+    with pytest.raises(RecipeError, match=message):
+        federate(smoke("lora.r=2", f"baselines=[fedmerge, fedavg, {baseline}]"), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -4,14 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
 from federation.small_recipe import recipe
 from fedmerge_peft import (
     Callback,
-    Recipe,
     RecipeError,
     ResumeError,
     Run,
@@ -384,33 +382,6 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
         ResumeError, match=r"the data or the model have changed and no longer match clients\.json"
     ):
         resume(path, engine=engine)
-
-
-@pytest.mark.parametrize(
-    ("column", "changed"),
-    [("label", ["b", "a"] * 12), ("text", [f"a bill {n}" for n in range(24)])],
-)
-def test_other_examples_of_the_same_clients_are_refused(column, changed, tmp_path):
-    table = pd.DataFrame({"text": [f"ticket {n}" for n in range(24)], "label": ["a", "b"] * 12})
-    table["site"] = ["North"] * 12 + ["South"] * 12
-    table.to_csv(tmp_path / "rows.csv", index=False)
-    own = Recipe(
-        name="tickets",
-        rounds=1,
-        task={"name": "sequence-classification"},
-        backbone={"model": "tiny:bert"},
-        data={
-            "path": str(tmp_path / "rows.csv"),
-            "partition": {"scheme": "natural", "by": "site"},
-        },
-        training={"device": "cpu", "learning_rate": 1e-3},
-    )
-    run = federate(own, tmp_path / "run")
-    table.assign(**{column: changed}).to_csv(tmp_path / "rows.csv", index=False)
-    with pytest.raises(ResumeError, match=r"data or the model have changed .* examples\.json"):
-        resume(run.path, ["rounds=2"])
-    table.to_csv(tmp_path / "rows.csv", index=False)
-    assert resume(run.path, ["rounds=2"]).rounds_on_disk == 2
 
 
 def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(tiny, engine, tmp_path):

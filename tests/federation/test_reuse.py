@@ -81,6 +81,15 @@ def test_other_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_baselines_is_a_baseline_later(smoke, smoke_engine, tmp_path):
+    smoke_engine.recipe = smoke()
+    alone = ["rounds=1", "strategy=fedavg", "baselines=[]"]
+    earlier = federate(smoke(*alone), tmp_path / "earlier", engine=smoke_engine)
+    recipe = smoke("rounds=1", "baselines=[fedavg]", f"baselines_from={earlier.path}")
+    run = federate(recipe, tmp_path / "run", engine=smoke_engine)
+    assert run.baselines["fedavg"].records == earlier.records
+
+
 def test_other_examples_are_refused(smoke, smoke_engine, earlier, tmp_path):
     changed = type(earlier)(shutil.copytree(earlier.path, tmp_path / "earlier"))
     for path in changed.path.rglob("examples.json"):

@@ -1,6 +1,7 @@
 """Checkpoints that do not match their configuration, or hold something else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.conftest import ImageTask, LabelTask, TextTask
 from fedmerge_peft import BackboneError
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.recipe.backbone import BackboneRecipe
+from fedmerge_peft.tasks.sentence_embedding import SentenceEmbeddingTask
 
 SIZES = {
     "hidden_size": 16,
@@ -24,6 +26,12 @@ GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
 XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50}
 IMAGES = {**SIZES, "image_size": 16, "patch_size": 8}
+
+
+class EmbeddingTask(TextTask):
+    auto_model = SentenceEmbeddingTask.auto_model
+    heads = SentenceEmbeddingTask.heads
+    unused = SentenceEmbeddingTask.unused
 
 
 def make(kind, head="Model", **changes):
@@ -83,6 +91,23 @@ def test_heads_and_poolers_may_be_missing(model, heads, tmp_path):
     assert modules(missing) == heads
 
 
+@pytest.mark.parametrize("lacking", ["pooler.", "encoder.layer.1."])
+def test_an_embedding_may_lack_the_pooler_alone(lacking, tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file(
+        {name: value for name, value in weights.items() if not name.startswith(lacking)},
+        path,
+        metadata={"format": "pt"},
+    )
+    if lacking == "pooler.":
+        assert load_saved(tmp_path, EmbeddingTask())[1] == set()
+    else:
+        with pytest.raises(BackboneError, match=r"lack 16 of .*; none of them may be missing"):
+            load_saved(tmp_path, EmbeddingTask())
+
+
 def test_a_head_for_other_labels_is_replaced(tmp_path):
     model = make("bert", "ForSequenceClassification", num_labels=7)
     loaded, missing = load(model, tmp_path)
@@ -116,7 +141,7 @@ def test_the_head_of_a_model_without_a_prefix_is_its_last_module(tmp_path):
             ("llama", "ForCausalLM"),
             TextTask,
             {"vocab_size": 60},
-            r"lack 2 of .*lm_head.weight is \(50, 16\), not \(60, 16\)\); no tensors may",
+            r"lack 2 of .*lm_head.weight is \(50, 16\), not \(60, 16\)\); none of them may",
         ),
         (
             ("llama", "ForCausalLM"),
@@ -205,6 +230,21 @@ def test_a_file_of_another_kind_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(BackboneError, match=r"model.safetensors is a pointer of Git LFS; git lfs"):
+        load_saved(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_may_not_be_read_is_one_error(name, tmp_path, monkeypatch):
+    make("bert").save_pretrained(tmp_path, max_shard_size="5KB" if "index" in name else "1GB")
+
+    def refuse(path, *args, **options):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *args, **options)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BackboneError, match=f"{name} cannot be opened: Permission denied; check"):
         load_saved(tmp_path)
 
 

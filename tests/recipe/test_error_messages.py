@@ -251,7 +251,7 @@ def test_all_errors_are_listed_in_the_order_of_lines(minimal, faults):
     )
     assert [fault.partition(": ")[0] for fault in found] == [
         *(f"recipe.yaml:{line}" for line in (2, 11, 12, 13, 14)),
-        "command line",
+        "overrides",
     ]
 
 

@@ -1,4 +1,4 @@
-"""``key.sub=value`` on the command line."""
+"""``key.sub=value``, from the command line or from Python."""
 
 import pytest
 
@@ -95,13 +95,13 @@ def test_another_name_drops_the_keys_of_the_files_section(loaded):
     assert loaded("", "task.name=image-classification").task.name == "image-classification"
 
 
-def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
+def test_another_name_keeps_the_keys_of_the_overrides(faults, minimal):
     for overrides in (
         ["strategy.adapters=4", "strategy.name=fedavg"],
         ["strategy.name=fedavg", "strategy.adapters=4"],
     ):
         assert faults(minimal, *overrides) == [
-            "command line: strategy.adapters: not a key of fedavg, but of "
+            "overrides: strategy.adapters: not a key of fedavg, but of "
             "fedmerge or ifca or fesem or flhc or fedlease or fedem; remove it"
         ]
 
@@ -111,63 +111,63 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
     [
         (
             "seed",
-            "command line: found 'seed', expected key=value, such as training.learning_rate=1e-4",
+            "overrides: found 'seed', expected key=value, such as training.learning_rate=1e-4",
         ),
-        ("=3", "command line: found '=3', expected key=value, such as training.learning_rate=1e-4"),
+        ("=3", "overrides: found '=3', expected key=value, such as training.learning_rate=1e-4"),
         (
             "a..b=3",
-            "command line: found 'a..b=3', expected key=value, such as training.learning_rate=1e-4",
+            "overrides: found 'a..b=3', expected key=value, such as training.learning_rate=1e-4",
         ),
         (
             "name=\udcff",
             (
-                "command line: found 'name=\\udcff', expected key=value, "
+                "overrides: found 'name=\\udcff', expected key=value, "
                 "such as training.learning_rate=1e-4"
             ),
         ),
         (
             "seed.x=3",
             (
-                "command line: seed.x: seed is not a section; write "
+                "overrides: seed.x: seed is not a section; write "
                 "seed=VALUE with a whole number at least 0"
             ),
         ),
         (
             "baselines.0=local",
             (
-                "command line: baselines.0: baselines is not a section; "
+                "overrides: baselines.0: baselines is not a section; "
                 "write baselines=VALUE with a list of sections with name: "
             ),
         ),
-        ("seed=x", "command line: seed: found text 'x', expected a whole number at least 0"),
+        ("seed=x", "overrides: seed: found text 'x', expected a whole number at least 0"),
         (
             "training.learnin_rate=1",
-            "command line: training.learnin_rate: unknown key; did you mean 'learning_rate'?",
+            "overrides: training.learnin_rate: unknown key; did you mean 'learning_rate'?",
         ),
-        ("trainin.epochs=1", "command line: trainin: unknown key; did you mean 'training'?"),
+        ("trainin.epochs=1", "overrides: trainin: unknown key; did you mean 'training'?"),
         (
             "learning_rate=1",
-            "command line: learning_rate: unknown key here; move it under training",
+            "overrides: learning_rate: unknown key here; move it under training",
         ),
-        ("lora.r=[", "command line: lora.r: not valid YAML: "),
+        ("lora.r=[", "overrides: lora.r: not valid YAML: "),
         (
             "lora.target_modules=*.query",
             (
-                "command line: lora.target_modules: not valid YAML: "
+                "overrides: lora.target_modules: not valid YAML: "
                 "anchors (&) and aliases (*) are not supported"
             ),
         ),
         (
             "strategy={name: fedavg, name: local}",
-            "command line: strategy.name: given twice, first at command line; keep one of them",
+            "overrides: strategy.name: given twice; keep one of them",
         ),
         (
             "data=3",
-            "command line: data: found 3, expected a section (keys with values)",
+            "overrides: data: found 3, expected a section (keys with values)",
         ),
     ],
 )
-def test_errors_of_an_override_name_the_command_line(text, fault, minimal, faults):
+def test_errors_of_an_override_name_the_overrides(text, fault, minimal, faults):
     (found,) = faults(minimal, text)
     assert found.startswith(fault)
 
@@ -192,9 +192,9 @@ def test_a_recipe_can_be_changed_after_it_was_loaded(loaded):
     assert first.replace([]) == first
 
 
-def test_errors_of_a_changed_recipe_name_the_command_line(loaded):
+def test_errors_of_a_changed_recipe_name_the_overrides(loaded):
     with pytest.raises(
-        RecipeError, match=r"^command line: lora.merge: shared_a requires an exact merge"
+        RecipeError, match=r"^overrides: lora.merge: shared_a requires an exact merge"
     ):
         loaded().replace(["lora.use_dora=true", "lora.merge=shared_a"])
 

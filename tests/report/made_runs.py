@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from peft import LoraConfig
 
 from fedmerge_peft import Recipe, Run, load_run
 from fedmerge_peft.runs.formats import FORMAT
@@ -32,6 +33,7 @@ def write(folder, overrides, names, scores, metric, groups=None, labels="abcd", 
     checked.write_document(
         folder / "task.json", {"labels": list(labels), "format": None, "padding": "right"}
     )
+    write_adapter_config(folder, head=bool(labels))
     groups = groups or [None] * len(names)
     clients = [
         {"name": name, "group": group, "train": 30, "validation": 8, "test": tests}
@@ -115,6 +117,14 @@ def write(folder, overrides, names, scores, metric, groups=None, labels="abcd", 
     }
     checked.write_document(folder / "summary.json", summary)
     return load_run(folder)
+
+
+def write_adapter_config(folder, *, head):
+    """Write the configuration of adapters of the queries, with a head or without one."""
+    heads = ["classifier"] if head else None
+    config = LoraConfig(target_modules=["query"], modules_to_save=heads).to_dict()
+    document = {key: [*value] if isinstance(value, set) else value for key, value in config.items()}
+    checked.write_document(folder / "adapter_config.json", document)
 
 
 def hash_of(name) -> int:

@@ -5,7 +5,7 @@ import pytest
 from fedmerge_peft import load_run
 from fedmerge_peft.report.advice import advice
 from fedmerge_peft.util import checked
-from report.made_runs import NAMES, chosen, family
+from report.made_runs import NAMES, chosen, family, write_adapter_config
 
 
 def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp_path):
@@ -18,6 +18,7 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
         for number in range(3)
     ]
     checked.write_document(path / "clients.json", {"clients": clients})
+    write_adapter_config(path, head=True)
     from fedmerge_peft.report.advice import _worse_than_baselines
 
     found = [each.finding for each in _worse_than_baselines(load_run(path))]
@@ -26,6 +27,16 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
         "the test accuracy of 2 of 3 clients is worse than with local training alone (beyond the "
         "95 % interval for 2 of them): client 1, client 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("head", "methods"), [(True, "strategy=ditto or strategy=fedrep"), (False, "strategy=ditto")]
+)
+def test_strategies_with_private_heads_are_advised_only_if_there_is_a_head(tmp_path, head, methods):
+    made = family(tmp_path / "run", NAMES)
+    write_adapter_config(made.path, head=head)
+    (action,) = [each.action for each in advice(made) if "training alone" in each.finding]
+    assert action.endswith(f"keeps a part of the model private: {methods}")
 
 
 @pytest.fixture

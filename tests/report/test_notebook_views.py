@@ -52,6 +52,12 @@ def test_a_run_without_rounds_is_shown_too(run, tmp_path):
     assert "0 of 8 rounds, 4 clients" in type(run).open(tmp_path)._repr_html_()
 
 
+def test_a_single_client_and_round_are_no_plurals(tmp_path):
+    page = Tags(family(tmp_path / "run", ["a"], rounds=1)._repr_html_())
+    assert "1 of 1 round, 1 client" in page.text
+    assert "1 client, the worst first" in page.text
+
+
 @pytest.mark.parametrize("name", ["accuracy", "loss", "weights", "clients", "traffic"])
 def test_figures_of_a_run_are_shown_and_saved(run, tmp_path, name):
     picture = getattr(run.plot, name)()

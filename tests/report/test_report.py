@@ -12,10 +12,11 @@ from fedmerge_peft import RunError, federate, load_run
 from fedmerge_peft.cli import main
 from fedmerge_peft.report.advice import advice
 from fedmerge_peft.report.figures import figures
+from fedmerge_peft.report.methods import settings
 from fedmerge_peft.report.page import render, write_report
-from fedmerge_peft.report.sharing_figures import similar_order, similarity
+from fedmerge_peft.report.sharing_figures import answer, similar_order, similarity
 from fedmerge_peft.util import checked
-from report.made_runs import chosen
+from report.made_runs import chosen, family
 from report.parsed_page import Page
 
 
@@ -117,6 +118,17 @@ QUESTIONS = (
     "What did it cost?",
     "What to do next?",
 )
+
+
+def test_a_single_client_and_group_are_no_plurals(tmp_path):
+    places = {("a",): ["north"], ("a", "b", "c"): ["north", "south", "north"]}
+    made = (
+        family(tmp_path / groups[-1] / str(len(names)), names, groups=groups, rounds=2, adapters=2)
+        for names, groups in places.items()
+    )
+    one, two = (answer(setting.methods[0]) for run in made for setting in settings([run]))
+    assert "1 of 1 client has more than half of its weight on one adapter." in one
+    assert "1 of 2 groups has its own main adapter: all clients of the group" in two
 
 
 def test_the_page_answers_five_questions_in_this_order(run):

@@ -168,15 +168,23 @@ def test_chats_of_several_clients_are_answered_in_one_pass(predictor, passes):
     ("chat", "message"),
     [
         ({"role": "user", "content": "Hello"}, "an input must be a text or a list of messages"),
-        ([{"role": "user"}], "input 1: a message in 'messages' needs a role and a content"),
-        ([{"role": "assistant", "content": "a"}], "input 1: the last message is the assistant's"),
-        ([], "input 1: 'messages' must be a list of at least one"),
+        ([{"role": "user"}], r"input 1 \(.*\): a message in 'messages' needs a role and a content"),
+        ([{"role": "assistant", "content": "a"}], r"input 1 \(.*\): the last message is the assis"),
+        ([], r"input 1 \(from 0, of all inputs\): 'messages' must be a list of at least one"),
     ],
 )
 def test_chats_that_cannot_be_answered_are_refused(predictor, chat, message):
     client = next(iter(TEXTS))
     with pytest.raises(DataError, match=message):
         predictor("causal-lm")({client: ["Hello", chat]})
+
+
+def test_inputs_that_cannot_be_read_are_named_as_inputs(predictor, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    given = {"client 0": [Image.new("RGB", (32, 32))], "client 1": [str(tmp_path / "text.png")]}
+    message = r"^input 1 \(from 0, of all inputs\): the image in column 'image' cannot be decoded"
+    with pytest.raises(DataError, match=message):
+        predictor("image-classification")(given)
 
 
 def test_predictions_of_clients_differ(predictor):

@@ -363,6 +363,17 @@ def test_a_roster_out_of_range_is_one_error(tmp_path, change):
         Roster.read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 2**21])
+def test_a_client_of_the_roster_with_a_name_out_of_range_is_one_error(tmp_path, name):
+    entry = {"group": "", "train": 3, "validation": 0, "test": 0, "counts": None}
+    document = {**asdict(Roster(None, None, ["text"])), "clients": {name: entry}}
+    (tmp_path / ROSTER_FILE).write_text(json.dumps(document))
+    with pytest.raises(FederateError, match=f"{ROSTER_FILE}: damaged") as raised:
+        Roster.read(tmp_path)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
+
+
 def test_the_threat_model_lists_all_fields_with_their_ranges():
     page = Path(__file__).parents[2] / "docs" / "threat_model.md"
     assert table() in page.read_text()

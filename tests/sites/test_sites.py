@@ -330,6 +330,7 @@ def test_labels_are_matched_by_name():
         agree_on_labels([["a", "b"], ["c"]], 2)
     with pytest.raises(FederateError, match="the examples of all sites have the label a"):
         agree_on_labels([["a"], ["a"]], None)
+    assert agree_on_labels([["a"], ["a"]], None, one_each=False) == ["a"]
 
 
 def test_a_job_names_only_allowed_classes():

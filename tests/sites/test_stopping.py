@@ -146,7 +146,7 @@ def test_a_job_that_does_not_reply_is_an_error_that_mentions_no_shutdown_without
     [
         (JobNotDone("job j is still running"), "refused a request: job j is still running"),
         (InternalError(""), "refused a request: InternalError"),
-        (RuntimeError("status 7\nmore"), r"refused a request: status 7;"),
+        (RuntimeError("status 7\nmore"), r"refused a request: RuntimeError: status 7;"),
         (NoConnection("gone"), r"stopped responding \(gone\)"),
     ],
 )

@@ -17,6 +17,13 @@ def of_texts(task, tiny_models, folder):
     return table, section, {"model": str(tiny_models / "bert")}, lora
 
 
+def of_single_labels(task, tiny_models, folder):
+    """Rows that have a label or not."""
+    table, section, backbone, lora = of_texts(task, tiny_models, folder)
+    labels = [["late"] * (number % 2) for number in range(len(table))]
+    return table.remove_columns("labels").add_column("labels", labels), section, backbone, lora
+
+
 def of_spans(task, tiny_models, folder):
     table, section, backbone, lora = of_texts(task, tiny_models, folder)
     return (
@@ -43,6 +50,7 @@ def of_sounds(task, tiny_models, folder):
     [
         ("token-classification", of_spans),
         ("multi-label-classification", of_texts),
+        ("multi-label-classification", of_single_labels),
         ("audio-classification", of_sounds),
     ],
 )

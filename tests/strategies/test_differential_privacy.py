@@ -138,7 +138,10 @@ def test_completed_rounds_count_even_without_a_file():
 @pytest.mark.parametrize("text", ["{", "{}", '{"releases": {"a": [-1]}}', '{"releases": [1]}'])
 def test_a_damaged_ledger_is_named(text, tmp_path):
     (tmp_path / LEDGER_FILE).write_text(text)
-    with pytest.raises(RunError, match=rf"{LEDGER_FILE} is damaged"):
+    message = (
+        rf"{LEDGER_FILE} is damaged: .*; ε is unknown without this file\. Restore the file .*run$"
+    )
+    with pytest.raises(RunError, match=message):
         PrivacyLedger(private_recipe(), 4, simulated=True, directory=tmp_path)
 
 

@@ -111,6 +111,21 @@ def test_a_momentum_of_zero_is_another_setting_than_none():
     assert shared[0].effective_values() == shared[1].effective_values()
 
 
+@pytest.mark.parametrize(
+    ("rule", "defaults", "same"),
+    [
+        ("normalized", {"weights_lr": 0.3, "weights_columns": "all"}, True),
+        ("gradient", {"weights_lr": 1.0, "weights_columns": "all"}, True),
+        ("normalized", {"weights_lr": 1.0}, False),
+        ("paper", {"weights_lr": 0.01}, True),
+        ("paper", {"weights_columns": "head"}, False),
+    ],
+)
+def test_the_defaults_of_a_rule_are_no_other_setting(rule, defaults, same):
+    given, unset = (strategy_recipe("fedmerge", rule=rule, **keys) for keys in (defaults, {}))
+    assert (given.effective_values() == unset.effective_values()) == same
+
+
 def test_a_client_alone_in_its_group_trains_once():
     clients = FormulaClients(CLIENTS)
     clients.centers = clients.centers[torch.tensor([0, 1, 1, 1, 1, 1])]

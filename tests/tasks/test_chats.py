@@ -171,6 +171,13 @@ def test_a_prompt_of_messages_needs_a_completion_of_messages(task_of):
         DataError, match=r"'prompt' has lists of messages, but 'completion' does not"
     ):
         task_of("llama", table, name=NAME)
+    others = {"text": ["a"], "instruction": ["b"], "output": ["c"]}
+    for name, values in others.items():
+        table = table.add_column(name, values)
+    for kind in ("text", "instruction"):
+        assert task_of("llama", table, name=NAME, format=kind).format == kind
+    with pytest.raises(DataError, match=r"^task\.completion: the column 'prompt' has lists"):
+        task_of("llama", table, name=NAME, format="prompt-completion")
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,11 @@ def test_several_templates_without_a_default_are_refused(task_of):
         task.encode(CHATS)
 
 
+def test_reasons_have_no_final_period():
+    assert reason_of(ValueError("No head. Name one.\nMore lines.")) == "No head. Name one"
+    assert reason_of(KeyError("layer.")) == "KeyError: 'layer.'"
+
+
 def test_reasons_name_no_addresses_of_objects():
     error = ValueError("cannot identify image file <_io.BytesIO object at 0x7f8653802980>")
     assert reason_of(error) == "cannot identify image file"

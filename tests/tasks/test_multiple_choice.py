@@ -154,6 +154,16 @@ def test_choices_may_have_names_as_in_arc(task_of):
         labels_of(task_of, rows_of(["A", "3", "1", "A"], named))
 
 
+def test_a_name_may_be_the_text_of_another_choice(task_of):
+    named = [{"text": ["3", "1", "2"], "label": ["1", "2", "3"]}] * 4
+    assert labels_of(task_of, rows_of(["1", "3", "2", "1"], named)) == [0, 2, 1, 0]
+    named = [{"text": ["x", "y", "z"], "label": ["1", "1", "3"]}] * 4
+    with pytest.raises(
+        DataError, match=r"row 1 .*numbers 0, 1.*; give each choice of the row a name of its own$"
+    ):
+        labels_of(task_of, rows_of(["3", "1", "3", "3"], named))
+
+
 def test_choices_of_a_class_label_are_its_names(task_of):
     ids = rows_of([0, 1], [[0, 1], [1, 0]])
     table = ids.cast_column("choices", List(ClassLabel(names=["yes", "no"])))

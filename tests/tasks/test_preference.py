@@ -243,6 +243,10 @@ def test_chats_are_rendered_with_the_template(task_of, table):
     [
         ({"prompt": ["a"], "chosen": ["b"]}, "task.rejected: there is no column 'rejected'"),
         ({"chosen": ["b"], "rejected": ["c"]}, "task.prompt: there is no column 'prompt'"),
+        (
+            {"ask": [TURN], "chosen": ["b"], "rejected": ["c"]},
+            "task.chosen: the column 'ask' has lists of messages, but 'chosen' does not",
+        ),
         ({"chosen": [TURN], "rejected": [TURN]}, "row 0 .* must begin with the same messages"),
         (
             {"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c", None]},
@@ -251,8 +255,9 @@ def test_chats_are_rendered_with_the_template(task_of, table):
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(task_of, table, message):
+    prompt = "ask" if "ask" in table else "prompt"
     with pytest.raises(DataError, match=message):
-        task_of("llama", Dataset.from_dict(table), name=NAME)
+        task_of("llama", Dataset.from_dict(table), name=NAME, prompt=prompt)
 
 
 def test_equal_completions_are_counted(task_of):

@@ -342,8 +342,11 @@ def test_a_question_of_more_than_half_a_window_is_cut_and_counted(task_of):
 
 
 def test_a_stride_that_leaves_no_room_is_refused(task_of):
-    with pytest.raises(DataError, match=r"windows of 40 tokens .*set task.stride to less than 18"):
+    message = r"windows of 40 tokens .*set task.stride to less than 18, or raise task.max_length$"
+    with pytest.raises(DataError, match=message):
         task_of("bert", rows_of(), name=NAME, max_length=40, stride=18)
+    with pytest.raises(DataError, match=r"less than 62, or use a model with a higher limit$"):
+        task_of("bert", rows_of(), name=NAME, stride=70)
 
 
 def test_a_model_without_a_cls_token_has_a_place_for_no_answer(task_of):

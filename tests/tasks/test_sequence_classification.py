@@ -202,9 +202,17 @@ def test_empty_texts_are_counted(task_of, caplog):
 @pytest.mark.parametrize(("pair", "length"), [(None, 1), (None, 2), ("pair", 3)])
 def test_a_length_without_room_for_texts_is_refused(pair, length, task_of):
     table = table_of([0, 1]).add_column("pair", ["a", "b"])
-    message = rf"task.max_length: a length of {length} leaves no room for texts"
+    message = rf"task.max_length: a length of {length} leaves no room .*; raise task.max_length$"
     with pytest.raises(DataError, match=message):
         task_of("bert", table, name=NAME, text_pair=pair, max_length=length)
+
+
+def test_a_model_without_room_for_texts_is_refused(task_of, tiny_models, tmp_path):
+    shutil.copytree(tiny_models / "bert", tmp_path / "bert")
+    settings = tmp_path / "bert" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 2}))
+    with pytest.raises(DataError, match=r"a length of 2 .*; use a model with a higher limit$"):
+        task_of("bert", table_of([0, 1]), name=NAME, folder=tmp_path / "bert")
 
 
 def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):

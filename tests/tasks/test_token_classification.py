@@ -6,8 +6,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from fedmerge_peft import Recipe
+from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks import Predictions
+from fedmerge_peft.tasks import Predictions, check_table
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.entity_metrics import continues_nothing
 from fedmerge_peft.tasks.metrics import score
@@ -37,6 +39,21 @@ def test_the_first_token_of_a_word_has_its_tag_and_others_have_none(task_of, kin
         ]
         assert parts == words
         assert [LABELS[label] for label in labels[labels != -100]] == tagged(3)["ner_tags"][row]
+
+
+def test_a_single_tag_is_refused(tmp_path):
+    table = table_of([["Ada", "lives"]] * 9, [["O", "O"]] * 9)
+    recipe = Recipe(
+        name="tags",
+        task={"name": NAME},
+        backbone={"model": "tiny:bert"},
+        data={"path": str(tmp_path), "partition": {"scheme": "iid", "clients": 1}},
+    )
+    message = "all labels in the data are 'O', so there is nothing to learn"
+    with pytest.raises(DataError, match=message):
+        check_table(recipe.task, table)
+    with pytest.raises(DataError, match=message):
+        LocalEngine.from_recipe(recipe, {"train": table})
 
 
 def test_a_token_belongs_to_the_word_after_its_space_and_words_may_have_none():

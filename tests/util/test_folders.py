@@ -5,8 +5,10 @@ from hashlib import sha256
 
 import pytest
 
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.util import folders
-from fedmerge_peft.util.folders import SUMS, faults
+from fedmerge_peft.util.files import write_text
+from fedmerge_peft.util.folders import SUMS, faults, whole_folder
 
 
 @pytest.fixture
@@ -60,6 +62,18 @@ def test_folders_with_sums_inside_folders_with_sums_are_read(tmp_path):
     assert faults(tmp_path) == []
     (places[-1] / "more").write_text("")
     assert faults(tmp_path) == [f"{places[-1] / 'more'} is not listed in {places[-1] / SUMS}"]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_text(path, ""), lambda path: path.write_text("")]
+)
+def test_a_failed_write_names_the_folder_and_not_the_temporary_one(write, tmp_path):
+    folder = tmp_path / "export"
+    message = rf"^{folder}(/a/b)? cannot be written"
+    with pytest.raises(RunError, match=message) as raised, whole_folder(folder) as partial:
+        write(partial / "a" / "b")
+    assert ".partial" not in str(raised.value)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a plain user")

@@ -1,8 +1,8 @@
-"""Names that look alike."""
+"""Names that look alike, and numbers with nouns."""
 
 import unicodedata
 
-from fedmerge_peft.util.text import closest, lookalikes
+from fedmerge_peft.util.text import closest, count_of, lookalikes
 
 COMPOSED = "Zürich"
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
@@ -15,3 +15,11 @@ def test_names_that_differ_in_case_spaces_or_invisible_characters_look_alike():
 
 def test_a_name_in_another_form_of_unicode_is_close():
     assert closest(DECOMPOSED, ["Bern", COMPOSED]) == COMPOSED
+
+
+def test_only_one_is_singular():
+    assert [count_of(number, "test example") for number in (0, 1, 2_000)] == [
+        "0 test examples",
+        "1 test example",
+        "2,000 test examples",
+    ]

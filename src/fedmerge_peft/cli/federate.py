@@ -205,6 +205,10 @@ def run(
     min_sites: Annotated[
         int, typer.Option(min=1, help="Smallest number of connected sites to start a job with.")
     ] = 1,
+    connect_timeout: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds to wait for --min-sites sites. Default: no limit."),
+    ] = None,
     reconnect_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a server that does not respond.")
     ] = 300,
@@ -219,16 +223,11 @@ def run(
     check_installed()
     kit = find_kit(directory, "operator")
 
-    from fedmerge_peft.sites.flare.operator import run
+    from fedmerge_peft.sites.flare.operator import SiteWait, run
 
     _silence_flare()
-    outcome = run(
-        kit,
-        _reporter(quiet),
-        wait=wait,
-        min_sites=min_sites,
-        reconnect_timeout=reconnect_timeout,
-    )
+    sites = SiteWait(wait, min_sites, connect_timeout)
+    outcome = run(kit, _reporter(quiet), wait=sites, reconnect_timeout=reconnect_timeout)
     _print_outcome(
         outcome,
         "run, in the server's kit",

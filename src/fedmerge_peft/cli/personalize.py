@@ -138,10 +138,11 @@ def _table(result: Personalized) -> Table:
     from rich.text import Text
 
     from fedmerge_peft.tasks.metrics import greater_is_better
-    from fedmerge_peft.util.text import printable
+    from fedmerge_peft.util.text import count_of, printable
 
     train, test = result.examples["train"], result.examples["test"]
-    title = f"{result.name}: {train} training examples, {test} test examples"
+    examples = f"{count_of(train, 'training example')}, {count_of(test, 'test example')}"
+    title = f"{result.name}: {examples}"
     table = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("method")
     metrics = [("training loss", False, [method.train_loss for method in result.methods])]

@@ -120,7 +120,7 @@ def _read(table: Any, source: str, alternatives: str = "") -> Dataset:
     from datasets import Dataset
 
     if isinstance(table, Dataset):
-        check_names(source, table.column_names)
+        check_names(source, table.column_names, key="")
         if table.format["type"] == "custom":
             raise DataError(
                 f"{source}: the data set has a transform (set_transform, with_transform), which "
@@ -133,14 +133,14 @@ def _read(table: Any, source: str, alternatives: str = "") -> Dataset:
             f"{source}: found {found(table)}, expected a datasets.Dataset, a pandas frame or an "
             f"Arrow table{alternatives}"
         )
-    with reading(source):
-        check_names(source, [str(name) for name in table.columns])
+    with reading(source, key=""):
+        check_names(source, [str(name) for name in table.columns], key="")
         arrow = (
             pa.Table.from_pandas(table, preserve_index=False)
             if isinstance(table, pd.DataFrame)
             else table
         )
-        return Dataset(plain_table(arrow, source))
+        return Dataset(plain_table(arrow, source, key=""))
 
 
 def _is_dataset_dict(data: object) -> bool:
@@ -158,7 +158,7 @@ def _join_clients(
     """Join the tables of clients by split, and add a column that names the client of each row."""
     _check_clients(recipe, data)
     by = client_column(recipe)
-    splits = join_clients(_client_tables(recipe, data, label), by)
+    splits = join_clients(_client_tables(recipe, data, label), by, key="")
     if recipe.partition.client_column is None:
         recipe = recipe.model_copy(update={"partition": NaturalRecipe(scheme="natural", by=by)})
     return recipe, splits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,9 @@ _BINARY = (".parquet", ".arrow", ".feather")
 TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
 """Suffixes of tables. A compression suffix may follow the suffix of a text format: ``.csv.gz``."""
 MAX_COLUMNS = 5_000
-_IN_MEMORY = re.compile(r"data($|\[|: )")
-"""Beginning of the names of tables in memory, such as ``data['Fen Water']: train``."""
+PATH_KEY = "data.path: "
+"""Beginning of errors of files. Errors of tables in memory begin with their names, such as
+``data['Fen Water']: train``."""
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files with the metadata of a data set."""
 
@@ -77,23 +77,14 @@ def read_tables(
 
 
 @contextmanager
-def reading(source: object) -> Iterator[None]:
-    """Convert every error of a reader to a ``DataError`` that names the source."""
+def reading(source: object, key: str = PATH_KEY) -> Iterator[None]:
+    """Convert every error of a reader to a ``DataError`` that names the source after ``key``."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # readers raise arbitrary errors for broken files and networks
-        raise DataError(f"{_place(source)} cannot be loaded: {_describe_error(error)}") from error
-
-
-def _in_memory(source: object) -> bool:
-    return isinstance(source, str) and _IN_MEMORY.match(source) is not None
-
-
-def _place(source: object) -> str:
-    """Return a source as the beginning of a message: with the key data.path unless in memory."""
-    return str(source) if _in_memory(source) else f"data.path: {source}"
+        raise DataError(f"{key}{source} cannot be loaded: {_describe_error(error)}") from error
 
 
 def _describe_error(error: BaseException) -> str:
@@ -135,7 +126,7 @@ def _json(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[pa
             [row.values.get(name) for row in rows],
             name,
             lambda number: rows[number].place,
-            key="data.path: ",
+            key=PATH_KEY,
         )
         for name in dict.fromkeys(name for row in rows for name in row.values)
     }
@@ -182,7 +173,7 @@ def _read_arrow(path: Path) -> pa.Table:
             return ipc.open_stream(source).read_all()
 
 
-def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
+def plain_table(table: pa.Table, path: Path | str, key: str = PATH_KEY) -> pa.Table:
     """Convert columns of uncommon types (``plain_column``) to types that ``datasets`` supports.
 
     Columns whose type ``datasets`` does not support even then are left out, with a warning.
@@ -190,6 +181,7 @@ def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
     Args:
         table: The table.
         path: File or name of the table, for messages.
+        key: Beginning of error messages.
 
     Raises:
         DataError: The values of a column of Arrow's JSON type are invalid (``plain_column``).
@@ -201,7 +193,7 @@ def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
             table.column(number),
             field.name,
             lambda row: f"{path}, row {row + 1}",
-            key="" if _in_memory(path) else "data.path: ",
+            key=key,
         )
         if column.type != field.type:
             table = table.set_column(number, pa.field(field.name, column.type), column)
@@ -225,56 +217,71 @@ def _cut(table: pa.Table, sizes: Sequence[int]) -> list[pa.Table]:
     return [table.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def check_names(path: Path | str, names: Sequence[str]) -> None:
-    """Raise ``DataError`` for too many columns, a name that is too long, or a repeated name."""
+def check_names(path: Path | str, names: Sequence[str], key: str = PATH_KEY) -> None:
+    """Raise ``DataError`` for too many columns, a name that is too long, or a repeated name.
+
+    The message begins with ``key`` and the file or the name of the table.
+    """
     if len(names) > MAX_COLUMNS:
         raise DataError(
-            f"{_place(path)} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
+            f"{key}{path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
             "supported; keep only the columns that the recipe names"
         )
     if len(longest := max(names, key=len, default="")) > LONGEST_NAME:
         raise DataError(
-            f"{_place(path)} has a column with a name of {len(longest):,} characters "
+            f"{key}{path} has a column with a name of {len(longest):,} characters "
             f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; shorten the name "
             "(in a csv or tsv file, the first row may be data instead of names)"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{_place(path)}: two columns are named {repeated!r}; rename one")
+        raise DataError(f"{key}{path}: two columns are named {repeated!r}; rename one")
 
 
-def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
+def common_schema(schemas: Mapping[Any, pa.Schema], key: str = PATH_KEY) -> pa.Schema:
     """Return the schema to which all tables can be converted.
 
     Args:
         schemas: Schemas of one or more tables, by the file or name for error messages.
+        key: Beginning of error messages; empty for tables in memory.
 
     Raises:
         DataError: Tables have different columns, or a column has different class names or types
             without a common type.
     """
     (first, schema), *others = schemas.items()
-    for path, other in others:
+    for number, (path, other) in enumerate(others, start=1):
         if differ := sorted(set(schema.names) ^ set(other.names)):
             raise DataError(
-                f"{_place(path)} and {first} have different columns ({join_values(differ, 5)} "
+                f"{key}{path} and {first} have different columns ({join_values(differ, 5)} "
                 "in one of them only); give them the same columns, or leave one of them out"
             )
         for name in schema.names:
-            pair = [schema.field(name), other.field(name)]
-            if _class_names(schema, name) == _class_names(other, name):
-                try:
-                    pa.unify_schemas([pa.schema([f]) for f in pair], promote_options="permissive")
-                    continue
-                except pa.ArrowException:
-                    pass
+            if _fit(schema, other, name):
+                continue
+            # A column of nulls has no type, so the conflict need not be with the first table.
+            earlier = [*schemas.items()][:number]
+            conflicts = (pair for pair in earlier if not _fit(pair[1], other, name))
+            source, own = next(conflicts, (first, schema))
             raise DataError(
-                f"{'data' if _in_memory(path) else 'data.path'}: the column {name!r} is "
-                f"{_type(schema, name, other)} in {first}, but {_type(other, name, schema)} in "
-                f"{path}; give it the same type in both, or leave one of them out"
+                f"{key or 'data: '}the column {name!r} is {_type(own, name, other)} in {source}, "
+                f"but {_type(other, name, own)} in {path}; give it the same type in both, or leave "
+                "one of them out"
             )
         schema = pa.unify_schemas([schema, other], promote_options="permissive")
     return schema
+
+
+def _fit(schema: pa.Schema, other: pa.Schema, name: str) -> bool:
+    """Return True if a column has the same class names and types with a common type."""
+    if _class_names(schema, name) != _class_names(other, name):
+        return False
+    fields = [pa.schema([one.field(name)]) for one in (schema, other)]
+    try:
+        pa.unify_schemas(fields, promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _class_names(schema: pa.Schema, name: str) -> list[str] | None:

@@ -29,7 +29,7 @@ from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply, StrategyContext
-from fedmerge_peft.tasks import make_task
+from fedmerge_peft.tasks import make_task, reject_one_class
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.equal_targets import warn_of_equal_targets
@@ -122,6 +122,7 @@ class LocalEngine:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
             folder = model_folder(recipe.backbone, scratch)
             task = make_task(recipe, data.table, folder)
+            reject_one_class(task, task.labels)
             backbone = load_backbone(
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
             )

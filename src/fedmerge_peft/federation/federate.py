@@ -246,7 +246,8 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
         federation = Federation(one, engine, decisions, ledger, directory)
         for baseline, _ in parts[1:] if begins and path == directory else ():
             if baseline.strategy.name not in reused:
-                _check_baseline(baseline, engine, ledger, directory)
+                place = f"baselines[{recipe.baselines.index(baseline.strategy)}]"
+                _check_baseline(place, baseline, engine, ledger, directory)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
         stopping = EarlyStopping(one.stop)
@@ -263,8 +264,17 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
             RunWriter(directory, recipe).update_privacy(ledger.document())
 
 
-def _check_baseline(recipe: Recipe, engine: Engine, ledger: PrivacyLedger, directory: Path) -> None:
+def _check_baseline(
+    place: str, recipe: Recipe, engine: Engine, ledger: PrivacyLedger, directory: Path
+) -> None:
     """Construct a baseline's federation before the run, so that its errors lose no rounds.
+
+    Args:
+        place: Place of the baseline in the recipe, for error messages.
+        recipe: Recipe of the baseline.
+        engine: Engine of the run.
+        ledger: Ledger of the run.
+        directory: Directory of the run.
 
     Raises:
         RecipeError: The baseline cannot start; for example, its strategy does not support the
@@ -273,9 +283,13 @@ def _check_baseline(recipe: Recipe, engine: Engine, ledger: PrivacyLedger, direc
     try:
         Federation(recipe, engine, None, ledger, directory)
     except RecipeError as error:
-        baseline = recipe.strategy.name
         raise RecipeError(
-            *(f"the baseline {baseline}: {fault}" for fault in error.faults)
+            *(
+                place + fault.removeprefix("strategy")
+                if fault.startswith(("strategy.", "strategy:"))
+                else f"the baseline {recipe.strategy.name}: {fault}"
+                for fault in error.faults
+            )
         ) from error
 
 

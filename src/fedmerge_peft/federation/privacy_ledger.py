@@ -127,5 +127,7 @@ def _read(path: Path | None) -> dict[str, list[int]]:
     try:
         times: dict[str, list[int]] = documents.read(path)["releases"]
     except RunError as error:
-        raise RunError(f"{error}; ε is unknown without this file") from error
+        fault = checked.without_remedy(error)
+        remedy = str(error).removeprefix(fault)
+        raise RunError(f"{fault}; ε is unknown without this file{remedy}") from error
     return times

@@ -142,7 +142,7 @@ def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) 
     if reused and "examples.json" not in own:
         raise RecipeError(
             "baselines_from: the examples cannot be compared with those of the earlier run, "
-            "because they are at sites; remove baselines_from"
+            "because the engine does not hold them, as across sites; remove baselines_from"
         )
     for run in reused.values():
         for name, document in own.items():

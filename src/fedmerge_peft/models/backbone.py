@@ -246,7 +246,7 @@ def load_backbone(
     """
     with seeded(derive(seed, "backbone"), device):
         model, missing = load_model(backbone, task, folder, device)
-        weights = weights_digest(model, missing)
+        weights = weights_digest(model, {*missing, *task.unused})
         peft_model = add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -63,17 +63,24 @@ def adapter_found(name: str) -> str:
 
 
 def missing_tensors(
-    model: Any, report: Mapping[str, Any], name: str, *, new_heads: bool
+    model: Any,
+    report: Mapping[str, Any],
+    name: str,
+    *,
+    new_heads: bool,
+    unused: Collection[str] = (),
 ) -> set[str]:
     """Return the names of the tensors in heads and poolers that are not pretrained.
 
-    The checkpoint lacks these tensors, or has them in another shape.
+    The checkpoint lacks these tensors, or has them in another shape. Tensors of unused modules are
+    left out.
 
     Args:
         model: Model of transformers, loaded.
         report: Loading information: missing, mismatched and unexpected keys.
         name: Name of the model, for error messages.
         new_heads: True if the task initializes heads and poolers that the checkpoint lacks.
+        unused: Names of modules that the task does not read.
 
     Raises:
         BackboneError: The checkpoint has no weights of this model; a tensor that the task does not
@@ -82,7 +89,11 @@ def missing_tensors(
             disables.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
-    missing = set(report["missing_keys"]) | misfit.keys()
+    missing = {
+        key
+        for key in {*report["missing_keys"], *misfit}
+        if not set(unused).intersection(key.split("."))
+    }
     body = {key for key in _state_names(model) if not in_head(model, key)}
     if body and body <= missing:
         held = join_values(sorted(report["unexpected_keys"]), _SHOWN) or "none"
@@ -95,7 +106,7 @@ def missing_tensors(
     if lacking:
         first = next((key for key in sorted(lacking) if key in misfit), None)
         shapes = f" ({first} is {misfit[first][0]}, not {misfit[first][1]})" if first else ""
-        parts = "only heads and poolers" if new_heads else "no tensors"
+        parts = "only heads and poolers" if new_heads else "none of them"
         raise BackboneError(
             f"backbone.model: the weights of {name} lack {len(lacking)} of the tensors that its "
             f"config.json describes: {join_values(sorted(lacking), _SHOWN)}{shapes}; {parts} may "

@@ -78,7 +78,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     with (
         library_errors(
             lambda reason: BackboneError(
-                f"lora: {name} does not support this adapter: {reason.rstrip('.')}; change this "
+                f"lora: {name} does not support this adapter: {reason}; change this "
                 "section"
                 + (f" (modules that LoRA can adapt: {', '.join(adaptable)})" if adaptable else "")
             )
@@ -164,7 +164,7 @@ def check_reload(model: Any) -> None:
         library_errors(
             lambda reason: BackboneError(
                 "lora: PEFT cannot load the adapter that it saves for this model: "
-                f"{reason.rstrip('.')}; name other modules in lora.target_modules or "
+                f"{reason}; name other modules in lora.target_modules or "
                 "lora.modules_to_save"
             )
         ),

@@ -151,6 +151,10 @@ class ModelRequirements(Protocol):
         """Names of heads that the checkpoint may lack."""
 
     @property
+    def unused(self) -> Sequence[str]:
+        """Names of modules that the task does not read, and that the checkpoint may lack."""
+
+    @property
     def config_options(self) -> Mapping[str, Any]:
         """Values that the task sets in the model's configuration, besides those for the labels."""
 
@@ -167,7 +171,7 @@ def load_model(
         device: Device to move the model to, unless ``backbone.device_map`` distributes it.
 
     Returns:
-        The model, and the names of its tensors that are not pretrained.
+        The model, and the names of its tensors that the task reads and that are not pretrained.
 
     Raises:
         BackboneError: The model cannot be loaded or quantized, contains an adapter, or has weights
@@ -237,7 +241,9 @@ def load_model(
             "know (quantization_config in config.json); choose a model with weights in float32, "
             "bfloat16 or float16"
         )
-    missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
+    missing = missing_tensors(
+        model, report, backbone.model, new_heads=bool(task.heads), unused=task.unused
+    )
     if task.labels:
         order_head(model, label_names(held), task.labels)
     _keep_packing(model)

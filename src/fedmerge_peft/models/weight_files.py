@@ -9,6 +9,7 @@ from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.util.foreign_files import foreign_content
 from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.text import reason
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _REAL = {"F64", "F32", "F16", "BF16"}
@@ -23,8 +24,9 @@ def check_weight_files(name: str, folder: Path) -> None:
         folder: Model folder.
 
     Raises:
-        BackboneError: A file is missing, damaged, or not a safetensors file; or the weights are
-            integers or have 8 bits, and the configuration does not describe their quantization.
+        BackboneError: A file is missing, unreadable, damaged, or not a safetensors file; or the
+            weights are integers or have 8 bits, and the configuration does not describe their
+            quantization.
     """
     quantized = _has_quantization(folder / "config.json")
     for path in _files(name, folder):
@@ -48,6 +50,7 @@ def _files(name: str, folder: Path) -> list[Path]:
             f"(but {others}); download the missing file, or save the model again with "
             "save_pretrained of transformers"
         )
+    _require_readable(folder / _INDEX)
     with library_errors(
         lambda reason: BackboneError(
             f"backbone.model: {folder / _INDEX} cannot be read: {reason}; download it again"
@@ -63,9 +66,21 @@ def _files(name: str, folder: Path) -> list[Path]:
     return files
 
 
+def _require_readable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise BackboneError(
+            f"backbone.model: {path} cannot be opened: {reason(error)}; check its permissions"
+        ) from error
+
+
 def _types(path: Path) -> dict[str, str]:
     """Return the types of a file's tensors, such as ``F32``, by name."""
     from safetensors import safe_open
+
+    _require_readable(path)
 
     def fault(reason: str) -> BackboneError:
         if kind := foreign_content(path):

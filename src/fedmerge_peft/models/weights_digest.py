@@ -20,7 +20,7 @@ def weights_digest(model: nn.Module, missing: Collection[str]) -> str:
 
     Args:
         model: Model as loaded, without an adapter.
-        missing: Names of tensors that are not pretrained; they are left out.
+        missing: Names of tensors and modules that are not pretrained; they are left out.
     """
     return digest(_parts(model, missing)).hex()
 
@@ -32,6 +32,6 @@ def _parts(model: nn.Module, missing: Collection[str]) -> Iterator[Tensor | str]
         buffers = [part for part in module.named_buffers(recurse=False) if part[0] not in computed]
         for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
             full = f"{path}.{name}".removeprefix(".")
-            if full not in missing and tensor.is_floating_point():
+            if not {full, *path.split(".")}.intersection(missing) and tensor.is_floating_point():
                 yield f"{full} {tuple(tensor.shape)}"
                 yield tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)]

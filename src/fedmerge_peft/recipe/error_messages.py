@@ -234,7 +234,7 @@ def explain(error: ValidationError, document: Document, root: type[BaseModel]) -
         else:
             where, text = _unfit(where, annotation, detail["type"], document.value)
         mark = document.mark(where)
-        if mark.line is None:  # a value from the command line or from Python
+        if mark.line is None:  # a value from overrides or from Python
             text = text.replace(_INDENTED, "(keys with values)")
         faults.setdefault(where, Fault(mark, where, text))
     return list(faults.values())

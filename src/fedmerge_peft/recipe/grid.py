@@ -15,7 +15,7 @@ from math import prod
 import yaml
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.python_values import listed_overrides
+from fedmerge_peft.recipe.python_values import OVERRIDES, listed_overrides
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.util.text import printable
 
@@ -106,7 +106,7 @@ def _distinct(
             if number < len(combinations):
                 raise RecipeError(
                     printable(
-                        f"command line: {other} and {name} give the same recipe; remove one of them"
+                        f"{OVERRIDES}: {other} and {name} give the same recipe; remove one of them"
                     )
                 )
             continue
@@ -125,28 +125,28 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
         key = key.strip()
         if key in settings:
             faults.append(
-                f"command line: {key}: given twice; write all of its values as one {key}=a,b,c"
+                f"{OVERRIDES}: {key}: given twice; write all of its values as one {key}=a,b,c"
             )
             continue
         settings[key] = [value.strip() for value in _split(values)]
         if not equals or not key:
             faults.append(
-                f"command line: found {text!r}, expected key=value,value,..., such as seed=0,1,2"
+                f"{OVERRIDES}: found {text!r}, expected key=value,value,..., such as seed=0,1,2"
             )
         elif not all(settings[key]):
             faults.append(
-                f"command line: {key}: empty value in {text!r}; write key=a,b,c, with null for "
+                f"{OVERRIDES}: {key}: empty value in {text!r}; write key=a,b,c, with null for "
                 "no value"
             )
         elif repeated := [
             value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1
         ]:
             faults.append(
-                f"command line: {key}: duplicate value {', '.join(repeated)}; write each value once"
+                f"{OVERRIDES}: {key}: duplicate value {', '.join(repeated)}; write each value once"
             )
     if (combinations := prod(map(len, settings.values()))) > MOST:
         faults.append(
-            f"command line: {combinations:,} combinations exceed the limit of {MOST:,}; "
+            f"{OVERRIDES}: {combinations:,} combinations exceed the limit of {MOST:,}; "
             "give fewer values"
         )
     if faults:

@@ -27,15 +27,13 @@ from fedmerge_peft.recipe.error_messages import (
     required,
     variants,
 )
-from fedmerge_peft.recipe.python_values import check_source, listed_overrides
+from fedmerge_peft.recipe.python_values import OVERRIDES, check_source, listed_overrides
 from fedmerge_peft.recipe.section import FOREIGN, Section
 from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import is_encodable, printable
 
 LARGEST = 256 * 1024
 """Maximum size of a recipe file in bytes."""
-
-COMMAND_LINE = Mark("command line")
 
 RUN_REMEDY = (
     "if you trust this run, allow it with --trust-remote-code, or in Python with "
@@ -220,7 +218,7 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
             "has no effect on a complete recipe; set it in the recipe's file, or as an override of "
             "fedmerge run or Recipe.load"
         )
-        raise refuse([Fault(COMMAND_LINE, where, text)])
+        raise refuse([Fault(OVERRIDES, where, text)])
     return result
 
 
@@ -291,34 +289,32 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
     if not equals or not all(where) or not is_encodable(text):
         document.faults.append(
             Fault(
-                COMMAND_LINE,
+                OVERRIDES,
                 (),
                 f"found {text!r}, expected key=value, such as training.learning_rate=1e-4",
             )
         )
         return
     try:
-        value = yaml_document.parse(value_text, COMMAND_LINE)
+        value = yaml_document.parse(value_text, OVERRIDES)
     except RecipeError as error:
-        reason = error.faults[0].removeprefix(f"{COMMAND_LINE}: ")
-        document.faults.append(Fault(COMMAND_LINE, where, reason))
+        reason = error.faults[0].removeprefix(f"{OVERRIDES}: ")
+        document.faults.append(Fault(OVERRIDES, where, reason))
         return
     if part := yaml_document.dropped(value_text):
         text = f"YAML would drop {part}; write the value in double quotes, inside the shell's own"
-        document.faults.append(Fault(COMMAND_LINE, where, text))
+        document.faults.append(Fault(OVERRIDES, where, text))
         return
-    document.faults += [
-        Fault(COMMAND_LINE, where + fault.where, fault.text) for fault in value.faults
-    ]
+    document.faults += [Fault(OVERRIDES, where + fault.where, fault.text) for fault in value.faults]
     section = _section(model, where[:-1], document)
     if isinstance(section, str):
-        document.faults.append(Fault(COMMAND_LINE, where, section))
+        document.faults.append(Fault(OVERRIDES, where, section))
         return
     section[str(where[-1])] = value.value
     document.marks = {
         known: mark for known, mark in document.marks.items() if known[: len(where)] != where
     }
-    document.marks[where] = COMMAND_LINE
+    document.marks[where] = OVERRIDES
     _forget_other_kind(model, where, section, document)
 
 
@@ -356,7 +352,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
                 f"write {dotted(here)}=VALUE with {expected(annotation)}"
             )
         if step not in section:
-            document.marks[here] = COMMAND_LINE
+            document.marks[here] = OVERRIDES
         inner, kinds = section.get(str(step)), kinds_of(annotation)
         if inner is None:
             default = model.model_fields[str(step)].default if kinds and depth == 1 else None
@@ -369,7 +365,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
             inner = {kinds.key: inner}
         elif not isinstance(inner, dict):
             remedy = "write a section in the recipe"
-            if document.mark(here) == COMMAND_LINE:
+            if document.mark(here) == OVERRIDES:
                 remedy = f"set single keys instead, as in {dotted(here)}.KEY=VALUE"
             return f"{dotted(here)} is {found(inner)}, not a section; {remedy}"
         section[str(step)] = inner
@@ -380,10 +376,10 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
 def _forget_other_kind(
     model: type[Section], where: Where, section: dict[str, Any], document: Document
 ) -> None:
-    """Remove keys of the file that do not exist in the kind that the command line selects."""
+    """Remove keys of the file that do not exist in the kind that the overrides select."""
     kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return
     for key in set(section) - set(kinds.sections[kinds.names.index(value)].model_fields):
-        if document.mark((*where[:-1], key)) != COMMAND_LINE:
+        if document.mark((*where[:-1], key)) != OVERRIDES:
             del section[key]

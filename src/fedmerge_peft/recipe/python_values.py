@@ -11,6 +11,9 @@ from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.yaml_document import Fault, Mark, Where, refuse
 
+OVERRIDES = Mark("overrides")
+"""Origin of values in overrides, which the command line or a Python program passes."""
+
 
 def check_recipe(value: object, argument: str = "recipe") -> None:
     """Raise ``RecipeError`` if an argument is not a recipe but, for example, a recipe's name."""
@@ -53,7 +56,8 @@ def listed_overrides(values: object) -> list[str]:
         if all(isinstance(text, str) for text in listed):
             return listed
     raise RecipeError(
-        f'overrides: found {found(values)}, expected a list of texts, such as ["training.epochs=2"]'
+        f"{OVERRIDES}: found {found(values)}, expected a list of texts, such as "
+        '["training.epochs=2"]'
     )
 
 

@@ -21,7 +21,7 @@ from fedmerge_peft.recipe.section import (
     WarmRounds,
 )
 from fedmerge_peft.recipe.soup_storage import SoupServerRecipe
-from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, StrategyRecipe
+from fedmerge_peft.recipe.strategy_base import WEIGHTS_LR, HeadRecipe, ServerRecipe, StrategyRecipe
 
 Ranks = Annotated[list[Rank], Field(min_length=1)]
 
@@ -98,7 +98,9 @@ class FedMergeRecipe(HeadRecipe, SoupServerRecipe):
     def effective_values(self) -> dict[str, Any]:
         own = self.start == "warm" and self.own_head is not False and self.server_optimizer == "sgd"
         chosen = {"server_momentum": self.server_momentum} if own else {}  # None: the run decides
-        return super().effective_values() | chosen
+        lr = WEIGHTS_LR[self.rule] if self.weights_lr is None else self.weights_lr
+        columns = self.weights_columns or (None if self.rule == "paper" else "all")
+        return super().effective_values() | chosen | {"weights_lr": lr, "weights_columns": columns}
 
     @property
     def merged_blocks(self) -> str | None:
@@ -187,9 +189,7 @@ class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     @model_validator(mode="after")
     def _passes_have_rounds(self) -> FedAvgFinetunedRecipe:
         if self.passes > 1 and self.fedavg_rounds is None:
-            raise ValueError(
-                "passes: applies to the rounds of finetuning, and there are none; set fedavg_rounds"
-            )
+            raise ValueError("passes: there are no rounds of finetuning; set fedavg_rounds")
         return self
 
 

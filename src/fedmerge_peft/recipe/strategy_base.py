@@ -103,6 +103,10 @@ class StrategyRecipe(Section):
         )
 
 
+WEIGHTS_LR = {"normalized": 0.3, "adam": 0.3, "gradient": 1.0, "paper": 0.01}
+"""Default step size of FedMerge's merging logits, by rule."""
+
+
 class ServerRecipe(StrategyRecipe):
     """Base of the sections of strategies with a server optimizer (FedOpt: Reddi et al. 2021, arXiv
     2003.00295).

@@ -55,7 +55,7 @@ def dotted(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Origin of a value: a source, such as a file or the command line, and its line if known."""
+    """Origin of a value: a source, such as a file or overrides, and its line if known."""
 
     source: str
     line: int | None = None
@@ -263,8 +263,9 @@ def _mapping(
         key = str(key_node.value)
         if key in values:
             first = document.marks[*where, key]
+            place = "" if first.line is None else f", first at {first}"
             document.faults.append(
-                Fault(here, (*where, key), f"given twice, first at {first}; keep one of them")
+                Fault(here, (*where, key), f"given twice{place}; keep one of them")
             )
             continue
         document.marks[*where, key] = here

@@ -15,6 +15,7 @@ from fedmerge_peft.report.learning_figures import losses
 from fedmerge_peft.report.methods import final_scores, readable
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_score_is_better
+from fedmerge_peft.util.text import count_of
 
 _MIN_TEST_EXAMPLES = 30
 """Number of test examples below which one example changes an accuracy by over three points."""
@@ -217,13 +218,18 @@ def _below_local(
         and not limits[client][0] <= other_values[client] <= limits[client][1]
     ]
     certain = f" (beyond the 95 % interval for {len(clear)} of them)" if limits else ""
-    private = [each for each in ("ditto", "fedrep") if each != run.recipe.strategy.name]
+    methods = ("ditto", "fedrep") if run.adapter_config.get("modules_to_save") else ("ditto",)
+    others = [f"strategy={each}" for each in methods if each != run.recipe.strategy.name]
+    action = f"serve these clients their {name} adapters"
+    if others:
+        action += ", or use another strategy that keeps a part of the model private: "
+        action += " or ".join(others)
     yield Advice(
-        f"the {readable(own['metric'])} of {len(worse)} of {len(own_values)} clients is worse than "
-        f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
+        f"the {readable(own['metric'])} of {len(worse)} of "
+        f"{count_of(len(own_values), 'client')} is worse than with {name} training alone{certain}: "
+        + join_values(clear or worse, _MAX_LISTED),
         "their data differ from the data of clients that share their adapters, or suffice alone",
-        f"serve these clients their {name} adapters, or use another strategy that keeps a part of "
-        f"the model private: {' or '.join(f'strategy={each}' for each in private)}",
+        action,
     )
 
 
@@ -289,8 +295,8 @@ def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
         else "a few unusual examples decide a client's score"
     )
     yield Advice(
-        f"{len(few)} of {len(run.clients)} clients {have} fewer than {_MIN_TEST_EXAMPLES} test "
-        f"examples (minimum {least})",
+        f"{len(few)} of {count_of(len(run.clients), 'client')} {have} fewer than "
+        f"{_MIN_TEST_EXAMPLES} test examples (minimum {least})",
         effect,
         "do not rely on single clients; compare means over several seeds with fedmerge sweep",
     )

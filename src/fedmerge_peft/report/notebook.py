@@ -7,6 +7,7 @@ from fedmerge_peft.report.methods import settings
 from fedmerge_peft.report.tables import Cell, Column, client_table, run_table
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.util.html import details, page, table, text
+from fedmerge_peft.util.text import count_of
 
 _MAX_CLIENTS = 200
 """Limit on rows of the table of clients."""
@@ -19,7 +20,8 @@ def run_html(run: RunDirectory) -> str:
     """
     done, rounds = len(run.records), run.recipe.rounds
     clients = len(run.client_names) if (run.path / "clients.json").is_file() else 0
-    title = f"{run.recipe.name}: {done} of {rounds} rounds, {clients} clients"
+    progress = f"{done} of {count_of(rounds, 'round')}, {count_of(clients, 'client')}"
+    title = f"{run.recipe.name}: {progress}"
     place = f"<p>{text(run.path)}</p>"
     if not done:
         return page(title, place)
@@ -30,7 +32,9 @@ def run_html(run: RunDirectory) -> str:
         title,
         _table(*run_table(setting)),
         f"<p>{text(client_figures.answer(setting))}</p>",
-        details(f"{len(rows)} clients{more}", _table(columns, rows[:_MAX_CLIENTS])) if rows else "",
+        details(f"{count_of(len(rows), 'client')}{more}", _table(columns, rows[:_MAX_CLIENTS]))
+        if rows
+        else "",
         place,
     )
 

@@ -15,6 +15,7 @@ from fedmerge_peft.plotting.svg_heat import MAX_ROWS, binned, binned_groups
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Method
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.util.text import count_of
 
 _MAX_PAIRED = 1500
 """Limit on clients for figures of pairwise similarities."""
@@ -55,9 +56,10 @@ def answer(method: Method) -> str:
         return f"With {method.name}, the soup has one adapter for all clients."
     used = int((weights.mean(axis=0) >= 0.5 / adapters).sum())
     most = int((weights.max(axis=1) > 0.5).sum())
+    have = "has more than half of its" if most == 1 else "have more than half of their"
     sentences = [
-        f"{used} of {adapters} adapters are in use. {most} of {len(weights)} clients have more "
-        "than half of their weight on one adapter."
+        f"{used} of {adapters} adapters {'is' if used == 1 else 'are'} in use. "
+        f"{most} of {count_of(len(weights), 'client')} {have} weight on one adapter."
     ]
     if blocks := run.recipe.strategy.merged_blocks:
         sentences.append(
@@ -67,9 +69,10 @@ def answer(method: Method) -> str:
     if known_groups(run):
         table = sharing(run)
         apart = int(((table["share"] == 1) & (table["others"] == "")).sum())
+        have = "has its own main adapter" if apart == 1 else "have main adapters of their own"
         sentences.append(
-            f"{apart} of {len(table)} groups have a main adapter of their own: all clients of the "
-            "group use it most, and it is the main adapter of no other group."
+            f"{apart} of {count_of(len(table), 'group')} {have}: all clients of the group use it "
+            "most, and it is the main adapter of no other group."
         )
         together = table[table["others"] != ""].groupby("adapter").groups.values()
         shared = [" with ".join(map(str, groups)) for groups in together]

@@ -284,8 +284,8 @@ class RunWriter(RunDirectory):
 def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """Return the documents of clients, task, backbone, adapter, examples and labels, by file name.
 
-    ``examples.json`` is included only if the engine has a digest, and ``labels.json`` only if it
-    counts labels.
+    ``examples.json`` is included only if the engine has a digest of the examples, and
+    ``labels.json`` only if the engine counts labels.
     """
     config = {
         key: sorted(value) if isinstance(value, set) else value

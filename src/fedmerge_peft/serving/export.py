@@ -33,6 +33,7 @@ from fedmerge_peft.serving.model_card import base_model, soup_card
 from fedmerge_peft.serving.vllm import serve_script
 from fedmerge_peft.util.files import write_json, write_text
 from fedmerge_peft.util.folders import whole_folder, write_sums
+from fedmerge_peft.util.library_errors import reason_of
 
 _LONGEST = 200
 """Maximum length of a folder's name in bytes; file systems allow 255."""
@@ -202,9 +203,8 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
             repo_id=repo, folder_path=folder, commit_message="Upload of fedmerge-peft"
         )
     except (HTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RunError(
-            f"{folder} was written but not uploaded: {reason}. "
+            f"{folder} was written but not uploaded: {reason_of(error)}. "
             f"To upload it later: hf upload {repo} {shlex.quote(str(folder))}"
             f"{' --private' if private else ''}"
         ) from error

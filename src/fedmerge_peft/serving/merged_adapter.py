@@ -51,6 +51,7 @@ class _ModelHead(NamedTuple):
     auto_model: str
     labels: tuple[str, ...]
     heads: tuple[str, ...]
+    unused: tuple[str, ...]
     config_options: Mapping[str, Any]
     pad_token_id: int | None
 
@@ -238,9 +239,11 @@ class MergedAdapter:
             if kind.reads_last_token
             else None
         )
-        head = _ModelHead(kind.auto_model, labels, kind.heads, kind.config_options, pad)
+        head = _ModelHead(
+            kind.auto_model, labels, kind.heads, kind.unused, kind.config_options, pad
+        )
         base, missing = load_model(recipe.backbone, head, folder, device)
-        check_weights(self.run, weights_digest(base, missing))
+        check_weights(self.run, weights_digest(base, {*missing, *kind.unused}))
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             folder = str(write_adapter(Path(adapter), *self.peft_state()))
             with quiet_transformers():

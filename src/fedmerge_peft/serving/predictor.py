@@ -26,6 +26,7 @@ from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.passes import split_batch
+from fedmerge_peft.tasks.row_names import rows_are_inputs
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.util.library_errors import library_errors
@@ -200,7 +201,10 @@ class Predictor:
     # ---- inputs ----------------------------------------------------------------------------------
 
     def _encode(self, inputs: list[Any]) -> Examples:
-        with library_errors(lambda reason: DataError(f"an input cannot be read: {reason}")):
+        with (
+            library_errors(lambda reason: DataError(f"an input cannot be read: {reason}")),
+            rows_are_inputs(range(len(inputs))),
+        ):
             if self._kind.completes:
                 return self._task.encode_prompts(inputs)
             return self._task.encode(self._table(inputs))

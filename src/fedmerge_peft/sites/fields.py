@@ -37,6 +37,8 @@ TensorName = Annotated[str, Field(pattern="^[a-z0-9]{1,16}$")]
 """Name of a tensor in the same message."""
 TextFormat = Literal["text", "messages", "prompt-completion", "instruction"]
 Labels = Annotated[list[Name], Field(max_length=2**16)]
+LabelCounts = Annotated[list[Count], Field(max_length=2**16)]
+"""Number of a client's training examples with each label."""
 Document = Annotated[str, Field(max_length=MAX_DOCUMENT)]
 Index = Annotated[int, Field(ge=0, le=9_999)]
 """Index of an adapter."""
@@ -88,12 +90,7 @@ class Opened(Fields):
 
     layout: Digest
     size: Count
-    counts: (
-        Annotated[
-            list[Annotated[list[Count], Field(max_length=2**16)]], Field(max_length=_MAX_CLIENTS)
-        ]
-        | None
-    )
+    counts: Annotated[list[LabelCounts], Field(max_length=_MAX_CLIENTS)] | None
 
 
 # ---- assignments ---------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def run_rehearsal(
         FederateError: A process exited, the server does not start or respond, or refuses a request,
             or several consecutive jobs left no outcome.
     """
-    from fedmerge_peft.sites.flare.operator import run
+    from fedmerge_peft.sites.flare.operator import SiteWait, run
 
     with running_processes(out, federation) as processes:
 
@@ -134,8 +134,7 @@ def run_rehearsal(
         return run(
             out / "operator",
             report,
-            wait=wait,
-            min_sites=min_sites or len(federation.sites),
+            wait=SiteWait(wait, min_sites or len(federation.sites)),
             reconnect_timeout=30.0,
             on_poll=check_processes,
         )

@@ -169,7 +169,9 @@ def site_summary(data: FederatedData, recipe: Recipe) -> SiteSummary:
     )
 
 
-def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
+def agree_on_labels(
+    site_labels: Sequence[Sequence[str]], num_labels: int | None, *, one_each: bool = True
+) -> list[str]:
     """Return the labels of a federation, in the order of their ids.
 
     If the longest list contains all names, the labels keep its order; otherwise they are sorted.
@@ -179,13 +181,16 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
     Args:
         site_labels: Names of the labels of each site.
         num_labels: ``task.num_labels``; None if the recipe does not set it.
+        one_each: True if each example, or each of its words, has exactly one label. With a single
+            label, there is then nothing to learn.
 
     Raises:
-        FederateError: There are more labels than ``num_labels``, or there is only one label.
+        FederateError: There are more labels than ``num_labels``; or, with ``one_each``, there is
+            only one label.
     """
     longest = max((list(labels) for labels in site_labels), key=len)
     union = {label for labels in site_labels for label in labels}
-    if len(union) == 1:
+    if one_each and len(union) == 1:
         raise FederateError(
             f"task: the examples of all sites have the label {join_values(union)}, so there is "
             "nothing to learn; correct the label column in task, or the sites' data.filter"

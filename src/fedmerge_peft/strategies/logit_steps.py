@@ -8,10 +8,9 @@ from torch import Tensor
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import StrategyContext
-from fedmerge_peft.strategies.server_step import WEIGHTS_LR, logits_step
+from fedmerge_peft.strategies.server_step import logits_step
 from fedmerge_peft.util.stateful import Stateful
 
-_ADAM_LR = 0.3
 _ADAM_DECAY = 0.9
 """Decay of the running average of G² with ``rule: adam``. It is low, because a federation has few
 rounds."""
@@ -47,8 +46,7 @@ class LogitSteps(Stateful):
         )
         self.columns = head if by_head else None
         """Indices of the columns that enter the inner product in G; None if all P columns do."""
-        default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
-        self.lr = default if recipe.weights_lr is None else recipe.weights_lr
+        self.lr: float = recipe.effective_values()["weights_lr"]
         self.average = torch.zeros(context.clients * blocks, adapters, dtype=torch.float64)
         self.squares = torch.zeros_like(self.average)
         self.rounds = torch.zeros(len(self.average), dtype=torch.int64)

@@ -14,17 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.recipe.strategy_base import WEIGHTS_LR
 from fedmerge_peft.util.row_storage import column_chunks, read
 from fedmerge_peft.util.vectors import all_finite
 
 Rule = Literal["normalized", "gradient", "paper"]
 
-WEIGHTS_LR: dict[Rule, float] = {"normalized": 0.3, "gradient": 1.0, "paper": 0.01}
 _PAPER_STEP = 0.01
 _PAPER_MAX_STEPS = 10_001
 
@@ -76,8 +76,8 @@ def fedmerge_step(
             or a delta is not finite.
     """
     shares = _shares(soup, logits, deltas, sizes)
-    if rule not in WEIGHTS_LR:
-        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(WEIGHTS_LR)}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}")
     lr = WEIGHTS_LR[rule] if weights_lr is None else weights_lr
     weights = torch.softmax(logits.double(), dim=1)
     new_logits = logits.double() - logits_step(

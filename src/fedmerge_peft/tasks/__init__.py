@@ -6,7 +6,7 @@ parts of tasks, most of which several tasks share:
 - classes and labels: ``labels``, ``lists``, ``label_sets``, ``classification``, ``regression``,
   ``choices``, ``choice_labels``, ``imbalance``
 - models that a Python program passes as objects: ``in_memory``
-- inputs and outputs: ``inputs``, ``predictions``
+- inputs and outputs: ``inputs``, ``predictions``, ``row_names``
 - texts: ``token_task``, ``encoder``, ``texts``, ``text_tokens``, ``text_formats``,
   ``tokenization``, ``vocabulary``
 - words and spans: ``words``, ``tagged_words``, ``spans``, ``answer_windows``
@@ -22,12 +22,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from fedmerge_peft.errors import DataError
 from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.imbalance import check_class_weights
 from fedmerge_peft.tasks.predictions import Predictions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
 
     from fedmerge_peft.recipe.schema import Recipe
@@ -46,13 +49,24 @@ def check_table(recipe: TaskRecipe, table: Dataset) -> None:
 
     Raises:
         DataError: A column does not exist, has an unsuitable type, or has missing or invalid
-            values.
+            values; or all labels are the same class.
         RecipeError: The section names a label that the data do not have.
     """
     kind = task_type(recipe)
     kind.check_table(recipe, table)
     if recipe.has_labels:
-        check_class_weights(recipe, kind.labels_in(recipe, table) or ())
+        labels = kind.labels_in(recipe, table) or ()
+        reject_one_class(kind, labels)
+        check_class_weights(recipe, labels)
+
+
+def reject_one_class(task: type[Task] | Task, labels: Sequence[str]) -> None:
+    """Raise ``DataError`` if loss terms have one class each, and ``labels`` is a single one."""
+    if task.names_classes and len(labels) == 1:
+        raise DataError(
+            f"task: all labels in the data are {labels[0]!r}, so there is nothing to learn; name "
+            "the column with the labels, or relax data.filter"
+        )
 
 
 def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
+from fedmerge_peft.tasks.tokenization import more_tokens
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -60,13 +62,16 @@ class AnswerWindows:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
         length: Maximum length of a window in tokens.
         stride: Number of tokens of the context that consecutive windows share.
+        limit: Limit of the model in tokens, if any.
         with_types: True if the model reads token types.
 
     Raises:
         DataError: ``stride`` is not less than ``longest_question``.
     """
 
-    def __init__(self, tokenizer: Any, length: int, stride: int, *, with_types: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, length: int, stride: int, limit: int | None, *, with_types: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self.length = length
         self._stride = stride
@@ -77,9 +82,10 @@ class AnswerWindows:
         if stride >= self.longest_question:
             room = self.longest_question
             lower = f"set task.stride to less than {room}, or " if room > 0 else ""
+            more = more_tokens(2 * stride + special + 1, limit)
             raise DataError(
                 f"task.stride: windows of {length} tokens have too little room for a question and "
-                f"{stride} shared tokens of the context; {lower}raise task.max_length"
+                f"{stride} shared tokens of the context; {lower}{more}"
             )
 
     def of_row(
@@ -94,9 +100,8 @@ class AnswerWindows:
         """
         with library_errors(
             lambda reason: DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"the tokenizer fails on the question {question[:80]!r} or the context "
-                f"{context[:80]!r}: {reason}"
+                f"{row_name(row)}: the tokenizer fails on the question {question[:80]!r} or the "
+                f"context {context[:80]!r}: {reason}"
             )
         ):
             question = question.lstrip()
@@ -215,9 +220,7 @@ def read_answers(
     check_column(table, column, "task.answers")
     answers = []
     for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
-        own = _parsed(
-            value, f"row {row} (from 0, of the rows that the run uses): column {column!r}"
-        )
+        own = _parsed(value, f"{row_name(row)}: column {column!r}")
         for answer in own:
             if (
                 context[answer.start : answer.start + len(answer.text)] != answer.text
@@ -230,16 +233,14 @@ def read_answers(
                 begin = max(same - 40, 0)  # the message shows the first difference
                 part = f" (shown from character {begin} of the answer on)" if begin else ""
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    "the context does not have the answer "
+                    f"{row_name(row)}: the context does not have the answer "
                     f"{answer.text[begin:][:80]!r} at answer_start {answer.start}"
                     f"{f', but {there[begin:][:80]!r}' if answer.start >= 0 else ''}{part}; "
                     "correct the row"
                 )
         if not own and not recipe.no_answer:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"there is no answer in column {column!r}; set "
+                f"{row_name(row)}: there is no answer in column {column!r}; set "
                 "task.no_answer: true for questions without one, or remove the row"
             )
         answers.append(own)

@@ -19,6 +19,7 @@ from fedmerge_peft.tasks.classification import PROBLEM_TYPE, Classification
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.sound import Samples, read_sounds
 from fedmerge_peft.util.library_errors import library_errors
 
@@ -137,9 +138,7 @@ class AudioClassificationTask(Classification, MediaTask):
 
     def _fault(self, row: int, reason: str) -> DataError:
         return DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"{type(self.processor).__name__} fails on the sound: "
-            f"{reason}"
+            f"{row_name(row)}: {type(self.processor).__name__} fails on the sound: {reason}"
         )
 
     def _process(self, sound: Samples) -> Tensor:

@@ -71,6 +71,8 @@ class Task(ABC):
     heads: ClassVar[tuple[str, ...]] = ()
     """Names of the task's heads in transformers. They belong to the adapter, and the pretrained
     model may lack them. Empty for tasks that use the pretrained output layer."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Names of modules that the task does not read, and that the pretrained model may lack."""
     config_options: ClassVar[Mapping[str, Any]] = {}
     """Values to set in the model's configuration, such as ``problem_type``."""
     in_batch: ClassVar[bool] = False
@@ -128,11 +130,7 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, table: Dataset) -> Examples:
-        """Convert rows to tensors.
-
-        Raises:
-            DataError: The rows do not match the recipe.
-        """
+        """Convert rows to tensors. Raises ``DataError`` if the rows do not match the recipe."""
 
     def show(self, table: Dataset) -> list[ShownExample]:
         """Return each row after tokenization and truncation, for ``fedmerge data --show``.

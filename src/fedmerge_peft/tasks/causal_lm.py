@@ -18,6 +18,7 @@ from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import TextGenerator, generation_options
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name, rows_are_inputs
 from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
 from fedmerge_peft.tasks.text_formats import (
     check_columns,
@@ -117,7 +118,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
         self._tokens = TextTokens(self.processor, reading)
         self._chats = ChatTokens(self.processor)
-        self._prompted = ChatTokens(self.processor, "input {}")
 
     # ---- Rows to tensors -------------------------------------------------------------------------
     @classmethod
@@ -193,7 +193,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 remedy = "raise task.max_length" if cut else "correct or remove the row"
                 tokens = "1 token leaves" if len(kept) == 1 else f"{len(kept)} tokens leave"
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): with task.loss: "
+                    f"{row_name(row)}: with task.loss: "
                     f"{self.loss}, {tokens} nothing to predict: "
                     f"{self.processor.decode(ids)[:80]!r}; {remedy}"
                 )
@@ -317,12 +317,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         chats = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list | tuple)]
         ids: dict[int, list[int]] = {}
         if chats:
-            parsed = [
-                parse_prompt(self.recipe, prompts[place], f"input {place}: ") for place in chats
-            ]
-            ids |= dict(zip(chats, self._prompted.prompts(parsed), strict=True))
-        places = [f"input {place}" for place in texts]
-        rows = self._tokens.prompts([prompts[place] for place in texts], places)
+            with rows_are_inputs(chats):
+                parsed = [
+                    parse_prompt(self.recipe, prompts[place], f"{row_name(row)}: ")
+                    for row, place in enumerate(chats)
+                ]
+                ids |= dict(zip(chats, self._chats.prompts(parsed), strict=True))
+        with rows_are_inputs(texts):
+            rows = self._tokens.prompts([prompts[place] for place in texts])
         ids |= dict(zip(texts, rows, strict=True))
         reject_inputs(
             [prompt for place, prompt in enumerate(prompts) if place not in ids],

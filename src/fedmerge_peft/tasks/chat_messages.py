@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -62,31 +63,44 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
 
     A column of messages or conversations comes first, unless ``recipe.format`` is
     prompt-completion. Prompt and completion are chats if the entries of both are lists, or if
-    ``recipe.format`` is messages. The result is empty if the table has no chats.
+    ``recipe.format`` is messages. The result is empty if the table has no chats, or if
+    ``recipe.format`` is text or instruction, which read other columns.
 
     Raises:
         DataError: Only one of prompt and completion has lists, ``recipe.format`` is not messages,
             and there is no column of chats that comes first.
     """
+    if recipe.format in ("text", "instruction"):
+        return []
     for column in (recipe.messages, CONVERSATIONS):
         if column in table.column_names and recipe.format != "prompt-completion":
             return [column]
     pair = [recipe.prompt, recipe.completion]
-    lists = [
-        column in table.column_names and hasattr(table.features[column], "feature")
-        for column in pair
-    ]
-    both = set(pair) <= set(table.column_names)
+    if not set(pair) <= set(table.column_names):
+        return []
     # format=messages also accepts JSON text, and the columns of empty tables, which lack a type
-    if all(lists) or (both and recipe.format == "messages"):
+    if recipe.format == "messages" or have_messages(table, pair, "task.completion"):
         return pair
-    if any(lists) and both:
-        chat, other = pair if lists[0] else reversed(pair)
-        raise DataError(
-            f"task.format: the column {chat!r} has lists of messages, but {other!r} does not; "
-            "both must be texts, or both lists of {role, content}"
-        )
     return []
+
+
+def have_messages(table: Dataset, columns: Sequence[str], key: str) -> bool:
+    """Return True if the entries of two columns, of prompts and completions, are lists.
+
+    Return False if neither column has lists. As in TRL, chats and texts cannot be combined.
+
+    Raises:
+        DataError: Only one of the columns has lists. The message names ``key``, which is the recipe
+            key of the completions.
+    """
+    lists = [hasattr(table.features[column], "feature") for column in columns]
+    if any(lists) and not all(lists):
+        chats, texts = columns if lists[0] else reversed(columns)
+        raise DataError(
+            f"{key}: the column {chats!r} has lists of messages, but {texts!r} does not; write "
+            "texts in both, or lists of {role, content} in both"
+        )
+    return all(lists)
 
 
 def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
@@ -106,7 +120,7 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
     entries = table.select_columns([*read, *([_SYSTEM] * systems)]).with_format(None)[:]
     chats = []
     for row in range(len(table)):
-        where = f"row {row} (from 0, of the rows that the run uses): "
+        where = f"{row_name(row)}: "
         parts = [parse_messages(entries[column][row], column, where) for column in columns]
         messages = [message for part in parts for message in part]
         own = entries[_SYSTEM][row] if systems else None

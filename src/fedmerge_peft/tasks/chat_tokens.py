@@ -28,6 +28,7 @@ from fedmerge_peft.tasks.chat_turns import (
     find_end,
     same_turns,
 )
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.tokenization import SpecialTokens, tokenized
 from fedmerge_peft.util.library_errors import library_errors
 
@@ -57,14 +58,10 @@ class ChatTokens:
 
     Args:
         tokenizer: Tokenizer.
-        item: Name of a chat in error messages, with ``{}`` for its index.
     """
 
-    def __init__(
-        self, tokenizer: Any, item: str = "row {} (from 0, of the rows that the run uses)"
-    ) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._item = item
         self._special = SpecialTokens(tokenizer)
 
     def rows(self, chats: Sequence[Chat], loss: Loss) -> list[Row]:
@@ -227,7 +224,7 @@ class ChatTokens:
 
     def error(self, row: int, fault: str) -> DataError:
         """Return a ``DataError`` that names a chat and states its fault."""
-        return DataError(f"{self._item.format(row)}: {fault}")
+        return DataError(f"{row_name(row)}: {fault}")
 
     # ---- turns -----------------------------------------------------------------------------------
     def _turns(self, row: int, chat: Chat, loss: Loss) -> list[tuple[int, int]]:
@@ -318,7 +315,7 @@ class ChatTokens:
         """Apply the chat template. Raises ``DataError`` if it rejects the messages."""
 
         def rejected(reason: str) -> DataError:
-            fault = f"the chat template rejects the messages: {reason.rstrip('.')}"
+            fault = f"the chat template rejects the messages: {reason}"
             return self.error(row, f"{fault}; change them, or set another task.chat_template")
 
         def apply(written: list[Message]) -> Any:

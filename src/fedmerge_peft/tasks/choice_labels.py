@@ -13,6 +13,7 @@ from fedmerge_peft.data.column_types import whole_numbers
 from fedmerge_peft.data.columns import join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def read_right(
 ) -> list[int]:
     """Read the index of the right choice in each row.
 
-    A label is the name or the text of a choice. Without names, it may also be a letter from A or,
-    if all labels are numbers, a number from 0. Numbers may be written as text.
+    A label is the name or the text of a choice. If all labels are names, texts do not count, so
+    that a name may also be the text of another choice. Without names, a label may also be a letter
+    from A or, if all labels are numbers, a number from 0. Numbers may be written as text.
 
     Args:
         table: Rows.
@@ -48,7 +50,11 @@ def read_right(
     """
     labels = _labels(table, column)
     if names is not None:
-        rows = [_places(*row) for row in zip(labels, choices, names, strict=True)]
+        rows = [
+            _places(label, [""] * len(own), own) for label, own in zip(labels, names, strict=True)
+        ]
+        if not all(rows):
+            rows = [_places(*row) for row in zip(labels, choices, names, strict=True)]
         return _only(rows, labels, choices, column, names)
     numbers = [isinstance(label, int) or label.strip().isdecimal() for label in labels]
     by_number = [
@@ -123,6 +129,8 @@ def _only(
             )
             if names is not None:
                 remedy = f"write the name of the right choice: one of {join_values(names[row])}"
+                if len(set(names[row])) < count:
+                    remedy = "give each choice of the row a name of its own"
             if str(label).strip() in ("", "-1"):
                 remedy = (
                     "rows without a label are common in test splits on the hub; remove them, or "
@@ -130,10 +138,7 @@ def _only(
                 )
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
-            raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"{shown} in column {column!r} {fault}; {remedy}"
-            )
+            raise DataError(f"{row_name(row)}: {shown} in column {column!r} {fault}; {remedy}")
     return [place for (place,) in rows]
 
 

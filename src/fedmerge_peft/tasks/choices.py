@@ -11,6 +11,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.choice_labels import read_right
 from fedmerge_peft.tasks.labels import is_text
 from fedmerge_peft.tasks.lists import read_lists
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.tokenization import read_texts
 
 if TYPE_CHECKING:
@@ -66,15 +67,13 @@ def read_choices(
     for row, choices in enumerate(rows):
         if len(choices) < 2:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"{len(choices)} choice{'s' * (len(choices) != 1)} in {_named(columns)}, "
-                "expected two or more; add the others, or remove the row"
+                f"{row_name(row)}: {len(choices)} choice{'s' * (len(choices) != 1)} in "
+                f"{_named(columns)}, expected two or more; add the others, or remove the row"
             )
         if names is not None and len(names[row]) != len(choices):
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"in {_named(columns)}, the list text has {len(choices)} entries, but the list "
-                f"label has {len(names[row])}; correct the row, or remove it"
+                f"{row_name(row)}: in {_named(columns)}, the list text has {len(choices)} entries, "
+                f"but the list label has {len(names[row])}; correct the row, or remove it"
             )
     return rows, names
 
@@ -106,8 +105,7 @@ def _without_missing(row: int, texts: Sequence[str | None], columns: Sequence[st
     known = [text for text in texts if text is not None]
     if None in texts[: len(known)]:
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"column {columns[texts.index(None)]!r} is empty "
+            f"{row_name(row)}: column {columns[texts.index(None)]!r} is empty "
             "(null), but a later choice is not; fill it in, or move the later ones"
         )
     return known

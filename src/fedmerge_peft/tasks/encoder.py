@@ -15,6 +15,7 @@ from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.token_task import TokenTask
 from fedmerge_peft.tasks.tokenization import (
+    more_tokens,
     pad,
     pad_tokens,
     ragged,
@@ -77,13 +78,14 @@ class EncoderTask(TokenTask):
     ) -> None:
         self.labels = self.output_names(recipe, table)
         config = self.prepare_tokens(recipe, backbone, model_folder)
-        self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
+        limit = token_limit(self.processor, config)
+        self.max_length = resolve_max_length(recipe.max_length, limit)
         special = self.processor.num_special_tokens_to_add(self.reads_pairs)
         if self.max_length is not None and self.max_length <= special:
             raise DataError(
                 f"task.max_length: a length of {self.max_length} leaves no room for texts, because "
-                f"the tokenizer adds {special} special token{'s' * (special != 1)}; raise "
-                "task.max_length"
+                f"the tokenizer adds {special} special token{'s' * (special != 1)}; "
+                + more_tokens(special, limit)
             )
         self._columns = ["input_ids"]
         # RoBERTa has one token type, but its tokenizers may return two.

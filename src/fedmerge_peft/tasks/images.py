@@ -21,6 +21,7 @@ from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
 from fedmerge_peft.tasks.pictures import read_images
 from fedmerge_peft.tasks.pixels import PixelCode
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class ImageTask(MediaTask):
             with library_errors(
                 lambda reason: BackboneError(
                     f"backbone.model: {self._processor_name} does not process images: "
-                    f"{reason.rstrip('.')}; name another image processor in backbone.tokenizer or, "
+                    f"{reason}; name another image processor in backbone.tokenizer or, "
                     "for a model in memory, pass another one (processor=...)"
                 )
             ):
@@ -155,9 +156,8 @@ class ImageTask(MediaTask):
         """
         with library_errors(
             lambda reason: DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"{self._processor_name} fails on the "
-                f"image of {image.width} × {image.height} pixels: {reason.rstrip('.')}; replace "
+                f"{row_name(row)}: {self._processor_name} fails on the "
+                f"image of {image.width} × {image.height} pixels: {reason}; replace "
                 "the image, or remove it"
             )
         ):

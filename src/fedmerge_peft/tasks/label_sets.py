@@ -27,6 +27,7 @@ from fedmerge_peft.tasks.lists import (
     relabel_lists,
 )
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,8 +72,7 @@ class LabelSets(WeightedClasses):
         for row, ids in enumerate(encode_lists(table, recipe.labels, "task.labels", labels)):
             if len(set(ids)) < len(ids):
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    f"column {recipe.labels!r} has a label twice: "
+                    f"{row_name(row)}: column {recipe.labels!r} has a label twice: "
                     f"{next(labels[label] for label in ids if ids.count(label) > 1)}; write it once"
                 )
             targets[row, ids] = 1
@@ -184,8 +184,5 @@ def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
     flags: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if (wrong := (flags != 0) & (flags != 1)).any():
         row = int(wrong.argmax())
-        raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"column {column!r} has {flags[row]}, expected 0 or 1"
-        )
+        raise DataError(f"{row_name(row)}: column {column!r} has {flags[row]}, expected 0 or 1")
     return flags

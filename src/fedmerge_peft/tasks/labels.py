@@ -20,6 +20,7 @@ from fedmerge_peft.data.columns import (
     read_column,
 )
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def reject_nulls(values: Any, column: str, first: int = 0) -> None:
     if values.null_count:
         row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"column {column!r} is empty (null); "
+            f"{row_name(row)}: column {column!r} is empty (null); "
             "fill in the values, or remove the rows"
         )
 
@@ -138,7 +138,7 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
         return torch.from_numpy(ids)
 
     def where(row: int) -> str:
-        return f"row {row} (from 0, of the rows that the run uses): column {column!r}"
+        return f"{row_name(row)}: column {column!r}"
 
     return torch.tensor(label_ids(values.to_pylist(), labels, where), dtype=torch.int64)
 
@@ -200,7 +200,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
         )
         names = getattr(table.features[column], "names", None) or (labels if ordered else ())
         row_labels = [names[label] if label < len(names) else str(label) for label in numbers]
-    ids = label_ids(row_labels, labels, lambda row: f"row {row}: column {column!r}")
+    ids = label_ids(row_labels, labels, lambda row: f"{row_name(row)}: column {column!r}")
     return with_column(table, column, pa.array(ids, pa.int64()), ClassLabel(names=list(labels)))
 
 
@@ -239,17 +239,16 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
     if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would overflow
         row = int(numbers.argmax())
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"label {numbers[row]} in column {column!r} is too "
+            f"{row_name(row)}: label {numbers[row]} in column {column!r} is too "
             "large for a label id; convert the labels to names"
         )
     ids: NDArray[np.int64] = numbers.astype(np.int64)
     if (ids < 0).any():
         row = int((ids < 0).argmax())
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"label {ids[row]} in column {column!r} is negative; remove the row if it has no label "
-            "(data sets on the hub mark such rows with -1), else write names instead of numbers"
+            f"{row_name(row)}: label {ids[row]} in column {column!r} is negative; remove the row "
+            "if it has no label (data sets on the hub mark such rows with -1), else write names "
+            "instead of numbers"
         )
     return ids
 
@@ -263,10 +262,9 @@ def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) 
     row, limit = int(ids.argmax()), max(MANY_LABELS, len(ids))
     if num_labels is None and ids[row] >= limit:
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"label {ids[row]} in column {column!r} is too large for a label id, which is less "
-            f"than {limit:,} (the number of rows, or {MANY_LABELS:,} if there are fewer); correct "
-            f"it, or write names instead of numbers, such as L{ids[row]}"
+            f"{row_name(row)}: label {ids[row]} in column {column!r} is too large for a label id, "
+            f"which is less than {limit:,} (the number of rows, or {MANY_LABELS:,} if there are "
+            f"fewer); correct it, or write names instead of numbers, such as L{ids[row]}"
         )
     names = [str(label) for label in range(int(ids[row]) + 1)]
     if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):
@@ -284,8 +282,7 @@ def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -
     if (ids >= num_labels).any():
         row = int((ids >= num_labels).argmax())
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"label {ids[row]} in column {column!r} is too large "
+            f"{row_name(row)}: label {ids[row]} in column {column!r} is too large "
             f"for {num_labels} label{'s' * (num_labels != 1)}, 0 to {num_labels - 1}; raise "
             "task.num_labels, or correct the data"
         )

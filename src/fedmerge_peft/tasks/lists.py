@@ -18,6 +18,7 @@ from fedmerge_peft.data.columns import (
 )
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import MANY_LABELS, is_text, label_ids, reject_nulls, with_column
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class ListColumn:
     def where(self, position: int) -> str:
         """Return the row and the column of a value, for error messages."""
         row = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
-        return f"row {row} (from 0, of the rows that the run uses): column {self.column!r}"
+        return f"{row_name(row)}: column {self.column!r}"
 
     def rows(self, values: Sequence[Any]) -> list[list[Any]]:
         """Split a sequence with one entry per value of the column into rows."""

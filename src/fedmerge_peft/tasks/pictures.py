@@ -12,6 +12,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.media_files import read_file
 from fedmerge_peft.tasks.pixels import array_image, as_rgb
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.library_errors import library_errors
 from fedmerge_peft.util.text import shortened
 
@@ -78,8 +79,7 @@ def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -
     )
     with library_errors(
         lambda reason: DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"the image in column {column!r} cannot "
+            f"{row_name(row)}: the image in column {column!r} cannot "
             f"be decoded ({source}): {reason}"
         )
     ):

@@ -31,9 +31,10 @@ from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
-from fedmerge_peft.tasks.chat_messages import parse_messages
+from fedmerge_peft.tasks.chat_messages import have_messages, parse_messages
 from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
         reject_nulls(table.select_columns([column]).with_format("arrow")[:].column(column), column)
     own = columns[side]
     if recipe.prompt in table.column_names:
+        have_messages(table, [recipe.prompt, own], f"task.{side}")
         both = table.select_columns([recipe.prompt, own])
         return both.rename_columns({recipe.prompt: "prompt", own: "completion"})
     if not hasattr(table.features[own], "feature"):
@@ -291,14 +293,13 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
     rows: dict[str, list[Any]] = {"prompt": [], "completion": []}
     for row, pair in enumerate(zip(*(table[columns[key]] for key in _SIDES), strict=True)):
         chats = [
-            parse_messages(chat, column, f"row {row} (from 0, of the rows that the run uses): ")
+            parse_messages(chat, column, f"{row_name(row)}: ")
             for chat, column in zip(pair, columns.values(), strict=True)
         ]
         shared = _common(*chats)
         if not 0 < shared < min(map(len, chats)):
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                "the chosen and the rejected chat must begin with "
+                f"{row_name(row)}: the chosen and the rejected chat must begin with "
                 "the same messages and end with different ones; correct the row, or give the "
                 "prompt in a column (task.prompt)"
             )

@@ -90,7 +90,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
         stride = min(128, length // 3) if recipe.stride is None else recipe.stride
-        self._windows = AnswerWindows(self.processor, length, stride, with_types=types)
+        self._windows = AnswerWindows(self.processor, length, stride, limit, with_types=types)
 
     @classmethod
     def check_table(cls, recipe: QuestionAnsweringRecipe, table: Dataset) -> None:

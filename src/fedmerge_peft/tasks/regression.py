@@ -18,6 +18,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ class Regression(Task):
         if not np.isfinite(numbers).all():
             row = int((~np.isfinite(numbers)).argmax())
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"column {recipe.target!r} has {numbers[row]}, "
+                f"{row_name(row)}: column {recipe.target!r} has {numbers[row]}, "
                 "expected a finite number; correct the value, or remove the row"
             )
         largest = float(np.abs(numbers).max(initial=0.0))
@@ -143,8 +143,7 @@ def _numbers(texts: Any, column: str) -> Any:
         for row, text in enumerate(texts.to_pylist()):
             if not is_number(text):
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    f"{shortened(repr(text), 80)} in column {column!r} is not a "
+                    f"{row_name(row)}: {shortened(repr(text), 80)} in column {column!r} is not a "
                     "number; write numbers such as 1234.5, without units and thousands separators"
                 ) from None
         raise

@@ -53,6 +53,7 @@ class SentenceEmbeddingTask(TokenTask):
     auto_model: ClassVar[str] = "AutoModel"
     peft_task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
     pipeline: ClassVar[str] = "feature-extraction"
+    unused: ClassVar[tuple[str, ...]] = ("pooler",)
     in_batch: ClassVar[bool] = True
     mixes: ClassVar[bool] = False  # each model has its own vector space
     paddings: ClassVar[Sequence[Padding]] = ("right",)

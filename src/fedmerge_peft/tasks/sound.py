@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.media_files import read_file
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.util.library_errors import library_errors
 from fedmerge_peft.util.text import shortened
 
@@ -63,9 +64,7 @@ def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
     if isinstance(source, str) and source:
         named = shortened(source, 80)
     return DataError(
-        f"row {row} (from 0, of the rows that the run uses): "
-        f"the sound in column {column!r} cannot be read ({named}): "
-        f"{reason}"
+        f"{row_name(row)}: the sound in column {column!r} cannot be read ({named}): {reason}"
     )
 
 

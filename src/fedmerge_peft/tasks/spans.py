@@ -15,6 +15,7 @@ from fedmerge_peft.data.columns import check_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table, reject_nulls, unknown_label, with_column
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.tagged_words import TaggedText, TagSource
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -138,9 +139,7 @@ class SpanTags(TagSource):
         return getattr(getattr(label, "feature", label), "names", None)
 
     def _fault(self, row: int, reason: str) -> DataError:
-        return DataError(
-            f"row {row} (from 0, of the rows that the run uses): column {self.column!r}: {reason}"
-        )
+        return DataError(f"{row_name(row)}: column {self.column!r}: {reason}")
 
 
 def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list[str]]:

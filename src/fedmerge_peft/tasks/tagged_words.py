@@ -15,6 +15,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table, is_text
 from fedmerge_peft.tasks.lists import encode_lists, infer_list_labels, read_lists, relabel_lists
+from fedmerge_peft.tasks.row_names import row_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,10 +115,9 @@ class ListedTags(TagSource):
         for row, (own, marks) in enumerate(zip(words, tags, strict=True)):
             if len(own) != len(marks):
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    f"{len(own)} word{'s' * (len(own) != 1)} in column {self.recipe.words!r}, but "
-                    f"{len(marks)} tag{'s' * (len(marks) != 1)} in column {self.column!r}; write "
-                    "one tag for each word"
+                    f"{row_name(row)}: {len(own)} word{'s' * (len(own) != 1)} in column "
+                    f"{self.recipe.words!r}, but {len(marks)} tag{'s' * (len(marks) != 1)} in "
+                    f"column {self.column!r}; write one tag for each word"
                 )
         return [
             TaggedText(" ".join(own), joined_bounds(own), marks)

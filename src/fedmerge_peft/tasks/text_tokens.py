@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.tokenization import SpecialTokens, tokenized
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,7 @@ class TextTokens:
             written = special.first_in(text)
             if written is None:
                 continue
-            where = (
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"the text contains the special token {written!r}"
-            )
+            where = f"{row_name(row)}: the text contains the special token {written!r}"
             if self._reading is None:
                 raise DataError(
                     f"{where}; set task.special_tokens=text to read it as characters, or "
@@ -75,17 +73,11 @@ class TextTokens:
             rows.append([*tokens, eos] if end and eos is not None else list(tokens))
         return rows
 
-    def prompts(
-        self, prompts: Sequence[str], places: Sequence[str] | None = None
-    ) -> list[list[int]]:
+    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each prompt.
 
         A prompt without tokens is replaced by the begin-of-sequence token, because the model
         predicts the first token of a completion from the token before it.
-
-        Args:
-            prompts: Texts.
-            places: Name of each prompt in error messages. Default: its row.
 
         Raises:
             DataError: A prompt has no tokens, and the tokenizer has no begin-of-sequence token.
@@ -94,9 +86,8 @@ class TextTokens:
         rows = [ids or ([] if bos is None else [bos]) for ids in self.rows(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
-            row = f"row {empty} (from 0, of the rows that the run uses)"
             raise DataError(
-                f"{places[empty] if places is not None else row}: the prompt is empty, and the "
+                f"{row_name(empty)}: the prompt is empty, and the "
                 "tokenizer has no begin-of-sequence token to replace it; fill it in, or remove it"
             )
         return rows

@@ -19,6 +19,7 @@ from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.entity_metrics import continues_nothing, is_entity_tag
 from fedmerge_peft.tasks.imbalance import WeightedClasses
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.spans import SpanTags
 from fedmerge_peft.tasks.tagged_words import ListedTags, TagSource, first_tokens
 from fedmerge_peft.tasks.tokenization import pad, ragged
@@ -116,9 +117,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
             known = np.flatnonzero(first >= 0)
             if not len(known):
                 raise DataError(
-                    f"row {row} (from 0, of the rows that the run uses): "
-                    f"no word has tokens: {rows[row].text[:50]!r}; "
-                    "remove the row"
+                    f"{row_name(row)}: no word has tokens: {rows[row].text[:50]!r}; remove it"
                 )
             if len(known) < len(first) and row not in cut:
                 lost.append(row)

@@ -21,6 +21,7 @@ from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.in_memory import passed_model, passed_processor
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.row_names import row_name
 from fedmerge_peft.tasks.vocabulary import position_limit, special_strings
 from fedmerge_peft.util.library_errors import STOPS, library_errors
 
@@ -94,7 +95,7 @@ def load_pretrained(
         own_code = "custom code" in reason or "trust_remote_code" in reason
         advice = "read the code; if you trust it, set backbone.trust_remote_code=true"
         return BackboneError(
-            f"{key}: {part} of {source} cannot be loaded: {reason.rstrip('.')}; "
+            f"{key}: {part} of {source} cannot be loaded: {reason}; "
             f"{advice if own_code else remedy}"
         )
 
@@ -179,6 +180,12 @@ def resolve_max_length(
     return min((length for length in (limit, default) if length is not None), default=None)
 
 
+def more_tokens(length: int, limit: int | None) -> str:
+    """Return advice on texts that need more than ``length`` tokens, given the model's limit."""
+    may_raise = limit is None or length < limit
+    return "raise task.max_length" if may_raise else "use a model with a higher limit"
+
+
 def read_texts(table: Dataset, column: str, key: str) -> list[str]:
     """Read a column of text. Integers and booleans are converted to text, with a warning.
 
@@ -239,9 +246,8 @@ def _tokenized_row(
 ) -> dict[str, Any]:
     with library_errors(
         lambda reason: DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"the tokenizer fails on {texts[0][:80]!r}: {reason.rstrip('.')}; correct the text, or "
-            "remove it"
+            f"{row_name(row)}: the tokenizer fails on {texts[0][:80]!r}: {reason}; "
+            "correct the text, or remove it"
         )
     ):
         return dict(tokenizer(*texts, verbose=False, **options))
@@ -282,8 +288,7 @@ def truncated(
         written = next(filter(None, map(special.first_in, texts)), None)
         if written and special.count(encoded["input_ids"]) > usual:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"the tokenizer takes {written!r} in the text "
+                f"{row_name(row)}: the tokenizer takes {written!r} in the text "
                 "for a special token; remove it from the text"
             )
         for name, values in encoded.items():
@@ -295,9 +300,8 @@ def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: st
     """Raise ``DataError`` for the first text that has no tokens."""
     if (row := next((row for row, ids in enumerate(rows) if not ids), None)) is not None:
         raise DataError(
-            f"row {row} (from 0, of the rows that the run uses): "
-            f"the text in column {column!r} has no "
-            f"tokens: {texts[row]!r}; change the text, or remove the row"
+            f"{row_name(row)}: the text in column {column!r} has no "
+            f"tokens: {texts[row]!r}; change the text, or remove it"
         )
 
 

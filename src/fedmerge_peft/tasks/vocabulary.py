@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedmerge_peft.errors import BackboneError, DataError
+from fedmerge_peft.tasks.row_names import row_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
     for row, ids in enumerate(rows):
         if ids and (highest := max(ids)) >= size:
             raise DataError(
-                f"row {row} (from 0, of the rows that the run uses): "
-                f"token {highest} is not among the {size} that the "
+                f"{row_name(row)}: token {highest} is not among the {size} that the "
                 "model knows; the text or the chat template has a special token without an "
                 "embedding; remove it"
             )

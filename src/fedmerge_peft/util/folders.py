@@ -34,7 +34,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         RunBusyError: Another process is writing the same folder.
-        RunError: The folder cannot be written.
+        RunError: The folder cannot be written. Errors of the context name ``folder`` in place of
+            the temporary folder.
     """
     target = folder.resolve()
     short = sha256(os.fsencode(target.name)).hexdigest()[:16]  # a longer name may be invalid
@@ -46,14 +47,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         try:
             with translated_write_errors(folder):
                 _clear(partial)
-            yield partial
-            write_sums(partial)
-            with translated_write_errors(folder):
+                yield partial
+                write_sums(partial)
                 if target.exists():
                     target.rmdir()
                 partial.rename(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, RunError):
+                error.args = (str(error).replace(str(partial), str(folder)),)
             raise
 
 

@@ -33,7 +33,7 @@ def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error's message.
+    """Return the first line of an error's message, without a final period.
 
     A line that ends with a colon is joined with the next one. The messages of most builtin errors
     are unclear without the type, so it precedes them, except for ``OSError`` and ``ValueError``. If
@@ -45,5 +45,5 @@ def reason_of(error: BaseException) -> str:
         return kind
     # The messages of a library's own errors, OSError and ValueError are clear without the type.
     is_clear = type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)
-    line = _OBJECT.sub("", " ".join(lines[:2]) if lines[0].endswith(":") else lines[0])
+    line = _OBJECT.sub("", " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
     return line if is_clear else f"{kind}: {line}"

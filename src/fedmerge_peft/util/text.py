@@ -35,6 +35,11 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number and a regular noun, such as ``1 client`` or ``3 clients``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def spreadsheet_cell(text: str) -> str:
     """Return text that a spreadsheet shows as it is, instead of evaluating it as a formula.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvflare.fuel.flare_api.api_spec import (
     InternalError,
@@ -24,6 +24,7 @@ from nvflare.fuel.flare_api.api_spec import (
 )
 from nvflare.fuel.flare_api.flare_api import Session
 
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.flare.job_files import write_job
@@ -35,6 +36,7 @@ from fedmerge_peft.sites.flare.session import (
     no_output,
     open_session,
 )
+from fedmerge_peft.util.text import count_of
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +46,25 @@ _POLL_INTERVAL = 0.5
 """Seconds between two checks of a job, the sites or the server."""
 _SITE_CHECK_INTERVAL = 5.0
 """Seconds between two checks for sites that joined late."""
+_FIRST_REPORT, _REPORT_INTERVAL = 5.0, 60.0
+"""Seconds before the first report on sites that are not connected, and between two reports."""
 _MAX_ATTEMPTS = 3
 """Number of consecutive jobs without an outcome after which ``run`` fails."""
 _FETCH_TIME = 3.0
 """Seconds between the end of a job and a shutdown, in which ``run`` can fetch the outcome."""
 _END_TIMEOUT = 120.0
 """Seconds that a job may take to end after its last round."""
+
+
+class SiteWait(NamedTuple):
+    """Conditions under which a job starts without all sites, or not at all."""
+
+    all_sites: float
+    """Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice."""
+    min_sites: int
+    """Smallest number of connected sites with which a job starts."""
+    timeout: float | None = None
+    """Seconds to wait for ``min_sites`` connected sites; None to wait without end."""
 
 
 class _NoOutcomeError(FederateError):
@@ -60,8 +75,7 @@ def run(
     kit: Path,
     report: Callable[[str], None],
     *,
-    wait: float,
-    min_sites: int,
+    wait: SiteWait,
     reconnect_timeout: float,
     on_poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -70,8 +84,7 @@ def run(
     Args:
         kit: The operator's kit.
         report: Called with a line of text for each event that the operator should see.
-        wait: Seconds to wait for all sites; after that, ``min_sites`` connected sites suffice.
-        min_sites: Smallest number of connected sites with which a job starts.
+        wait: Wait for sites before each job.
         reconnect_timeout: Seconds to wait for a server that does not respond.
         on_poll: Called at every check of a job or the sites; an exception that it raises ends the
             function.
@@ -82,15 +95,15 @@ def run(
         ``total`` are None.
 
     Raises:
-        FederateError: The server remains unreachable or refuses a request, or several consecutive
-            jobs left no outcome.
+        FederateError: The server remains unreachable or refuses a request, too few sites connect,
+            or several consecutive jobs left no outcome.
     """
     last_contact: float = time.monotonic()
     failures = 0
     while True:
         try:
             with open_session(kit) as session:
-                outcome = _run_segment(session, kit, report, wait, min_sites, on_poll)
+                outcome = _run_segment(session, kit, report, wait, on_poll)
             if outcome["state"] != "paused":
                 return outcome
             last_contact, failures = time.monotonic(), 0
@@ -202,8 +215,7 @@ def _run_segment(
     session: Session,
     kit: Path,
     report: Callable[[str], None],
-    wait: float,
-    min_sites: int,
+    wait: SiteWait,
     on_poll: Callable[[], None],
 ) -> dict[str, Any]:
     """Wait for jobs that already run, and for sites; then run a job, and return its outcome."""
@@ -211,7 +223,7 @@ def _run_segment(
     for job in _running_jobs(session):
         report(f"waiting for job {job}, which is already running")
         _follow_job(session, job, server_start, federation, report, on_poll)
-    _await_sites(session, federation, report, wait, min_sites, on_poll)
+    _await_sites(session, federation, report, wait, on_poll)
     with TemporaryDirectory(prefix="fedmerge-") as scratch, no_output():
         job = session.submit_job(str(write_job(Path(scratch) / federation.project)))
     reported = _follow_job(session, job, server_start, federation, report, on_poll)
@@ -225,21 +237,32 @@ def _await_sites(
     session: Session,
     federation: FederationFile,
     report: Callable[[str], None],
-    wait: float,
-    min_sites: int,
+    wait: SiteWait,
     on_poll: Callable[[], None],
 ) -> None:
-    start, reported = time.monotonic(), False
+    """Wait until enough sites are connected, and report each minute which ones are missing.
+
+    Raises ``FederateError`` if there are too few after ``wait.timeout``.
+    """
+    start, next_report = time.monotonic(), _FIRST_REPORT
+    total = len(federation.sites)
     while True:
         on_poll()
         connected = _connected_sites(session)
         missing = [site for site in federation.sites if site not in connected]
-        present = len(federation.sites) - len(missing)
-        if not missing or (present >= min_sites and time.monotonic() - start > wait):
+        present, waited = total - len(missing), time.monotonic() - start
+        needed = total if waited <= wait.all_sites else min(wait.min_sites, total)
+        if present >= needed:
             return
-        if not reported and time.monotonic() - start > 5:
-            report(f"waiting for {', '.join(missing)}")
-            reported = True
+        state = f"{present} of {count_of(total, 'site')} connected"
+        if wait.timeout is not None and waited > wait.timeout and present < wait.min_sites:
+            raise FederateError(
+                f"{state} after {waited:.0f} s, and a job needs {min(wait.min_sites, total)}; "
+                f"start fedmerge federate site at {join_values(missing)}, or lower --min-sites"
+            )
+        if waited > next_report:
+            report(f"{state}, and a job starts with {needed}; waiting for {join_values(missing)}")
+            next_report = waited + _REPORT_INTERVAL
         time.sleep(_POLL_INTERVAL)
 
 

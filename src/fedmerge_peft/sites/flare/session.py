@@ -14,6 +14,7 @@ from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import OPERATOR, FederationFile
 from fedmerge_peft.sites.flare.configuration import search_only_own_files
 from fedmerge_peft.sites.flare.operator_files import restrict_file_commands
+from fedmerge_peft.util.library_errors import reason_of
 
 _LOST = (api_spec.NoConnection, api_spec.SessionClosed)
 _REFUSED = (
@@ -65,17 +66,17 @@ def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
         except Exception as error:
             raise ServerUnreachableError(
                 f"{address}: no server of this federation responds "
-                f"({_first_line(error)}); start it with: fedmerge federate server DIR"
+                f"({reason_of(error)}); start it with: fedmerge federate server DIR"
             ) from error
     try:
         yield session
     except _LOST as error:
         raise ConnectionLostError(
-            f"{address}: the server stopped responding ({_first_line(error)})"
+            f"{address}: the server stopped responding ({reason_of(error)})"
         ) from error
     except _REFUSED as error:
         raise FederateError(
-            f"{address}: the server refused a request: {_first_line(error)}; "
+            f"{address}: the server refused a request: {reason_of(error)}; "
             "see log.txt in the server's kit"
         ) from error
     finally:
@@ -88,7 +89,3 @@ def no_output() -> Iterator[None]:
     """Discard the output of FLARE's client within a block."""
     with redirect_stdout(StringIO()):
         yield
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

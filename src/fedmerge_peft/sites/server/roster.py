@@ -20,6 +20,7 @@ from fedmerge_peft.sites.fields import (
     MAX_LABELS,
     Enrolled,
     EnrolledClient,
+    LabelCounts,
     Labels,
     Opened,
     TextFormat,
@@ -27,6 +28,7 @@ from fedmerge_peft.sites.fields import (
 )
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.tasks import task_type
 from fedmerge_peft.util import checked
 from fedmerge_peft.util.files import write_json
 from fedmerge_peft.util.ranges import Count, Name, first_fault
@@ -42,7 +44,7 @@ class RosterEntry(TypedDict):
     train: Count
     validation: Count
     test: Count
-    counts: list[Count] | None
+    counts: LabelCounts | None
     """Number of training examples with each label; None with ``privacy.mode: local``, or if the
     task counts no labels."""
 
@@ -67,7 +69,7 @@ class Roster:
     """Text format of the federation. None before the first job, and if the task has no formats."""
     columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
     """Column names of the data; empty before the first job."""
-    clients: dict[str, RosterEntry] = field(default_factory=dict)
+    clients: dict[Name, RosterEntry] = field(default_factory=dict)
     """Entries of the clients whose sites have enrolled, by client name."""
 
     @classmethod
@@ -105,7 +107,7 @@ class Roster:
             The reason for each site that does not match, by site.
 
         Raises:
-            FederateError: In the first job, all examples have the same label.
+            FederateError: In the first job, the task has classes and all examples the same one.
         """
         task = recipe.task
         refused: dict[str, str] = {}
@@ -127,7 +129,8 @@ class Roster:
                 named = {site: summary.labels or [] for site, summary in fitting.items()}
                 refused |= (excess := sites_beyond(named, number))
                 kept = [labels for site, labels in named.items() if site not in excess]
-                self.labels = agree_on_labels(kept, number) if kept else None
+                one_each = task_type(task).names_classes
+                self.labels = agree_on_labels(kept, number, one_each=one_each) if kept else None
         for site, summary in fitting.items():
             if site in refused:
                 continue

@@ -1,4 +1,4 @@
-"""The weights of a backbone that change between a run and its use are noticed."""
+"""Weights of the backbone or examples that change between a run and its use are noticed."""
 
 import shutil
 
@@ -12,12 +12,21 @@ from fedmerge_peft.models.pretrained import load_model
 from fedmerge_peft.models.weights_digest import weights_digest
 from fedmerge_peft.recipe.backbone import BackboneRecipe
 
+TICKETS = pd.DataFrame(
+    {
+        "text": [f"ticket {n}" for n in range(24)],
+        "label": ["a", "b"] * 12,
+        "site": ["North"] * 12 + ["South"] * 12,
+    }
+)
+
 
 class Task:
     """A classifier of two labels."""
 
     auto_model = "AutoModelForSequenceClassification"
     heads = ("classifier",)
+    unused = ()
     config_options = {}
     labels = ("no", "yes")
     pad_token_id = None
@@ -59,22 +68,25 @@ def test_running_statistics_count():
     assert weights_digest(model, ()) != before
 
 
-def test_a_run_refuses_other_weights(folder, tmp_path):
-    frame = pd.DataFrame({"text": [f"ticket {n}" for n in range(24)], "label": ["a", "b"] * 12})
-    frame["site"] = ["North"] * 12 + ["South"] * 12
-    recipe = Recipe(
+def tickets(path, model):
+    """A recipe of two sites."""
+    return Recipe(
         name="tickets",
         rounds=1,
         task={"name": "sequence-classification"},
-        backbone={"model": str(folder)},
-        data={"path": "memory", "partition": {"scheme": "natural", "by": "site"}},
+        backbone={"model": str(model)},
+        data={"path": str(path), "partition": {"scheme": "natural", "by": "site"}},
         baselines=["local"],
         training={"device": "cpu", "learning_rate": 1e-3},
     )
-    run = federate(recipe, tmp_path / "run", data=frame)
+
+
+def test_a_run_refuses_other_weights(folder, tmp_path):
+    recipe = tickets("memory", folder)
+    run = federate(recipe, tmp_path / "run", data=TICKETS)
     change(folder)
     with pytest.raises(ResumeError, match=r"data or the model have changed .* backbone\.json"):
-        resume(run.path, ["rounds=2"], data=frame)
+        resume(run.path, ["rounds=2"], data=TICKETS)
     changed = f"the weights of {folder} have changed since the run"
     with pytest.raises(RunError, match=changed):
         run.predict({"North": ["ticket"]})
@@ -82,4 +94,18 @@ def test_a_run_refuses_other_weights(folder, tmp_path):
         run.client("North").model("cpu")
     reused = recipe.replace([f"baselines_from={run.path}"])
     with pytest.raises(RecipeError, match=r"backbone\.json differs from this run's"):
-        federate(reused, tmp_path / "other", data=frame)
+        federate(reused, tmp_path / "other", data=TICKETS)
+
+
+@pytest.mark.parametrize(
+    ("column", "changed"),
+    [("label", ["b", "a"] * 12), ("text", [f"a bill {n}" for n in range(24)])],
+)
+def test_other_examples_of_the_same_clients_are_refused(column, changed, tmp_path):
+    TICKETS.to_csv(tmp_path / "rows.csv", index=False)
+    run = federate(tickets(tmp_path / "rows.csv", "tiny:bert"), tmp_path / "run")
+    TICKETS.assign(**{column: changed}).to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(ResumeError, match=r"data or the model have changed .* examples\.json"):
+        resume(run.path, ["rounds=2"])
+    TICKETS.to_csv(tmp_path / "rows.csv", index=False)
+    assert resume(run.path, ["rounds=2"]).rounds_on_disk == 2

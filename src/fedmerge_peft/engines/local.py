@@ -101,12 +101,9 @@ class LocalEngine:
             FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
         make_accelerator(recipe.training)  # fail before loading the data if the device is missing
+        task = recipe.task
         data = federate_data(
-            recipe.data,
-            recipe.task.label_column,
-            recipe.seed,
-            recipe.task.media_column,
-            splits=splits,
+            recipe.data, task.label_column, recipe.seed, task.media_column, splits=splits
         )
         engine = cls.from_data(recipe, data)
         if (targets := engine.runtime.examples.columns.get("labels")) is not None:

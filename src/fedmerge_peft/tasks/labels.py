@@ -200,7 +200,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
         )
         names = getattr(table.features[column], "names", None) or (labels if ordered else ())
         row_labels = [names[label] if label < len(names) else str(label) for label in numbers]
-    ids = label_ids(row_labels, labels, lambda row: f"{row_name(row)}: column {column!r}")
+    ids = label_ids(row_labels, labels, lambda row: f"row {row}: column {column!r}")
     return with_column(table, column, pa.array(ids, pa.int64()), ClassLabel(names=list(labels)))
 
 

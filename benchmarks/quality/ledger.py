@@ -42,6 +42,13 @@ _IRRELEVANT = (
 )
 """Keys on which results do not depend, except for rounding."""
 
+_DEFAULTS: Mapping[str, tuple[Any, Any]] = {
+    "strategy.server_momentum": (None, 0.0),
+    "strategy.weights_lr": (0.3, None),
+    "strategy.weights_columns": ("all", None),
+}
+"""Values that fedmerge has by default, each with the value that all lines have for it."""
+
 
 def effective(recipe: Recipe, inputs: Mapping[str, Any]) -> Effective:
     """Return the values of a recipe that decide its result, and those of its inputs.
@@ -52,8 +59,11 @@ def effective(recipe: Recipe, inputs: Mapping[str, Any]) -> Effective:
     """
     values = {**flat(recipe), **{f"input.{name}": value for name, value in inputs.items()}}
     left_out = [*_IRRELEVANT, *(["backbone.model"] if "backbone" in inputs else [])]
-    if values.get("strategy.server_momentum", 0) is None:
-        values["strategy.server_momentum"] = 0.0  # in all lines, an unset momentum counts as 0
+    values |= {
+        key: as_written
+        for key, (value, as_written) in _DEFAULTS.items()
+        if key in values and values[key] == value
+    }
     written = json.dumps({key: value for key, value in values.items() if key not in left_out})
     return dict(json.loads(written))
 

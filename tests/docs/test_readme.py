@@ -166,7 +166,7 @@ def page(name):
 def test_the_table_lists_every_method():
     from fedmerge_peft.recipe.strategies import STRATEGIES
 
-    table = page("strategies").split("| | methods |")[1].split("\n\n")[0]
+    table = page("strategies").split("| kind | methods |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) == {entry.name for entry in STRATEGIES}
 
 

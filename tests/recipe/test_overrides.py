@@ -68,7 +68,7 @@ def test_values_are_yaml_at_dotted_keys(text, place, value, loaded):
     ],
 )
 def test_values_of_which_yaml_drops_a_part_are_refused(value, part, loaded):
-    with pytest.raises(RecipeError, match=f"command line: name: YAML would drop {part}.*; write"):
+    with pytest.raises(RecipeError, match=f"overrides: name: YAML would drop {part}.*; write"):
         loaded("", f"name={value}")
 
 

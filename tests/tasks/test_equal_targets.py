@@ -37,7 +37,6 @@ CHOICES = {"context": ["a", "b"], "choices": [["c", "d"], ["e", "f"]]}
         ("text-regression", {**TEXTS, "label": [2.0, 1.0]}, False),
         ("multi-label-classification", {**TEXTS, "labels": [["a", "b"], ["b", "a"]]}, True),
         ("multi-label-classification", {**TEXTS, "labels": [["a", "b"], ["b"]]}, False),
-        ("token-classification", {**WORDS, "ner_tags": [["O", "O"], ["O"]]}, True),
         ("token-classification", {**WORDS, "ner_tags": [["O", "B-X"], ["O"]]}, False),
         ("multiple-choice", {**CHOICES, "label": [0, 0]}, False),
     ],

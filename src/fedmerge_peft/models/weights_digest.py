@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fedmerge_peft.util.digest import digest
 
 _SAMPLE = 256
-"""Numbers of each tensor that the digest includes, at equal distances. Training changes nearly all
-numbers of a tensor, so a sample is enough, and takes milliseconds for models of any size."""
+"""Least numbers of each tensor that the digest includes, at equal distances. Training changes nearly
+all numbers of a tensor, so a sample is enough, and takes milliseconds for models of any size."""
 
 
 def weights_digest(model: nn.Module, missing: Collection[str]) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fedmerge_peft.util.digest import digest
 
 _SAMPLE = 256
-"""Least numbers of each tensor that the digest includes, at equal distances. Training changes nearly
-all numbers of a tensor, so a sample is enough, and takes milliseconds for models of any size."""
+"""Least number of values of each tensor in the digest. They have equal distances. Training changes
+nearly all values of a tensor, so a sample is enough, and takes milliseconds for large models."""
 
 
 def weights_digest(model: nn.Module, missing: Collection[str]) -> str:

@@ -22,7 +22,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
 TABLE = [
     [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
     for line in re.findall(
-        r"^\|.*\|$", PAGE.partition("## Coverage by mode and engine")[2].partition("\n## ")[0], re.M
+        r"^\|.*\|$", PAGE.partition("## Coverage by mode")[2].partition("\n## ")[0], re.M
     )
 ]
 COLUMNS = [
@@ -117,7 +117,7 @@ def observed(mode, kind, path):
     decisions = run.decisions
     budgets = [trainer.release.budget for trainer in sites.trainers.values()] if sites else []
     return {
-        "source of the noise": {"simulation": "recipe.seed"}.get(*sources, *sources),
+        "source of the noise": {"simulation": "the recipe's seed"}.get(*sources, *sources),
         "update, as it leaves the client": "clipped"
         if bool((norms <= CLIP * 1.001).all())
         else "noise",

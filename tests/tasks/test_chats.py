@@ -285,17 +285,17 @@ def test_reasoning_that_the_template_leaves_out_is_counted(chat_task, caplog):
 def test_a_template_with_a_clock_writes_the_same_date_on_every_day(chat_task, caplog, marks):
     begin, end = marks
     dated = (
-        "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}|{% for m in messages %}"
+        "{{ strftime_now('%d %B %Y, %-m/%-H, %H:%M:%S.%f') }}|{% for m in messages %}"
         "{% if m.role == 'user' %}{{ m.content }}|{% else %}"
         f"{begin}{{{{ m.content + eos_token }}}}{end}{{% endif %}}{{% endfor %}}"
     )
     task, table = chat_task(CHATML, {"messages": [CHAT]}, chat_template=dated)
     text, learned = decoded(task, task.encode(table))
-    assert text.startswith("26 July 2024, 00:00:00.000000|Name a colour|")
+    assert text.startswith("26 July 2024, 7/0, 00:00:00.000000|Name a colour|")
     assert learned == "Red is one</s>Five</s>"
     assert "the chat template writes the current date" in caplog.text
     assert task.processor.decode(task.encode_prompts([CHAT[:1]]).columns["prompt"][0]) == (
-        "26 July 2024, 00:00:00.000000|Name a colour|"
+        "26 July 2024, 7/0, 00:00:00.000000|Name a colour|"
     )
 
 

@@ -17,6 +17,7 @@ from fedmerge_peft import distributed
 from fedmerge_peft.adapters.layout import Entry
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.recipe.backbone import BackboneRecipe
+from fedmerge_peft.util.text import count_of
 
 
 def device_map(backbone: BackboneRecipe, device: torch.device) -> str | None:
@@ -54,9 +55,10 @@ def check_placement(model: Any, name: str) -> None:
     places = set(getattr(model, "hf_device_map", {}).values())
     if outside := sorted(str(place) for place in places if str(place) in ("cpu", "disk")):
         raise BackboneError(
-            f"backbone.device_map: {name} does not fit on the {torch.cuda.device_count()} GPUs of "
-            f"this machine, and a part of it would be on the {' and the '.join(outside)}; use "
-            "backbone.quantization=4bit, a smaller backbone.dtype, or more GPUs"
+            f"backbone.device_map: {name} does not fit into the memory of "
+            f"{count_of(torch.cuda.device_count(), 'GPU')}, and a part of it would be on the "
+            f"{' and the '.join(outside)}; use backbone.quantization=4bit, a smaller "
+            "backbone.dtype, or more GPUs"
         )
 
 
@@ -87,7 +89,7 @@ class RemoteTensors:
     ) -> None:
         self._values, self._gradient = values, gradient
         self._storage = [(tensor, tensor.data) for tensor, _ in tensors]
-        readers = _readers(model)
+        readers = _readers(model) if tensors else {}
         for tensor, entry in tensors:
             readers[id(tensor)].register_forward_pre_hook(self._reading(tensor, entry))
             added: Callable[..., Any] = tensor.register_post_accumulate_grad_hook

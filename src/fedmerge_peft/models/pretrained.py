@@ -247,7 +247,8 @@ def load_model(
     if task.labels:
         order_head(model, label_names(held), task.labels)
     _keep_packing(model)
-    check_placement(model, backbone.model)
+    if placement is not None:
+        check_placement(model, backbone.model)
     if "device_map" not in options:
         model = model.to(device)
     return _prepared(model, task), missing

@@ -123,8 +123,10 @@ def _begin_templates(tokenizer: Any, begin: Callable[[str], str]) -> None:
 
 def _fixed_clock() -> str:
     """Return the definition of a ``strftime_now`` that formats ``_DATE``, in Jinja."""
+    written = {letter: f"{_DATE:%{letter}}" for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"}
     replaced = "".join(
-        f".replace('%{letter}', '{_DATE:%{letter}}')" for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"
+        f".replace('%{letter}', '{text}').replace('%-{letter}', '{text.lstrip('0') or 0}')"
+        for letter, text in written.items()
     )
     return f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
 

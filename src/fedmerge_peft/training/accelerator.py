@@ -12,6 +12,7 @@ from fedmerge_peft import distributed
 from fedmerge_peft.errors import DeviceError
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.training.optimization import check_optimizer
+from fedmerge_peft.util.text import count_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,8 +49,8 @@ def choose_device(requested: str) -> torch.device:
             )
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise DeviceError(
-                f"training.device: {requested} is not available: PyTorch finds {_gpus(count)}, "
-                "numbered from 0; choose a smaller number, or auto"
+                f"training.device: {requested} is not available: PyTorch finds "
+                f"{count_of(count, 'GPU')}, numbered from 0; choose a smaller number, or auto"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"training.device: mps is not available on this machine; {_HINT}")
@@ -72,16 +73,12 @@ def _rank_device(requested: str) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         error = DeviceError(
             f"training.device: rank {distributed.rank()} has no separate GPU: PyTorch finds "
-            f"{_gpus(count)} on its machine; start at most one rank per GPU, or use "
+            f"{count_of(count, 'GPU')} on its machine; start at most one rank per GPU, or use "
             "training.device=cpu"
         )
         error.rank = distributed.rank()
         raise error
     return torch.device("cuda", index)
-
-
-def _gpus(count: int) -> str:
-    return f"{count} GPU{'s' * (count != 1)}"
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
